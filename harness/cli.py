@@ -1,0 +1,198 @@
+"""The command line: run, list, validate, report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from harness.errors import InputError, unknown
+from harness.parameters import Parameters
+from harness.spec import Place, TrainSpec
+
+DESCRIPTION = """\
+Compare fine-tuning methods on equal terms: same data order, same budget in batches, several seeds, honest
+parameter counts. A comparison is methods x tasks x seeds x grid; every cell becomes a record on disk, and the
+tables and pictures are made from the records. Running a comparison again runs only what is missing."""
+
+EXAMPLES = """\
+examples:
+  python -m harness list                                what there is: methods, tasks, presets
+  python -m harness list debora                         one method's parameters, with defaults and ranges
+  python -m harness run --preset quickstart             a first real comparison, in minutes
+  python -m harness run --methods lora,debora --tasks glue/cola --seeds 3 --dry-run
+  python -m harness run --methods "lora[rank=4],debora" --grid debora.tau=4,8,16 --tasks rotten_tomatoes
+  python -m harness report                              tables and pictures from the records"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 1 where runs failed, 2 for bad input, 130 after an interrupt."""
+    _quiet_environment()
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return int(options.command(options))
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; finished runs are kept: give the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _quiet_environment() -> None:
+    """Threads that wait must not spin (measured: sevenfold slower on busy cores); libraries speak only of errors.
+
+    Set before torch is imported; a user's own settings win.
+    """
+    for name, value in {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+        "GOMP_SPINCOUNT": "0",
+        "TOKENIZERS_PARALLELISM": "true",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line and exit code 2, as for every bad input."""
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            given = message.removeprefix(prefix).split()[0]
+            message = str(unknown("option", given.split("=")[0], self._known_options()))
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+    def _known_options(self) -> set[str]:
+        return {name for action in self._all_actions() for name in action.option_strings if name.startswith("--")}
+
+    def _all_actions(self) -> list[argparse.Action]:
+        actions = list(self._actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                actions += [inner for parser in action.choices.values() for inner in parser._actions]
+        return actions
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m harness",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_run(commands)
+    listing = _command(commands, "list", "methods, tasks and presets; with a name, its parameters", _list)
+    listing.add_argument("name", nargs="?", help="a method, a task or a preset")
+    validation = _command(commands, "validate", "check a sweep file (.toml) or a record (record.json)", _validate)
+    validation.add_argument("file", type=Path)
+    report = _command(commands, "report", "rebuild tables and pictures from the records", _report)
+    _add_results(report)
+    report.add_argument("--methods", type=_names, help="only these methods")
+    report.add_argument("--tasks", type=_names, help="only these tasks")
+    return parser
+
+
+def _command(commands: Any, name: str, text: str, function: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    run = _command(commands, "run", "run a comparison, or what is missing of it", _run)
+    what = run.add_argument_group("what to compare (each also a key of --config files)")
+    what.add_argument(
+        "--methods", type=_names, metavar="A,B", help='methods, parameters in brackets: "debora[tau=8,rank=8],lora"'
+    )
+    what.add_argument(
+        "--tasks", type=_names, metavar="A,B", help="tasks; a family stands for its members: glue, glue/cola"
+    )
+    what.add_argument("--seeds", metavar="N|A,B", help="3 means seeds 0,1,2; 4,7 means these two; 4, means this one")
+    what.add_argument(
+        "--grid", action="append", metavar="M.P=A,B", help="vary a parameter: debora.tau=4,8,16; may be repeated"
+    )
+    what.add_argument("--model", metavar="PATH|ID", help="model folder or Hub id, for the tasks that take one")
+    what.add_argument("--limit", metavar="N", help="most training rows, and most rows of each evaluation split")
+    what.add_argument("--threads", metavar="N", help="CPU threads of each run (default 1)")
+    what.add_argument("--preset", metavar="NAME", help="a comparison that comes with the program: see list")
+    what.add_argument(
+        "--config", type=Path, metavar="FILE", help="a comparison in TOML; options given here win over it"
+    )
+    _add_fields(run.add_argument_group("training, the same for every method ([train] in TOML)"), TrainSpec)
+    place = run.add_argument_group("where and how (no part of a run's identity)")
+    _add_fields(place, Place, leave_out=("model",))
+    _add_results(place)
+    place.add_argument(
+        "--dry-run", action="store_true", help="show the cells with their parameter counts; train nothing"
+    )
+    place.add_argument("--retry-failed", action="store_true", help="run failed and out-of-memory cells again")
+
+
+def _add_fields(parser: Any, model: type[Parameters], leave_out: Sequence[str] = ()) -> None:
+    """One option per field: the name with dashes, the help from its description."""
+    for name, field in model.model_fields.items():
+        if name in leave_out:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        default = "" if field.default in (None, False) else f" (default {field.default})"
+        text = f"{field.description}{default}".replace("%", "%%")
+        if field.annotation is bool:
+            parser.add_argument(flag, dest=name, action="store_const", const=True, help=text)
+        else:
+            parser.add_argument(flag, dest=name, metavar="VALUE", help=text)
+
+
+def _add_results(parser: Any) -> None:
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), metavar="DIR", help="results folder (default results)"
+    )
+
+
+def _names(text: str) -> list[str]:
+    from harness.plan import split_list
+
+    try:
+        return split_list(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _run(options: argparse.Namespace) -> int:
+    from harness.commands import run
+
+    return run.command(options)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from harness.commands import listing
+
+    return listing.command(options.name)
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from harness.commands import validate
+
+    return validate.command(options.file)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from harness.commands import report
+
+    return report.command(options.results, options.methods, options.tasks)

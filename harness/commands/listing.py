@@ -1,0 +1,79 @@
+"""`list`: what there is, and what each thing's parameters are. Imports no torch."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from harness import registry, sweep_file
+from harness.errors import InputError, unknown
+from harness.parameters import Parameters
+
+
+def command(name: str | None) -> int:
+    """Print everything that is registered, or one thing's parameters. Raises InputError for an unknown name."""
+    if name is None:
+        _print_all()
+    elif name in registry.registered(registry.METHODS):
+        _print_parameters(name, registry.method_class(name))
+    elif name in sweep_file.presets():
+        print(sweep_file.preset(name).read_text().strip())
+    elif name.partition("/")[0] in registry.registered(registry.TASKS):
+        _print_parameters(name, registry.task_class(name))
+    else:
+        known = [*registry.registered(registry.METHODS), *registry.registered(registry.TASKS), *sweep_file.presets()]
+        raise unknown("method, task or preset", name, known)
+    return 0
+
+
+def _print_all() -> None:
+    rows = [(name, _one_line(registry.METHODS, name)) for name in registry.registered(registry.METHODS)]
+    _print_table("methods", rows)
+    rows = [(name, _one_line(registry.TASKS, name)) for name in registry.registered(registry.TASKS)]
+    _print_table("tasks", rows)
+    rows = [(name, tomllib.loads(path.read_text())["description"]) for name, path in sweep_file.presets().items()]
+    _print_table("presets", rows)
+    print("`list NAME` shows a method's or a task's parameters, or a preset's content.")
+
+
+def _print_table(heading: str, rows: list[tuple[str, str]]) -> None:
+    width = max((len(name) for name, _ in rows), default=0)
+    print(f"{heading}:")
+    for name, text in rows:
+        print(f"  {name:<{width}}  {text}")
+    print()
+
+
+def _one_line(group: str, name: str) -> str:
+    """The first line of the docstring and the capabilities; a plugin that does not load says why."""
+    try:
+        cls: Any = registry.method_class(name) if group == registry.METHODS else registry.task_class(name)
+    except InputError as error:
+        return f"(unavailable: {error})"
+    first = (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else "(no description)"
+    members = f" Members: {', '.join(cls.members)}." if getattr(cls, "members", ()) else ""
+    capabilities = f" [{', '.join(cls.capabilities)}]" if cls.capabilities else ""
+    return f"{first}{members}{capabilities}"
+
+
+def _print_parameters(name: str, cls: type[Parameters]) -> None:
+    print((cls.__doc__ or "").strip())
+    print(f"\nparameters, as in {name}[parameter=value]:")
+    schema = cls.model_json_schema()["properties"]
+    for field, information in cls.model_fields.items():
+        if field == "member":
+            continue
+        default = "required" if information.default is PydanticUndefined else f"default {information.default}"
+        print(f"  {field}: {information.description or ''} ({_allowed(schema[field])}{default})")
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    """A field's choices or range from its JSON schema."""
+    if "enum" in schema:
+        return f"{' | '.join(map(str, schema['enum']))}; "
+    names = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    options = [schema, *schema.get("anyOf", [])]
+    limits = [f"{sign} {option[key]}" for option in options for key, sign in names.items() if key in option]
+    return f"{', '.join(limits)}; " if limits else ""

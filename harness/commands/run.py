@@ -1,0 +1,151 @@
+"""`run`: plan, check, train what is missing, report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from harness import sweep_file
+from harness.errors import InputError
+from harness.plan import Sweep, method_cells, parse_value, plan, split_list, task_cells
+from harness.spec import Place, RunSpec, TrainSpec
+
+DATA_ROOT = "HARNESS_DATA_ROOT"
+
+
+def command(options: argparse.Namespace) -> int:
+    """Carry out `run`. Returns 0, or 1 where a run failed, diverged or ran out of memory."""
+    sweep, place = sweep_of(options), place_of(options)
+    try:
+        method_cells(sweep), task_cells(sweep)  # names and values are checked before anything heavy is imported
+        return _dry_run(sweep, place, options.results) if options.dry_run else _run(sweep, place, options)
+    except InputError as error:
+        raise sweep_file.located(error, options.config) if options.config else error from None
+
+
+def sweep_of(options: argparse.Namespace) -> Sweep:
+    """The comparison: options over the --config file over the --preset. Raises InputError."""
+    values: dict[str, Any] = {}
+    for path in [sweep_file.preset(options.preset) if options.preset else None, options.config]:
+        if path is not None:
+            _overlay(values, sweep_file.read(path))
+    given = {name: getattr(options, name) for name in ("methods", "tasks", "model", "limit", "threads")}
+    if options.seeds is not None:
+        given["seeds"] = _seeds(options.seeds)
+    if options.grid:
+        given["grid"] = dict(_axis(text) for text in options.grid)
+    train = {name: getattr(options, name) for name in TrainSpec.model_fields}
+    given["train"] = {name: value for name, value in train.items() if value is not None} or None
+    _overlay(values, {name: value for name, value in given.items() if value is not None})
+    values["train"] = TrainSpec.of(values.get("train", {}), "train")
+    return Sweep.of(values, "sweep")
+
+
+def place_of(options: argparse.Namespace) -> Place:
+    """Where and how: options over the environment. Raises InputError."""
+    given = {name: getattr(options, name) for name in Place.model_fields if name != "model"}
+    given["data_root"] = given["data_root"] or os.environ.get(DATA_ROOT)
+    return Place.of({name: value for name, value in given.items() if value is not None}, "run")
+
+
+def _overlay(values: dict[str, Any], new: dict[str, Any]) -> None:
+    """`new` over `values`; [train] key by key, where a budget in batches replaces one in epochs and the reverse."""
+    train = {**values.get("train", {})}
+    for name, other in (("batches", "epochs"), ("epochs", "batches")):
+        if name in new.get("train", {}):
+            train.pop(other, None)
+    values |= new
+    values["train"] = {**train, **new.get("train", {})}
+
+
+def _seeds(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    numbers = [part for part in parts if part]
+    if not numbers or not all(part.isascii() and part.isdigit() for part in numbers):
+        raise InputError(f"--seeds '{text}' is not allowed: give a count (3) or a list of whole numbers (0,1,2)")
+    if len(parts) > 1:
+        return [int(part) for part in numbers]
+    if int(text) < 1:
+        raise InputError(f"--seeds '{text}' is not allowed: a count is 1 or more")
+    return list(range(int(text)))
+
+
+def _axis(text: str) -> tuple[str, list[Any]]:
+    key, equals, values = text.partition("=")
+    if not equals:
+        raise InputError(f"--grid '{text}' cannot be read; write method.parameter=value,value")
+    return key.strip(), [parse_value(value) for value in split_list(values)]
+
+
+def _run(sweep: Sweep, place: Place, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from harness import preflight, progress
+    from harness.commands.report import show
+    from harness.executors import serial
+    from harness.record import RETRIED, RecordStore
+
+    console = Console()
+    with console.status("checking data, models and methods"):
+        checked = preflight.check_tasks(sweep, place)
+        preflight.check_methods(sweep, checked, place)
+    specs = plan(sweep, [task.fingerprints for task in checked], place)
+    store = RecordStore(options.results)
+    store.make_ready()
+    retried = RETRIED if options.retry_failed else ()
+    finished = {record.run_id for record in map(store.read, _ids(specs)) if record and record.status not in retried}
+    missing = [spec for spec in specs if spec.run_id not in finished]
+    console.print(
+        f"{len(specs)} runs: {len(specs) - len(missing)} finished before, {len(missing)} to do", highlight=False
+    )
+    with progress.view(len(missing), console) as view:
+        for record in serial.execute(missing, store, view.step):
+            view.ended(record)
+    return show(store, _ids(specs))
+
+
+def _ids(specs: list[RunSpec]) -> list[str]:
+    return [spec.run_id for spec in specs]
+
+
+def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
+    from tabulate import tabulate
+
+    from harness import preflight
+    from harness.record import RecordStore
+
+    checked = preflight.check_tasks(sweep, place)
+    reasons = preflight.check_methods(sweep, checked, place)
+    specs = plan(sweep, [task.fingerprints for task in checked], place)
+    store = RecordStore(results)
+    finished = sum(store.read(run_id) is not None for run_id in _ids(specs))
+    rows = []
+    for column, task in enumerate(checked):
+        for row, (name, method) in enumerate(method_cells(sweep)):
+            label = f"{name}{_chosen(method)}"
+            batches = sweep.train.budget(len(task.splits.train))
+            if (row, column) in reasons:
+                rows.append([label, task.name, "unsupported", "", "", batches])
+                continue
+            count = preflight.count_parameters(method, task, sweep, place)
+            rows.append(
+                [label, task.name, *(f"{n:,}" for n in (count.adapter_initial, count.head, count.total)), batches]
+            )
+    headers = ["method", "task", "adapter at start", "head", "total", "batches"]
+    print(tabulate(rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4)))
+    for row, column in reasons:
+        print(f"{method_cells(sweep)[row][0]} on {checked[column].name}: {reasons[row, column]}")
+    seeds = ", ".join(map(str, sweep.seeds))
+    print(f"{len(specs)} runs (seeds {seeds}), {finished} of them finished. Nothing was trained.")
+    return 0
+
+
+def _chosen(method: Any) -> str:
+    """The parameters that differ from the method's defaults, in brackets."""
+    values = method.model_dump(mode="json")
+    changed = [
+        f"{name}={values[name]}" for name, field in type(method).model_fields.items() if values[name] != field.default
+    ]
+    return f"[{','.join(changed)}]" if changed else ""

@@ -1,0 +1,187 @@
+"""What every method must keep to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness import checkpoint
+from harness.contracts.subject import Started, Subject, spec_of, start
+from harness.method import in_modules
+from harness.plan import Fingerprints, Sweep
+from harness.preflight import CheckedTask, count_parameters
+from harness.record import RecordStore
+from harness.run import run_one
+from harness.spec import Place
+from harness.task import make_splits
+from harness.training import Training
+
+
+def unchanged_output_at_the_start(subject: Subject) -> None:
+    """Before the first update, the adapted model computes what the backbone computes (where the method says so)."""
+    started = start(subject)
+    if not started.method.identity_at_start:
+        return
+    rows = range(8)
+    batch = started.task.collate(started.training.encoded, rows, None)
+    with torch.no_grad():
+        expected = started.before.module.eval()(**batch.inputs).logits
+        found = started.adaptation.model.eval()(**batch.inputs).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def only_the_intended_parameters_train(subject: Subject) -> None:
+    """Frozen numbers stay bit-equal; the head trains; the optimizer holds what requires a gradient, once."""
+    started = start(subject)
+    model = started.adaptation.model
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    head = {name: p.detach().clone() for name, p in _head(started)}
+    assert head, "no parameter of the head is trained"
+    held = [id(p) for group in started.adaptation.optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(set(held)), "the optimizer holds a parameter twice"
+    assert set(held) == {id(p) for p in model.parameters() if p.requires_grad}
+    started.training.run(lambda training: None)
+    after = dict(model.named_parameters())
+    own = started.adaptation.parameters_without_optimizer()
+    moved = [name for name, value in frozen.items() if name not in own and not torch.equal(value, after[name])]
+    assert not moved, f"frozen parameters moved: {moved}"
+    assert any(not torch.equal(value, after[name]) for name, value in head.items()), "the head did not train"
+
+
+def loss_falls_on_a_batch_that_can_be_memorised(subject: Subject) -> None:
+    """Many updates on eight examples at least halve their loss."""
+    started = start(subject, batches=150)
+    rows = tuple(range(8))
+    started.training.data.draw = lambda stream: rows  # type: ignore[method-assign]
+    started.training.run(lambda training: None)
+    losses = [row["loss"] for row in started.training.history]
+    assert min(losses[-10:]) < 0.5 * losses[0], f"the loss went from {losses[0]:.3f} to {min(losses[-10:]):.3f}"
+
+
+def counts_are_right(subject: Subject) -> None:
+    """The counts agree with the backbone's size, and with those from the meta device."""
+    started = start(subject)
+    count = started.adaptation.parameter_count()
+    backbone = sum(p.numel() for p in started.before.module.parameters())
+    head = sum(p.numel() for _, p in started.before.head_parameters())
+    assert count.head == head
+    assert count.total in (backbone, backbone + count.adapter_final)
+    assert count.adapter_initial == count.adapter_final == count.adapter_peak
+    if count.total == backbone:  # it trains the backbone's own numbers, or none
+        assert count.adapter_final <= backbone - head
+    checked = CheckedTask(subject.task, started.task, None, make_splits(started.task, None, None), Fingerprints("", ""))
+    assert count_parameters(started.method, checked, Sweep(), Place()) == count
+    started.training.run(lambda training: None)
+    count = started.adaptation.parameter_count()
+    assert 0 <= count.adapter_final <= count.adapter_peak
+    assert count.adapter_initial <= count.adapter_peak
+
+
+def ranks_name_layers_of_the_backbone(subject: Subject) -> None:
+    """Every rank belongs to a layer of the backbone and lies between 0 and its smaller side."""
+    started = start(subject)
+    started.training.run(lambda training: None)
+    for layer, rank in started.adaptation.ranks().items():
+        assert layer in started.before.layers
+        assert 0 <= rank <= min(started.before.shape(layer))
+
+
+def the_budget_is_used_exactly(subject: Subject) -> None:
+    """Every batch that is asked for counts, and the run ends when the budget is used."""
+    started = start(subject)
+    started.training.run(lambda training: None)
+    assert started.training.used == subject.batches == sum(started.training.data.drawn.values())
+    rule = started.method.data_rule
+    assert rule == "halves" or started.training.data.drawn["lower"] == started.training.data.drawn["upper"] == 0
+
+
+def a_resumed_run_equals_the_uninterrupted_one(subject: Subject) -> None:
+    """Saved to disk after any of several updates and taken up in a new adaptation, training ends bit-equal."""
+    whole = start(subject)
+    saved: list[int] = []
+
+    def save(training: Training) -> None:
+        if training.index in (1, subject.batches // 3, subject.batches // 2, 3 * subject.batches // 4):
+            saved.append(training.index)
+            checkpoint.save(subject.folder / str(training.index), training.used, training.state_dict())
+
+    whole.training.run(save)
+    assert saved
+    for index in saved:
+        resumed = start(subject)
+        state = checkpoint.load_newest(subject.folder / str(index))
+        assert state is not None
+        resumed.training.load_state_dict(state)
+        resumed.training.run(lambda training: None)
+        _assert_equal_runs(whole, resumed)
+
+
+def the_same_seed_gives_the_same_record(subject: Subject) -> None:
+    """Two runs of one spec differ in nothing but times and places; the record on disk validates and says done."""
+    records = []
+    for name in ("first", "second"):
+        store = RecordStore(subject.folder / name)
+        store.make_ready()
+        record = run_one(spec_of(subject), store)
+        assert record.status == "done", record.traceback
+        assert store.read(record.run_id) == record
+        assert len(store.history(record.run_id)) == record.updates > 0
+        records.append((record, store.history(record.run_id), _files(store.folder(record.run_id))))
+    (first, first_history, first_files), (second, second_history, second_files) = records
+    assert first.result() == second.result()
+    assert first_history == second_history
+    assert first_files == second_files
+
+
+def another_seed_gives_another_run(subject: Subject) -> None:
+    """The seed reaches the data order and the initial values."""
+    first, second = start(subject, seed=0), start(subject, seed=1)
+    for started in (first, second):
+        started.training.run(lambda training: None)
+    assert [row["loss"] for row in first.training.history] != [row["loss"] for row in second.training.history]
+
+
+def nothing_is_pickled(subject: Subject) -> None:
+    """Checkpoints and exports are safetensors, JSON and text."""
+    started = start(subject)
+    started.training.run(lambda training: None)
+    checkpoint.save(subject.folder / "checkpoint", started.training.used, started.training.state_dict())
+    started.adaptation.export(subject.folder / "export")
+    files = [path for path in subject.folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".txt"}, files
+    assert any(path.suffix == ".safetensors" for path in (subject.folder / "export").rglob("*"))
+
+
+METHOD_CONTRACTS = (
+    unchanged_output_at_the_start,
+    only_the_intended_parameters_train,
+    loss_falls_on_a_batch_that_can_be_memorised,
+    counts_are_right,
+    ranks_name_layers_of_the_backbone,
+    the_budget_is_used_exactly,
+    a_resumed_run_equals_the_uninterrupted_one,
+    the_same_seed_gives_the_same_record,
+    another_seed_gives_another_run,
+    nothing_is_pickled,
+)
+
+
+def _head(started: Started) -> list[tuple[str, Any]]:
+    trained = [(name, p) for name, p in started.adaptation.model.named_parameters() if p.requires_grad]
+    return [(name, p) for name, p in trained if in_modules(name, started.before.head)]
+
+
+def _assert_equal_runs(one: Started, two: Started) -> None:
+    assert one.training.history == two.training.history
+    assert one.adaptation.ranks() == two.adaptation.ranks()
+    assert one.adaptation.parameter_count() == two.adaptation.parameter_count()
+    for (name, value), (_, other) in zip(
+        one.adaptation.model.state_dict().items(), two.adaptation.model.state_dict().items(), strict=True
+    ):
+        assert torch.equal(value, other), name
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "record.json"}

@@ -1,0 +1,90 @@
+"""What a run was made with: versions, commit, device."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from harness.parameters import Parameters
+
+PACKAGES = ("torch", "peft", "transformers", "datasets", "evaluate", "tokenizers", "numpy", "scikit-learn", "scipy")
+
+
+class Environment(Parameters):
+    """The manifest kept in each record."""
+
+    harness: str
+    commit: str | None  # None outside a git checkout
+    dirty: bool | None  # uncommitted changes in the checkout
+    python: str
+    platform: str
+    processor: str
+    packages: dict[str, str]
+    device: str
+
+
+def environment(device: str) -> Environment:
+    """The manifest of this process, for a run on `device` (a torch device's name)."""
+    commit, dirty = _checkout()
+    return Environment(
+        harness=_version("rank-adaptive-harness") or "not installed",
+        commit=commit,
+        dirty=dirty,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        processor=_processor(),
+        packages={name: version for name in PACKAGES if (version := _version(name))},
+        device=_device_name(device),
+    )
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _checkout() -> tuple[str | None, bool | None]:
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None, None
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10)
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None, None
+    if commit.returncode or status.returncode:
+        return None, None
+    return commit.stdout.strip(), bool(status.stdout.strip())
+
+
+@functools.cache
+def _processor() -> str:
+    cores = os.cpu_count()
+    try:
+        with open("/proc/cpuinfo") as stream:
+            name = next(line.split(":", 1)[1].strip() for line in stream if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {cores} cores"
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    if device.startswith("cuda"):
+        return f"{device}: {torch.cuda.get_device_name(device)}"
+    return device

@@ -1,0 +1,275 @@
+"""The method interface: what a plugin author implements to have a method compared.
+
+A `Method` is its hyperparameters. Starting it on a backbone gives an `Adaptation`, the state of one run. The
+training loop knows nothing else about a method. To add one, write a file with these two classes and name the
+`Method` in the entry-point group `harness.methods`.
+
+This module imports torch only for type checking, and so should the module of a method (import it inside
+functions), so that `python -m harness list` stays fast.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from pydantic import Field
+
+from harness.errors import InputError, unknown
+from harness.parameters import Parameters
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from harness.spec import TrainSpec
+
+Stream = Literal["all", "lower", "upper"]
+Indices = tuple[int, ...]  # one batch: positions in the training split
+
+
+class ParameterCount(Parameters):
+    """How many numbers a run trains and keeps. The head (new for the task) is never part of the adapter."""
+
+    adapter_initial: int = Field(ge=0, description="adapter numbers at the start")
+    adapter_peak: int = Field(ge=0, description="most adapter numbers at any step")
+    adapter_final: int = Field(ge=0, description="adapter numbers in effect after training: the tables' default")
+    head: int = Field(ge=0, description="numbers of the task's head, trained by every method")
+    total: int = Field(ge=0, description="all numbers of the deployed model: backbone, head and adapter")
+    stored_bytes: int = Field(ge=0, description="bytes to keep for this run beside the shared backbone")
+
+
+@dataclass
+class Backbone:
+    """The model that a task hands to a method, not yet adapted.
+
+    module: the whole model, head included; on the meta device during a dry run.
+    head:   qualified names of the submodules that are new for the task; every method trains them.
+    layers: qualified names of the layers that adapters may change (`nn.Linear`, `nn.Conv2d`), head excluded.
+    """
+
+    module: nn.Module
+    head: tuple[str, ...]
+    layers: tuple[str, ...]
+
+    def targets(self, patterns: tuple[str, ...] | None) -> tuple[str, ...]:
+        """The layers whose qualified name is, or ends in, one of `patterns` ("query", "attention.output.dense");
+        all of them for None. Raises InputError where a pattern matches no layer."""
+        if patterns is None:
+            return self.layers
+        chosen: set[str] = set()
+        for pattern in patterns:
+            found = [name for name in self.layers if f".{name}".endswith(f".{pattern}")]
+            if not found:
+                raise unknown("target module", pattern, {name.rsplit(".", 1)[-1] for name in self.layers})
+            chosen.update(found)
+        return tuple(name for name in self.layers if name in chosen)
+
+    def shape(self, layer: str) -> tuple[int, int]:
+        """(outputs, inputs) of the layer's weight seen as a matrix; a kernel is flattened to C_out x (C_in kH kW)."""
+        weight = self.module.get_parameter(f"{layer}.weight")
+        return weight.shape[0], weight[0].numel()
+
+    def check_rank(self, rank: int, targets: tuple[str, ...]) -> None:
+        """Raises InputError where `rank` is above the smaller side of a targeted layer."""
+        for layer in targets:
+            smaller = min(self.shape(layer))
+            if rank > smaller:
+                raise InputError(
+                    f"rank = {rank} is above the smaller side of layer '{layer}': allowed is 1 to {smaller}"
+                )
+
+    def head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(qualified name, parameter) of the head."""
+        return ((name, p) for name, p in self.module.named_parameters() if in_modules(name, self.head))
+
+
+def in_modules(parameter: str, modules: Iterable[str]) -> bool:
+    """Whether a parameter's qualified name lies in one of `modules`, also below a wrapper's prefix."""
+    return any(f".{module}." in f".{parameter}" for module in modules)
+
+
+class TrainData(Protocol):
+    """The training split as a method sees it."""
+
+    size: int
+
+    def draw(self, stream: Stream) -> Indices:
+        """The next batch of a stream. "all": the training split in this seed's order; "lower" and "upper": two
+        random halves of equal size. Every draw is counted and is part of a checkpoint."""
+
+
+class Step(Protocol):
+    """One update of the training loop, as the hooks of an `Adaptation` see it."""
+
+    index: int  # updates made before this one
+    budget: int  # batches that the whole run may put through forward and backward
+    used: int  # batches used so far, those of this step included
+
+    def backward(self, batch: Indices) -> Tensor:
+        """Forward and backward of one batch, adding to the gradients (autocast and accumulation included).
+
+        Returns the detached mean loss (a scalar tensor). Uses one batch of the budget; raises RuntimeError when
+        none is left, so look at `used` first.
+        """
+
+    def restart_schedule(self) -> None:
+        """Begin the learning-rate schedule anew over what is left of the budget (for two-phase methods)."""
+
+
+class Method(Parameters, ABC):
+    """A rank-adaptive or other fine-tuning method: nothing but its validated hyperparameters.
+
+    The first line of a subclass's docstring is what `list` shows. Subclasses are final.
+    """
+
+    version: ClassVar[int] = 1  # raise it when the method's results change, so that its runs are made again
+    data_rule: ClassVar[Literal["all", "halves"]] = "all"  # which streams it draws from
+    capabilities: ClassVar[tuple[str, ...]] = ()  # words for `list`: "linear", "conv2d", "rank-adaptive"
+    identity_at_start: ClassVar[bool] = True  # the adapted model computes what the backbone computes, before training
+
+    learning_rate: float = Field(gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, on matrices only")
+
+    def unsupported(self, backbone: Backbone) -> str | None:
+        """Why the method cannot work on this backbone (the cell is then reported with that reason), or None.
+
+        Raises InputError for a hyperparameter that cannot be right on it (a rank above a layer's size, targets
+        that match nothing). Called for every cell before anything runs, with the backbone on the meta device, so
+        look at shapes and names only.
+        """
+        return None
+
+    @abstractmethod
+    def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
+        """Adapt the backbone in place and return the run's state.
+
+        The head is trained by every method. `rng` and torch's global generator are seeded for this run; draw
+        initial values from either. For a dry run the backbone is on the meta device: draw nothing from `data`.
+        """
+
+
+class Adaptation:
+    """The state of one run of a method: model, optimizer and whatever the method keeps.
+
+    Each update of the loop runs, in this order: before_forward, forward and backward of a batch of `stream`,
+    penalty, before_step, gradient clipping, the optimizer's step, after_step, zeroing of gradients. The learning
+    rate is `initial_lr` times the schedule's factor in every parameter group at every step, so groups may be
+    added, sliced and replaced.
+    """
+
+    stream: Stream = "all"
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, backbone: Backbone) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.head = backbone.head
+        self._adapter_initial = self._adapter_peak = self.adapter_numbers()
+        self._others = sum(
+            p.numel()
+            for name, p in model.named_parameters()
+            if ".original_module." not in name and (not p.requires_grad or in_modules(name, self.head))
+        )
+
+    def penalty(self) -> Tensor | None:
+        """A regulariser that is added to the training loss, and never to an evaluation."""
+        return None
+
+    def before_forward(self, step: Step) -> None:
+        """Before a batch is drawn and put through the model."""
+
+    def before_step(self, step: Step) -> None:
+        """Gradients are there and not yet clipped: replace them here."""
+
+    def after_step(self, step: Step) -> dict[str, float]:
+        """After the optimizer's step, gradients still there: rank allocation, Frank-Wolfe, truncation.
+
+        Returns values for the run's history; numbers or scalar tensors (which are fetched later, without a wait).
+        """
+        return {}
+
+    def finish(self) -> None:
+        """After the last update, before the evaluation."""
+
+    def ranks(self) -> dict[str, int]:
+        """Live rank of each adapted layer, by the layer's name in the backbone; {} where there is no rank."""
+        return {}
+
+    def adapter_numbers(self) -> int:
+        """Numbers of the adapter in effect now, the head left out."""
+        return sum(
+            p.numel()
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and not in_modules(name, self.head)
+        )
+
+    def parameters_without_optimizer(self) -> tuple[str, ...]:
+        """Names of the model's parameters that the method changes itself, not through the optimizer."""
+        return ()
+
+    def parameter_count(self) -> ParameterCount:
+        """Counts so far. Call it whenever the size changes: the peak is the largest size seen by it."""
+        final = self.adapter_numbers()
+        self._adapter_peak = max(self._adapter_peak, final)
+        head = [p for name, p in self.model.named_parameters() if p.requires_grad and in_modules(name, self.head)]
+        num_head = sum(p.numel() for p in head)
+        itemsize = max((p.element_size() for p in self.model.parameters()), default=4)
+        return ParameterCount(
+            adapter_initial=self._adapter_initial,
+            adapter_peak=self._adapter_peak,
+            adapter_final=final,
+            head=num_head,
+            total=self._others + final,
+            stored_bytes=(final + num_head) * itemsize,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that an exact resume needs, as nested dicts and lists of tensors and JSON values: trained
+        parameters, buffers, optimizer, and what a subclass adds."""
+        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        return {
+            "trained": trained,
+            "buffers": dict(self.model.named_buffers()),
+            "optimizer": self.optimizer.state_dict(),
+            "adapter_peak": self._adapter_peak,
+            "stream": self.stream,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, on an adaptation that was started from the same spec."""
+        import torch
+
+        with torch.no_grad():
+            for source, own in (
+                (state["trained"], dict(self.model.named_parameters())),
+                (state["buffers"], dict(self.model.named_buffers())),
+            ):
+                for name, value in source.items():
+                    own[name].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._adapter_peak = state["adapter_peak"]
+        self.stream = state["stream"]
+
+    def export(self, path: Path) -> None:
+        """Write what was trained into the folder `path`, as a stock PEFT adapter where the update is low-rank;
+        here, for the other methods: the trained numbers under their names, `trained.safetensors`."""
+        from safetensors.torch import save_file
+
+        path.mkdir(parents=True, exist_ok=True)
+        trained = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
+        save_file(trained, path / "trained.safetensors")
+
+
+def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW over the model's trainable parameters; biases, norms and other vectors are not decayed."""
+    import torch
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate)

@@ -1,0 +1,176 @@
+"""From what a user asks for to the list of runs: methods x tasks x seeds x grid. Pure, no torch."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import tomllib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pydantic import Field
+
+from harness import registry
+from harness.errors import InputError, unknown
+from harness.method import Method
+from harness.parameters import Parameters
+from harness.spec import Place, RunSpec, TrainSpec
+from harness.task import Task
+
+
+class Sweep(Parameters):
+    """A comparison as a user writes it, on the command line or in a TOML file."""
+
+    description: str = Field("", description="one line, shown by `list` for a preset")
+    methods: tuple[str, ...] = Field((), description='names, with parameters in brackets: "lora[rank=4]"')
+    tasks: tuple[str, ...] = Field((), description='names; a family ("glue") stands for all of its tasks')
+    seeds: tuple[int, ...] = Field((0,), description="every cell is run once per seed")
+    grid: dict[str, tuple[Any, ...]] = Field({}, description='"debora.tau" = [4, 8, 16]')
+    model: str | None = Field(None, description="model folder or Hub id, for the tasks that take one")
+    limit: int | None = Field(None, ge=2, description="most training rows, and most rows of each evaluation split")
+    threads: int = Field(1, ge=1, description="CPU threads of each run")
+    train: TrainSpec = TrainSpec()
+
+
+class Fingerprints(NamedTuple):
+    """Content hashes that a run's identity covers."""
+
+    data: str
+    model: str
+
+
+def split_list(text: str) -> list[str]:
+    """The parts of a comma-separated list, commas inside brackets left alone: "a,b[x=1,y=2]" -> ["a", "b[x=1,y=2]"]."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    if depth != 0:
+        raise InputError(f"'{text}' has an unbalanced bracket; write name[parameter=value,parameter=value]", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def parse_value(text: str) -> Any:
+    """A value as TOML reads it (8, 0.5, true, ["query", "value"], "text"); a bare word is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def parse_choice(text: str) -> tuple[str, dict[str, Any]]:
+    """A name and its parameters: "debora[tau=8,rank=4]" -> ("debora", {"tau": 8, "rank": 4})."""
+    name, bracket, rest = text.partition("[")
+    if not bracket:
+        return name, {}
+    if not rest.endswith("]") or not name:
+        raise InputError(f"'{text}' cannot be read; write name[parameter=value,parameter=value]", text)
+    parameters: dict[str, Any] = {}
+    for part in split_list(rest[:-1]):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"'{part}' in '{text}' has no value; write name[parameter=value]", text)
+        if key.strip() in parameters:
+            raise InputError(f"parameter '{key.strip()}' is given twice in '{text}'", text)
+        parameters[key.strip()] = parse_value(value.strip())
+    return name, parameters
+
+
+def method_cells(sweep: Sweep) -> list[tuple[str, Method]]:
+    """Every method of the sweep with its parameters, the grid multiplied out, duplicates left out.
+
+    Raises InputError for an unknown method, parameter or value.
+    """
+    if not sweep.methods:
+        raise InputError(f"no methods: give --methods, for example --methods lora,debora ({_all(registry.METHODS)})")
+    chosen = [parse_choice(text) for text in sweep.methods]
+    grid = _grid(sweep, {name for name, _ in chosen})
+    cells: dict[str, tuple[str, Method]] = {}
+    for name, parameters in chosen:
+        axes = {key: values for (method, key), values in grid.items() if method == name}
+        if clash := axes.keys() & parameters.keys():
+            raise InputError(
+                f"parameter '{min(clash)}' of {name} is fixed in brackets and varied by the grid; drop one"
+            )
+        for values in itertools.product(*axes.values()):
+            method = registry.make_method(name, parameters | dict(zip(axes, values, strict=True)))
+            cells[name + method.model_dump_json()] = name, method
+    return list(cells.values())
+
+
+def task_cells(sweep: Sweep) -> list[tuple[str, Task]]:
+    """Every task of the sweep, families expanded. Raises InputError for an unknown task, parameter or value."""
+    if not sweep.tasks:
+        raise InputError(f"no tasks: give --tasks, for example --tasks rotten_tomatoes ({_all(registry.TASKS)})")
+    cells: dict[str, tuple[str, Task]] = {}
+    for text in sweep.tasks:
+        name, parameters = parse_choice(text)
+        for member in registry.task_names(name):
+            task = registry.make_task(member, parameters)
+            cells[member + task.model_dump_json()] = member, task
+    if sweep.model and all(task.default_model is None for _, task in cells.values()):
+        names = ", ".join(name for name, _ in cells.values())
+        raise InputError(f"--model '{sweep.model}' has no use here: {names} brings its own model", sweep.model)
+    return list(cells.values())
+
+
+def plan(sweep: Sweep, fingerprints: Sequence[Fingerprints], place: Place) -> list[RunSpec]:
+    """One RunSpec per method, task and seed; all methods and tasks of a seed before the next seed.
+
+    `fingerprints`: one per cell of `task_cells(sweep)`. Raises InputError for seeds that are negative or repeated.
+    """
+    if not sweep.seeds or min(sweep.seeds) < 0 or len(set(sweep.seeds)) < len(sweep.seeds):
+        raise InputError(f"seeds {list(sweep.seeds)} are not allowed: give at least one, each 0 or above and only once")
+    methods = [
+        {
+            "method": name,
+            "method_version": method.version,
+            "method_parameters": method.model_dump(mode="json"),
+        }
+        for name, method in method_cells(sweep)
+    ]
+    shared = {"limit": sweep.limit, "threads": sweep.threads, "train": sweep.train}
+    tasks = [
+        {
+            "task": name,
+            "task_version": task.version,
+            "task_parameters": registry.task_parameters(task),
+            "data_fingerprint": found.data,
+            "model_fingerprint": found.model,
+            "place": place.model_copy(update={"model": model_of(sweep, task)}),
+        }
+        for (name, task), found in zip(task_cells(sweep), fingerprints, strict=True)
+    ]
+    return [
+        RunSpec(**method, **task, **shared, seed=seed) for seed in sweep.seeds for task in tasks for method in methods
+    ]
+
+
+def model_of(sweep: Sweep, task: Task) -> str | None:
+    """The model folder or Hub id that a task of this sweep starts from; None where the task builds its own."""
+    return None if task.default_model is None else sweep.model or task.default_model
+
+
+def _grid(sweep: Sweep, methods: set[str]) -> dict[tuple[str, str], tuple[Any, ...]]:
+    grid = {}
+    for key, values in sweep.grid.items():
+        method, dot, parameter = key.partition(".")
+        if not dot:
+            raise InputError(f"grid '{key}' cannot be read; write method.parameter=value,value", key)
+        if method not in methods:
+            raise unknown("method in the grid", method, methods)
+        fields = registry.method_class(method).model_fields
+        if parameter not in fields:
+            raise unknown(f"parameter of {method}", parameter, fields)
+        if not values:
+            raise InputError(f"grid '{key}' has no values; write {key}=value,value", key)
+        grid[method, parameter] = values
+    return grid
+
+
+@functools.cache
+def _all(group: str) -> str:
+    return "available: " + ", ".join(registry.registered(group))

@@ -1,0 +1,137 @@
+"""RunRecord, the truth about one run, and the store that keeps one folder per run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from harness.environment import Environment
+from harness.errors import InputError
+from harness.method import ParameterCount
+from harness.parameters import Parameters
+from harness.spec import RunSpec
+
+Status = Literal["done", "unsupported", "diverged", "out_of_memory", "failed"]
+RETRIED: tuple[Status, ...] = ("failed", "out_of_memory")  # what --retry-failed runs again
+
+
+class Seconds(Parameters):
+    """Wall-clock seconds of one run."""
+
+    training: float = Field(0.0, ge=0, description="updates alone: no loading, no evaluation")
+    evaluation: float = Field(0.0, ge=0, description="holdout and evaluation passes")
+    total: float = Field(0.0, ge=0, description="everything")
+
+
+class RunRecord(Parameters):
+    """What one run gave. Tables, pictures and MLflow are views of these."""
+
+    schema_version: Literal[1] = 1
+    run_id: str
+    spec: RunSpec
+    status: Status
+    headline: str = Field(description="name of the metric that `score` is")
+    score: float | None = Field(None, description="headline metric on the first evaluation split")
+    metrics: dict[str, float] = Field({}, description="on the evaluation splits; a second split's carry its name")
+    holdout: dict[str, float] = Field({}, description="on the holdout, at the end of training")
+    parameters: ParameterCount | None = None
+    ranks: dict[str, int] = Field({}, description="live rank per adapted layer at the end")
+    batches: int = Field(0, ge=0, description="batches put through forward and backward: the budget's unit")
+    updates: int = Field(0, ge=0, description="optimizer steps")
+    rows: dict[str, int] = Field({}, description="rows per split, as used")
+    seconds: Seconds = Seconds()
+    peak_bytes: int | None = Field(None, description="peak memory of the run: resident on a CPU, allocated on a GPU")
+    environment: Environment
+    started: str = Field(description="ISO 8601, UTC")
+    error: str | None = Field(None, description="one line")
+    traceback: str | None = None
+
+    def result(self) -> dict[str, Any]:
+        """The record without times and places: equal for equal runs."""
+        return self.model_dump(
+            mode="json",
+            exclude={"seconds": True, "peak_bytes": True, "environment": True, "started": True, "spec": {"place"}},
+        )
+
+
+class RecordStore:
+    """The records below a results folder: `runs/<run_id>/` with record.json, history.jsonl and
+    predictions.safetensors. A folder appears whole or not at all."""
+
+    def __init__(self, results: Path) -> None:
+        self.results = results
+        self.runs = results / "runs"
+        self.checkpoints = results / "checkpoints"
+
+    def make_ready(self) -> None:
+        """Create the folder. Raises InputError where it cannot be written."""
+        try:
+            self.runs.mkdir(parents=True, exist_ok=True)
+            probe = self.runs / f".probe-{uuid.uuid4().hex}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InputError(
+                f"--results '{self.results}' cannot be written ({error.strerror}); give a folder that you may write to"
+            ) from None
+
+    def folder(self, run_id: str) -> Path:
+        """Where a run's files are, or will be."""
+        return self.runs / run_id
+
+    def read(self, run_id: str) -> RunRecord | None:
+        """The run's record; None where there is none or it does not hold together (it is then made again)."""
+        try:
+            return RunRecord.model_validate_json((self.folder(run_id) / "record.json").read_bytes())
+        except (FileNotFoundError, NotADirectoryError, ValidationError):
+            return None
+
+    def write(self, record: RunRecord, history: list[dict[str, Any]], files: Path | None = None) -> None:
+        """Put a finished run in place in one rename. `files`: a folder whose files go with it (it is moved)."""
+        draft = self.runs / f".draft-{record.run_id}-{uuid.uuid4().hex[:8]}"
+        if files is None:
+            draft.mkdir(parents=True)
+        else:
+            files.rename(draft)
+        lines = "".join(json.dumps(row) + "\n" for row in history)
+        (draft / "history.jsonl").write_text(lines)
+        with (draft / "record.json").open("w") as stream:
+            stream.write(record.model_dump_json(indent=1))
+            stream.flush()
+            os.fsync(stream.fileno())
+        place = self.folder(record.run_id)
+        if place.exists():  # a failed or damaged run that was made again
+            old = self.runs / f".old-{record.run_id}-{uuid.uuid4().hex[:8]}"
+            place.rename(old)
+            draft.rename(place)
+            shutil.rmtree(old)
+        else:
+            draft.rename(place)
+
+    def history(self, run_id: str) -> list[dict[str, Any]]:
+        """The run's rows of step, loss, learning rate and whatever its method reported."""
+        with (self.folder(run_id) / "history.jsonl").open() as stream:
+            return [json.loads(line) for line in stream]
+
+    def records(self) -> Iterator[RunRecord]:
+        """Every readable record, oldest run_id first. Damaged ones are left out: `damaged` names them."""
+        for path in self._folders():
+            record = self.read(path.name)
+            if record is not None:
+                yield record
+
+    def damaged(self) -> list[str]:
+        """Run folders whose record cannot be read."""
+        return [path.name for path in self._folders() if self.read(path.name) is None]
+
+    def _folders(self) -> list[Path]:
+        if not self.runs.is_dir():
+            return []
+        return sorted(path for path in self.runs.iterdir() if not path.name.startswith("."))

@@ -1,0 +1,86 @@
+"""What one run is: RunSpec, and the training settings in it. Everything here is frozen and strict."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from harness.parameters import Parameters
+
+
+class TrainSpec(Parameters):
+    """The training settings that every method of a comparison shares.
+
+    The budget's unit is one batch through forward and backward, whoever asks for it: a bilevel method's
+    upper-level batches count like any other. Learning rate and weight decay belong to the method.
+    """
+
+    batches: int | None = Field(None, ge=1, description="budget in batches; give this or epochs")
+    epochs: float | None = Field(None, gt=0, description="budget in passes over the training split (default 3)")
+    batch_size: int = Field(32, ge=1, description="examples in a batch")
+    micro_batches: int = Field(1, ge=1, description="pieces a batch is cut into to save memory (gradient accumulation)")
+    schedule: Literal["linear", "constant"] = Field("linear", description="learning-rate decay after the warm-up")
+    warmup: float = Field(0.06, ge=0, lt=1, description="share of the budget over which the learning rate rises")
+    clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; parameters stay in fp32")
+    holdout_points: int = Field(1, ge=0, description="times the holdout is scored, evenly spaced, the last at the end")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> TrainSpec:
+        if self.batches is not None and self.epochs is not None:
+            raise ValueError(f"batches = {self.batches} and epochs = {self.epochs} are both set; give one of them")
+        if self.batches is None and self.epochs is None:
+            object.__setattr__(self, "epochs", 3.0)
+        if self.micro_batches > self.batch_size:
+            raise ValueError(f"micro_batches = {self.micro_batches} is above batch_size = {self.batch_size}")
+        return self
+
+    def budget(self, num_examples: int) -> int:
+        """The run's budget in batches, for a training split of `num_examples` rows."""
+        if self.batches is not None:
+            return self.batches
+        assert self.epochs is not None
+        return max(1, math.ceil(self.epochs * num_examples / self.batch_size))
+
+
+class Place(Parameters):
+    """Where and how a run is carried out. Nothing here is part of a run's identity."""
+
+    data_root: str | None = Field(None, description="folder in the Hub's layout, tried before the Hub")
+    model: str | None = Field(None, description="model folder or Hub id; its content is in the identity, not its path")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    trust_remote_code: bool = Field(False, description="let transformers run code that comes with a Hub model")
+    checkpoint_every: int = Field(0, ge=0, description="batches between whole-state checkpoints; 0 writes none")
+    save_adapter: bool = Field(False, description="keep the trained adapter and head in the run's folder")
+
+
+class RunSpec(Parameters):
+    """One cell of a comparison: one method on one task with one seed.
+
+    `method_parameters` and `task_parameters` hold every parameter, defaults filled in, so that a changed
+    default is a different run. The two fingerprints are content hashes of the data and of the model.
+    """
+
+    method: str
+    method_version: int
+    method_parameters: dict[str, Any]
+    task: str
+    task_version: int
+    task_parameters: dict[str, Any]
+    data_fingerprint: str
+    model_fingerprint: str
+    limit: int | None = Field(None, ge=2)
+    seed: int = Field(ge=0)
+    threads: int = Field(1, ge=1, description="CPU threads: results are bit-identical only at the same number")
+    train: TrainSpec = TrainSpec()
+    place: Place = Place()
+
+    @property
+    def run_id(self) -> str:
+        """16 hexadecimal digits: the SHA-256 of everything above but `place`."""
+        identity = self.model_dump(mode="json", exclude={"place"})
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,223 @@
+"""The task interface: what a plugin author implements to have methods compared on a problem.
+
+A `Task` is its parameters; it gives the data, the backbone, the loss and the metrics, and knows no method. To add
+one, write a file with a final subclass and name it in the entry-point group `harness.tasks`. Import torch and other
+heavy packages inside functions, so that `python -m harness list` stays fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from harness.errors import InputError
+from harness.parameters import Parameters
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+
+    from harness.method import Backbone
+
+HOLDOUT_SHARE, HOLDOUT_ROWS = 0.1, 1000  # the holdout is the smaller of the two
+
+
+class Batch(NamedTuple):
+    """`inputs` go into the model as keyword arguments; `labels` (one row an example) never do."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows of one split, as columns of equal length. `labels` holds int64 classes or float64 targets.
+
+    `groups` holds a value per row; rows that share one (a movie, a premise) are never parted between the training
+    split and the holdout. None: every row stands alone.
+    """
+
+    columns: Mapping[str, Sequence[Any] | np.ndarray]
+    labels: np.ndarray
+    groups: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, rows: np.ndarray) -> Examples:
+        """The given rows, in the given order."""
+        import numpy as np
+
+        columns = {
+            name: values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
+            for name, values in self.columns.items()
+        }
+        return Examples(columns, self.labels[rows], None if self.groups is None else self.groups[rows])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A task's data. The holdout is cut from the training rows, the same for every method and seed; tuning,
+    selection and curves use it. `evaluation` is read once, at the end of a run; its first entry gives the score."""
+
+    train: Examples
+    holdout: Examples
+    evaluation: dict[str, Examples]
+    fingerprint: str
+
+
+class Task(Parameters, ABC):
+    """A problem: data, backbone, loss and metrics. The first line of a subclass's docstring is what `list` shows.
+
+    A task family ("glue") lists its `members`; each is a task of its own ("glue/cola"), and the family's name
+    stands for all of them.
+    """
+
+    version: ClassVar[int] = 1  # raise it when the task's data or scores change, so that its runs are made again
+    members: ClassVar[tuple[str, ...]] = ()
+    default_model: ClassVar[str | None] = None  # None: the task builds its own model and takes no --model
+    capabilities: ClassVar[tuple[str, ...]] = ()  # words for `list`: "text", "image", "regression"
+
+    @property
+    @abstractmethod
+    def headline(self) -> str:
+        """The metric that is the run's score; higher is better."""
+
+    @abstractmethod
+    def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
+        """(training rows, evaluation splits), read from `data_root` (a folder in the Hub's layout) if the task's
+        data is there, else from the task's own source.
+
+        Raises InputError for a missing folder or column, a label out of range or an empty split.
+        """
+
+    def model_fingerprint(self, model: str | None) -> str:
+        """Content hash of the pretrained model (weights, configuration, tokenizer); raises InputError where there
+        is none. Here: of nothing, for a task that builds its own model."""
+        return "built-in"
+
+    @abstractmethod
+    def backbone(self, model: str | None, *, meta: bool = False, trust_remote_code: bool = False) -> Backbone:
+        """The model with a new head. torch's global generator is seeded with the run's seed, so that every method
+        starts from the same head. `meta`: shapes only, on the meta device, no weights read."""
+
+    def encode(self, examples: Examples, model: str | None) -> Any:
+        """Whatever `collate` reads, made once per split and model (token ids, decoded images)."""
+        return examples
+
+    @abstractmethod
+    def collate(self, encoded: Any, rows: Sequence[int], generator: torch.Generator | None) -> Batch:
+        """The batch of these rows, on the CPU. `generator` is keyed by seed and batch, the same for every method:
+        augmentation and noise come from it. None in evaluations: no augmentation."""
+
+    def set_training(self, model: nn.Module) -> None:
+        """Put the model in training mode."""
+        model.train()
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        """Mean loss over the batch, a scalar."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
+        """One prediction per example (classes or values), first dimension the batch's."""
+
+    @abstractmethod
+    def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        """Every metric of one split; `headline` among them."""
+
+
+def make_splits(task: Task, data_root: str | None, limit: int | None) -> Splits:
+    """Load a task's data, cut the holdout, apply `limit`.
+
+    `limit` keeps at most that many training rows (holdout included) and that many of each evaluation split: a
+    deterministic subset with the classes in their proportions. The fingerprint is that of all rows, before `limit`.
+    """
+    train, evaluation = task.load(data_root)
+    for name, examples in {"train": train, **evaluation}.items():
+        if len(examples) == 0:
+            raise InputError(f"split '{name}' of the task's data is empty: it needs at least one row")
+    fingerprint = fingerprint_of(train, *evaluation.values())
+    train = limited(train, limit)
+    evaluation = {name: limited(examples, limit) for name, examples in evaluation.items()}
+    rest, held = holdout_rows(train)
+    if len(rest) < 2:
+        raise InputError(f"split 'train' has {len(train)} rows: at least 2 must be left after the holdout is cut")
+    return Splits(train.select(rest), train.select(held), evaluation, fingerprint)
+
+
+def limited(examples: Examples, limit: int | None) -> Examples:
+    """At most `limit` rows in their old order: the same ones every time, each class in proportion to its size."""
+    import numpy as np
+
+    if limit is None or len(examples) <= limit:
+        return examples
+    shuffled = np.random.default_rng(0).permutation(len(examples))
+    if not np.issubdtype(examples.labels.dtype, np.integer):
+        return examples.select(np.sort(shuffled[:limit]))
+    # Each row's place within its class, as a share of the class: the smallest `limit` shares are stratified.
+    shares = np.empty(len(examples))
+    for label in np.unique(examples.labels):
+        rows = shuffled[examples.labels[shuffled] == label]
+        shares[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+    return examples.select(np.sort(np.argsort(shares, kind="stable")[:limit]))
+
+
+def holdout_rows(train: Examples) -> tuple[np.ndarray, np.ndarray]:
+    """(rows that stay, holdout rows): min(10 %, 1,000) rows, whole groups only, the same for every method and seed."""
+    import numpy as np
+
+    wanted = max(1, min(int(HOLDOUT_SHARE * len(train)), HOLDOUT_ROWS))
+    groups = np.arange(len(train)) if train.groups is None else np.unique(train.groups, return_inverse=True)[1]
+    order = np.random.default_rng(0).permutation(groups.max() + 1)
+    sizes = np.bincount(groups)[order]
+    taken = np.zeros(len(order), dtype=bool)
+    total = 0
+    for position, size in enumerate(sizes):  # greedy: a group that would overshoot is passed over
+        if total + size <= wanted:
+            taken[position] = True
+            total += size
+        if total == wanted:
+            break
+    if not taken.any():
+        taken[np.argmin(sizes)] = True
+    held = np.isin(groups, order[taken])
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def fingerprint_of(*splits: Examples) -> str:
+    """SHA-256 over the content of the splits (columns, labels, groups), 16 hexadecimal digits."""
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for examples in splits:
+        for name, values in [*sorted(examples.columns.items()), ("labels", examples.labels)]:
+            digest.update(f"{name}:{len(values)}:".encode())
+            if isinstance(values, np.ndarray):
+                digest.update(np.ascontiguousarray(values).tobytes())
+            else:
+                digest.update("\x00".join(map(str, values)).encode())
+    return digest.hexdigest()[:16]
+
+
+class Classification(Task):
+    """Abstract base of tasks whose model returns `logits`: cross-entropy, the most probable class, accuracy."""
+
+    @property
+    def headline(self) -> str:
+        return "accuracy"
+
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(model(**batch.inputs).logits.float(), batch.labels)
+
+    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(**batch.inputs).logits.argmax(-1)
+
+    def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        return {"accuracy": float((predictions == references).mean())}

@@ -1,0 +1,238 @@
+"""The one training loop. It knows no method and no task by name."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.errors import Diverged
+from harness.method import Adaptation, Indices, Stream
+from harness.spec import TrainSpec
+from harness.task import Batch, Task
+
+FETCH_EVERY = 10  # updates between fetches of the history from the device: a fetch waits for the device
+
+
+def derived_seed(seed: int, *words: str | int) -> int:
+    """A 63-bit seed for one purpose of a run, independent of the seeds for the others."""
+    digest = hashlib.sha256(repr((seed, *words)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class TrainingData:
+    """The training split as endless streams of batches, the same for every method at a seed.
+
+    A stream runs through its rows in one random order after another; a batch may span two of them.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.drawn: dict[Stream, int] = {"all": 0, "lower": 0, "upper": 0}
+        shuffled = np.random.default_rng(derived_seed(seed, "halves")).permutation(size)
+        half = size // 2  # of an odd number of rows, one is in neither half
+        self._rows: dict[Stream, np.ndarray] = {
+            "all": np.arange(size),
+            "lower": np.sort(shuffled[:half]),
+            "upper": np.sort(shuffled[half : 2 * half]),
+        }
+        self._order: dict[Stream, tuple[int, np.ndarray]] = {}
+
+    def draw(self, stream: Stream) -> Indices:
+        """The stream's next batch, as positions in the training split."""
+        start = self.drawn[stream] * self.batch_size
+        self.drawn[stream] += 1
+        rows = self._rows[stream]
+        batch: list[int] = []
+        while len(batch) < self.batch_size:
+            passes, offset = divmod(start + len(batch), len(rows))
+            order = self._pass(stream, passes)
+            batch += order[offset : offset + self.batch_size - len(batch)].tolist()
+        return tuple(batch)
+
+    def _pass(self, stream: Stream, number: int) -> np.ndarray:
+        cached = self._order.get(stream)
+        if cached is None or cached[0] != number:
+            generator = np.random.default_rng(derived_seed(self.seed, stream, number))
+            cached = self._order[stream] = (number, generator.permutation(self._rows[stream]))
+        return cached[1]
+
+
+class Training:
+    """One run's training: the state of the loop, and the `Step` that a method's hooks see."""
+
+    def __init__(
+        self,
+        adaptation: Adaptation,
+        task: Task,
+        encoded: Any,
+        data: TrainingData,
+        train: TrainSpec,
+        device: torch.device,
+        budget: int,
+    ) -> None:
+        self.adaptation = adaptation
+        self.task = task
+        self.encoded = encoded
+        self.data = data
+        self.train = train
+        self.device = device
+        self.budget = budget
+        self.index = 0
+        self.used = 0
+        self.seconds = 0.0
+        self.schedule_start = 0
+        self.history: list[dict[str, Any]] = []
+        self._waiting: list[dict[str, Any]] = []  # history rows whose values may still be on the device
+
+    def run(self, after_update: Callable[[Training], None]) -> None:
+        """Update until the budget is used, then let the method finish. Raises Diverged at a non-finite loss.
+
+        `after_update` is called after every update; its time is not counted as training.
+        """
+        while self.used < self.budget:
+            started = time.perf_counter()
+            self.update()
+            if len(self._waiting) >= FETCH_EVERY or self.used >= self.budget:
+                self.fetch()
+            self.seconds += time.perf_counter() - started
+            after_update(self)
+        self.adaptation.finish()
+
+    def update(self) -> None:
+        """One update: draw, forward, backward, clip, step, and the method's hooks around them."""
+        adaptation, optimizer = self.adaptation, self.adaptation.optimizer
+        adaptation.before_forward(self)
+        factor = self._schedule_factor()
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        loss = self.backward(self.data.draw(adaptation.stream))
+        penalty = adaptation.penalty()
+        if penalty is not None:
+            penalty.backward()  # type: ignore[no-untyped-call]
+        adaptation.before_step(self)
+        row: dict[str, Any] = {"update": self.index, "loss": loss, "learning_rate_factor": factor}
+        if self.train.clip_norm > 0:
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            row["gradient_norm"] = torch.nn.utils.clip_grad_norm_(trained, self.train.clip_norm)
+        optimizer.step()
+        row |= adaptation.after_step(self)
+        optimizer.zero_grad(set_to_none=True)
+        row["batches"] = self.used
+        self._waiting.append(row)
+        self.index += 1
+
+    def backward(self, batch: Indices) -> Tensor:
+        """See `harness.method.Step`."""
+        if self.used >= self.budget:
+            raise RuntimeError(f"the budget of {self.budget} batches is used up: look at step.used before backward")
+        generator = torch.Generator().manual_seed(derived_seed(self.data.seed, "batch", self.used))
+        piece = math.ceil(len(batch) / self.train.micro_batches)
+        total = torch.zeros((), device=self.device)
+        for first in range(0, len(batch), piece):
+            rows = batch[first : first + piece]
+            inputs = to_device(self.task.collate(self.encoded, rows, generator), self.device)
+            with autocast(self.train, self.device):
+                loss = self.task.loss(self.adaptation.model, inputs, generator) * (len(rows) / len(batch))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        self.used += 1
+        return total
+
+    def restart_schedule(self) -> None:
+        """See `harness.method.Step`."""
+        self.schedule_start = self.used
+
+    def _schedule_factor(self) -> float:
+        """Linear warm-up from 0, then linear decay to 0 or constant, as in transformers' schedules."""
+        budget, done = self.budget - self.schedule_start, self.used - self.schedule_start
+        warmup = math.ceil(self.train.warmup * budget)
+        if done < warmup:
+            return done / warmup
+        return 1.0 if self.train.schedule == "constant" else max(0.0, (budget - done) / max(1, budget - warmup))
+
+    def fetch(self) -> None:
+        """Move the history's waiting rows off the device. Raises Diverged where a loss is not finite."""
+        tensors = [value for row in self._waiting for value in row.values() if isinstance(value, Tensor)]
+        numbers = iter(torch.stack([t.detach().float().reshape(()) for t in tensors]).tolist() if tensors else [])
+        for row in self._waiting:
+            fetched = {key: next(numbers) if isinstance(value, Tensor) else value for key, value in row.items()}
+            self.history.append(fetched)
+        rows, self._waiting = self.history[len(self.history) - len(self._waiting) :], []
+        for row in rows:
+            if not math.isfinite(row["loss"]):
+                raise Diverged(f"the loss is {row['loss']} at update {row['update']}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that an exact resume needs; between two updates."""
+        self.fetch()
+        numpy_state: Any = np.random.get_state()
+        return {
+            "index": self.index,
+            "used": self.used,
+            "seconds": self.seconds,
+            "schedule_start": self.schedule_start,
+            "history": self.history,
+            "drawn": self.data.drawn,
+            "adaptation": self.adaptation.state_dict(),
+            "python": random.getstate(),
+            "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, on a training that was built from the same spec."""
+        self.adaptation.load_state_dict(state["adaptation"])
+        for name in ("index", "used", "seconds", "schedule_start", "history"):
+            setattr(self, name, state[name])
+        self.data.drawn = state["drawn"]
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        np.random.set_state(tuple(state["numpy"]))
+        torch.set_rng_state(state["torch"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def autocast(train: TrainSpec, device: torch.device) -> torch.autocast:
+    """Mixed precision as the spec has it."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=train.precision == "bf16")
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    return Batch({name: value.to(device) for name, value in batch.inputs.items()}, batch.labels.to(device))
+
+
+def predict(
+    adaptation: Adaptation, task: Task, encoded: Any, references: np.ndarray, train: TrainSpec, device: torch.device
+) -> np.ndarray:
+    """Predictions for every row of a split, in evaluation mode, as a NumPy array whose first dimension is the rows."""
+    model = adaptation.model
+    model.eval()
+    parts = []
+    size = 2 * train.batch_size
+    with torch.no_grad(), autocast(train, device):
+        for first in range(0, len(references), size):
+            rows = range(first, min(first + size, len(references)))
+            parts.append(task.predict(model, to_device(task.collate(encoded, rows, None), device)))
+    task.set_training(model)
+    predictions = torch.cat(parts).cpu()
+    return (predictions.float() if predictions.is_floating_point() else predictions).numpy()

@@ -1,0 +1,30 @@
+"""Training the head alone: the floor that every adapter must beat."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from harness.method import Adaptation, Backbone, Method, TrainData, adamw
+
+if TYPE_CHECKING:
+    import torch
+
+    from harness.spec import TrainSpec
+
+
+class Head(Method):
+    """The task's head alone on a frozen backbone: the floor (0 adapter numbers)."""
+
+    capabilities = ("any layer",)
+
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+
+    def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
+        """See `Method.start`."""
+        backbone.module.requires_grad_(False)
+        for _, parameter in backbone.head_parameters():
+            parameter.requires_grad_(True)
+        optimizer = adamw(backbone.module, self.learning_rate, self.weight_decay)
+        return Adaptation(backbone.module, optimizer, backbone)

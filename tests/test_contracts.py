@@ -1,0 +1,23 @@
+"""Every registered method and task keeps the contracts."""
+
+from pathlib import Path
+
+import pytest
+
+from harness import registry
+from harness.contracts import METHOD_CONTRACTS, TASK_CONTRACTS, Subject
+
+PARAMETERS = {"full": "full[learning_rate=1e-3]", "lora": "lora[rank=4]", "debora": "debora[rank=4,T_max=2]"}
+METHODS = [PARAMETERS.get(name, name) for name in registry.registered(registry.METHODS)]
+
+
+@pytest.mark.parametrize("contract", METHOD_CONTRACTS, ids=lambda contract: contract.__name__)
+@pytest.mark.parametrize("method", METHODS)
+def test_method(method, contract, tmp_path: Path):
+    contract(Subject(method, tmp_path))
+
+
+@pytest.mark.parametrize("contract", TASK_CONTRACTS, ids=lambda contract: contract.__name__)
+@pytest.mark.parametrize("task", ["synthetic", "digits"])
+def test_task_without_files(task, contract, tmp_path: Path):
+    contract(Subject(task, tmp_path))
