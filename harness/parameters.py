@@ -28,7 +28,8 @@ class Parameters(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            mention = str(first["loc"][0]) if first["loc"] else None
+            names = [part for part in first["loc"] if isinstance(part, str) and part in str(values)]
+            mention = names[-1] if names else None
             raise InputError(_one_line(first, owner), mention) from None
 
 

@@ -38,7 +38,7 @@ def task_class(name: str) -> type[Task]:
     """The class behind "family" or "family/member". Raises InputError for an unknown name."""
     family, _, member = name.partition("/")
     if family not in registered(TASKS):
-        raise unknown("task", name, registered(TASKS))
+        raise unknown("task", family, registered(TASKS))
     loaded = _load(TASKS, "task", family)
     if not (isinstance(loaded, type) and issubclass(loaded, Task)):
         raise InputError(f"task '{family}' is {loaded!r}, which is not a subclass of harness.task.Task")

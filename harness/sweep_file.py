@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.errors import InputError, unknown
 from harness.plan import Sweep
+from harness.spec import TrainSpec
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -42,6 +43,8 @@ def read(path: Path) -> dict[str, Any]:
     if isinstance(values.get("seeds"), int):
         values["seeds"] = list(range(values["seeds"]))
     try:
+        if isinstance(values.get("train"), dict):
+            TrainSpec.of(values["train"], "train")
         Sweep.of(values, "sweep")
     except InputError as error:
         raise located(error, path) from None

@@ -4,8 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from harness import registry
+from harness.errors import InputError, unknown
+from harness.record import RecordStore, RunRecord
+
+FAILED = ("failed", "diverged", "out_of_memory")
 
 
 def command(results: Path, methods: Sequence[str] | None, tasks: Sequence[str] | None) -> int:
-    """Rebuild everything from the records below `results`. Raises InputError where there are none."""
-    raise NotImplementedError
+    """Rebuild everything from the records below `results` and print it.
+
+    Raises InputError where there are no records, or none of a method or task that was named.
+    """
+    if not results.is_dir():
+        raise InputError(f"--results '{results}' is not a folder; runs are made by `python -m harness run`")
+    store = RecordStore(results)
+    records = list(store.records())
+    if methods and records:
+        _check("method", methods, {record.spec.method for record in records})
+        records = [record for record in records if record.spec.method in methods]
+    if tasks and records:
+        _check("task", tasks, {record.spec.task for record in records} | {r.spec.task.split("/")[0] for r in records})
+        records = [r for r in records if r.spec.task in tasks or r.spec.task.split("/")[0] in tasks]
+    _show(store, records, records)
+    return 0
+
+
+def show_sweep(store: RecordStore, run_ids: Sequence[str]) -> int:
+    """Print the leaderboard of these runs; the files cover every record of the store.
+
+    Returns the exit code: 1 where a run of the sweep failed, diverged or ran out of memory.
+    """
+    every = list(store.records())
+    wanted = set(run_ids)
+    chosen = [record for record in every if record.run_id in wanted]
+    _show(store, chosen, every)
+    return int(any(record.status in FAILED for record in chosen))
+
+
+def _show(store: RecordStore, shown: list[RunRecord], written: list[RunRecord]) -> None:
+    from harness.report.build import build_report
+    from harness.report.frame import to_frame
+    from harness.report.leaderboard import leaderboards
+    from harness.report.text import console
+
+    defaults = _defaults({record.spec.method for record in written})
+    paths = build_report(store, written, defaults)
+    for board in leaderboards(to_frame(shown, defaults)):
+        print(f"\n{console(board, store.damaged())}")
+    print(f"\nrecords   {store.runs}")
+    for path in paths:
+        print(f"{'table' if path.parent.name == 'tables' else 'picture':<10}{path}")
+
+
+def _defaults(methods: set[str]) -> dict[str, dict[str, Any]]:
+    """Default parameters of the methods that are installed."""
+    known = registry.registered(registry.METHODS)
+    found = {}
+    for name in methods & known.keys():
+        try:
+            cls = registry.method_class(name)
+        except InputError:  # a plugin that no longer imports: its records are still shown
+            continue
+        found[name] = cls.model_construct().model_dump(mode="json")
+    return found
+
+
+def _check(kind: str, given: Sequence[str], present: set[str]) -> None:
+    for name in given:
+        if name not in present:
+            raise unknown(f"{kind} among the records", name, present)

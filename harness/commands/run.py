@@ -83,7 +83,7 @@ def _run(sweep: Sweep, place: Place, options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from harness import preflight, progress
-    from harness.commands.report import show
+    from harness.commands.report import show_sweep
     from harness.executors import serial
     from harness.record import RETRIED, RecordStore
 
@@ -103,7 +103,7 @@ def _run(sweep: Sweep, place: Place, options: argparse.Namespace) -> int:
     with progress.view(len(missing), console) as view:
         for record in serial.execute(missing, store, view.step):
             view.ended(record)
-    return show(store, _ids(specs))
+    return show_sweep(store, _ids(specs))
 
 
 def _ids(specs: list[RunSpec]) -> list[str]:
