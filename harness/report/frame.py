@@ -1,0 +1,213 @@
+"""Run records as a pandas DataFrame, one row per run: what tables and pictures are made of.
+
+The frame also decides what may stand together. Runs with one `setting` share everything but method, seed and task;
+within it, runs with one `label` are one configuration of a method, and runs with one `column` one task on one data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from harness.record import RunRecord
+from harness.spec import RunSpec, TrainSpec
+
+Defaults = Mapping[str, Mapping[str, Any]]  # method -> its default parameters
+
+METRICS = "metrics."  # prefix of the columns of the evaluation's metrics
+HOLDOUT = "holdout."
+OF_METHOD = {"method", "method_version", "method_parameters"}
+OF_TASK = {"task", "task_version", "task_parameters", "data_fingerprint"}
+NOT_SETTING = OF_METHOD | OF_TASK | {"seed", "place"}
+
+
+class _Variant(NamedTuple):
+    """A method or a task, to the last parameter."""
+
+    name: str
+    version: int
+    parameters: str  # JSON, keys sorted
+    data: str = ""
+
+
+def to_frame(records: Iterable[RunRecord], defaults: Defaults | None = None) -> pd.DataFrame:
+    """One row per run_id (of a run given twice, the last).
+
+    `defaults` gives the parameters that a method's label need not name: "debora[tau=8]" has all others at their
+    default. Of a method without an entry (an uninstalled plugin), the label names the parameters that vary between
+    its records. A version is named where the records hold several of one method or task.
+
+    Columns: run_id, label, column, setting (the three explained above; `setting` is 8 hexadecimal digits),
+    setting_text, method, method_version, method_parameters (JSON), task, task_version, task_parameters (JSON),
+    model, model_fingerprint, data_fingerprint, seed, status, headline, score, metrics.*, holdout.*, parameters_initial,
+    parameters_peak, parameters_final, head (numbers), stored_bytes, rank (mean live rank over the layers), batches,
+    updates, seconds_training, seconds_total, peak_bytes, device, started, error. Missing values are None or NaN.
+    """
+    unique = {record.run_id: record for record in records}
+    methods = {run_id: _method(record.spec) for run_id, record in unique.items()}
+    tasks = {run_id: _task(record.spec) for run_id, record in unique.items()}
+    labels = _labels(set(methods.values()), defaults or {})
+    columns = _labels(set(tasks.values()), {})
+    rows = []
+    for run_id, record in unique.items():
+        names = {"run_id": run_id, "label": labels[methods[run_id]], "column": columns[tasks[run_id]]}
+        rows.append(names | _of_spec(record.spec, methods[run_id], tasks[run_id]) | _of_result(record))
+    return pd.DataFrame(rows)
+
+
+def _method(spec: RunSpec) -> _Variant:
+    return _Variant(spec.method, spec.method_version, json.dumps(spec.method_parameters, sort_keys=True))
+
+
+def _task(spec: RunSpec) -> _Variant:
+    parameters = json.dumps(spec.task_parameters, sort_keys=True)
+    return _Variant(spec.task, spec.task_version, parameters, spec.data_fingerprint)
+
+
+def _of_spec(spec: RunSpec, method: _Variant, task: _Variant) -> dict[str, Any]:
+    setting = spec.model_dump(mode="json", exclude=NOT_SETTING)
+    return {
+        "setting": hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:8],
+        "setting_text": _setting_text(spec.train, setting),
+        "method": method.name,
+        "method_version": method.version,
+        "method_parameters": method.parameters,
+        "task": task.name,
+        "task_version": task.version,
+        "task_parameters": task.parameters,
+        "model": _model_name(spec.place.model),
+        "model_fingerprint": spec.model_fingerprint,
+        "data_fingerprint": spec.data_fingerprint,
+        "seed": spec.seed,
+    }
+
+
+def _of_result(record: RunRecord) -> dict[str, Any]:
+    count = record.parameters
+    return {
+        "status": record.status,
+        "headline": record.headline,
+        "score": record.score if record.status == "done" else None,
+        "parameters_initial": count and count.adapter_initial,
+        "parameters_peak": count and count.adapter_peak,
+        "parameters_final": count and count.adapter_final,
+        "head": count and count.head,
+        "stored_bytes": count and count.stored_bytes,
+        "rank": sum(record.ranks.values()) / len(record.ranks) if record.ranks else None,
+        "batches": record.batches,
+        "updates": record.updates,
+        "seconds_training": record.seconds.training,
+        "seconds_total": record.seconds.total,
+        "peak_bytes": record.peak_bytes,
+        "device": record.environment.device,
+        "started": record.started,
+        "error": record.error,
+        **{f"{METRICS}{name}": value for name, value in record.metrics.items()},
+        **{f"{HOLDOUT}{name}": value for name, value in record.holdout.items()},
+    }
+
+
+def _setting_text(train: TrainSpec, setting: Mapping[str, Any]) -> str:
+    """The setting in words, the model left out; every value that is not a default is named."""
+    limit, threads = setting["limit"], setting["threads"]
+    words = [
+        f"{train.batches} batches" if train.batches is not None else f"{train.epochs:g} epochs",
+        f"batch size {train.batch_size}",
+        "all rows" if limit is None else f"at most {limit} rows of each split",
+        "1 thread" if threads == 1 else f"{threads} threads",
+    ]
+    for name, field in TrainSpec.model_fields.items():
+        value = getattr(train, name)
+        if name not in ("batches", "epochs", "batch_size") and value != field.default:
+            words.append(f"{name} {_text(value)}")
+    known = {"limit", "threads", "train", "model_fingerprint"}
+    words += [f"{name} {_text(value)}" for name, value in setting.items() if name not in known]
+    return ", ".join(words)
+
+
+def _model_name(model: str | None) -> str | None:
+    """A Hub id as it is; of a folder the last part, since where it lies is nobody's business in a table."""
+    if model is None or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        return model
+    return re.split(r"[/\\]", model.rstrip("/\\"))[-1]
+
+
+def _labels(variants: set[_Variant], defaults: Defaults) -> dict[_Variant, str]:
+    """A label of its own for each variant, as short as the others allow."""
+    by_name: dict[str, list[_Variant]] = defaultdict(list)
+    for variant in sorted(variants):
+        by_name[variant.name].append(variant)
+    labels: dict[_Variant, str] = {}
+    for name, group in by_name.items():
+        parameters = {variant: json.loads(variant.parameters) for variant in group}
+        shown = _shown(parameters, defaults[name]) if name in defaults else _varying(parameters)
+        several_versions = len({variant.version for variant in group}) > 1
+        for variant in group:
+            values = ",".join(f"{key}={_text(value)}" for key, value in shown[variant].items())
+            version = f" (v{variant.version})" if several_versions else ""
+            labels[variant] = f"{name}[{values}]{version}" if values else f"{name}{version}"
+    return _told_apart(labels)
+
+
+def _shown(
+    parameters: Mapping[_Variant, dict[str, Any]], defaults: Mapping[str, Any]
+) -> dict[_Variant, dict[str, Any]]:
+    """The parameters that are not at their default, in the order of the defaults."""
+    plain = json.loads(json.dumps(dict(defaults), default=str))  # tuples as the lists that JSON made of them
+    missing = object()
+    return {
+        variant: {
+            name: values[name]
+            for name in [*(name for name in plain if name in values), *(name for name in values if name not in plain)]
+            if values[name] != plain.get(name, missing)
+        }
+        for variant, values in parameters.items()
+    }
+
+
+def _varying(parameters: Mapping[_Variant, dict[str, Any]]) -> dict[_Variant, dict[str, Any]]:
+    """The parameters that are not the same in all variants."""
+    seen: dict[str, Counter[str]] = defaultdict(Counter)
+    for values in parameters.values():
+        for name, value in values.items():
+            seen[name][json.dumps(value)] += 1
+    everywhere = {name for name, counts in seen.items() if list(counts.values()) == [len(parameters)]}
+    return {
+        variant: {name: value for name, value in values.items() if name not in everywhere}
+        for variant, values in parameters.items()
+    }
+
+
+def _told_apart(labels: dict[_Variant, str]) -> dict[_Variant, str]:
+    """Labels that several variants share get the data's fingerprint and, where that is not enough, a hash."""
+    data = defaultdict(set)
+    for variant, label in labels.items():
+        data[label].add(variant.data)
+    shared = Counter((label, variant.data) for variant, label in labels.items())
+    told = {}
+    for variant, label in labels.items():
+        suffix = f" (data {variant.data[:8]})" if len(data[label]) > 1 else ""
+        told[variant] = label + suffix + (f" #{_digest(variant)}" if shared[label, variant.data] > 1 else "")
+    assert len(set(told.values())) == len(told), "two variants share a label: their scores would be averaged"
+    return told
+
+
+def _digest(variant: _Variant) -> str:
+    return hashlib.sha256(repr(tuple(variant)).encode()).hexdigest()[:6]
+
+
+def _text(value: Any) -> str:
+    """A parameter's value, as short as it can be without a change."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return "+".join(_text(item) for item in value)
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return json.dumps(value, separators=(",", ":")) if isinstance(value, dict) else str(value)

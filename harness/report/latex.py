@@ -1,0 +1,193 @@
+r"""Leaderboards as LaTeX tables that need \usepackage{booktabs} and nothing else."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from harness.report.leaderboard import Board, Column, Row, score_text
+from harness.report.text import decimal, human
+
+NOTHING = "--"
+LINE_WIDTH = 345.0  # points: the narrowest of the usual classes (article); a wider table becomes several blocks
+SIGN, SMALL_SIGN, GAP = 4.6, 3.9, 6.0  # points: a sign of \footnotesize and of \scriptsize, the space between columns
+LABEL_SIGNS = 24
+SPREAD = (
+    r"Scores: mean $\pm$ sample standard deviation over {n} seeds, or as many as are given in brackets; n/a: no spread "
+    "from one run; --: not run. Bold: the best mean of those cells in which every run gave a score. Parameters: "
+    "adapter numbers in effect after training, without the head."
+)
+SIGNS = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': "''",
+    "`": "`{}",
+    "'": "'{}",
+    "[": "{[}",  # never the argument of the row's end before it
+    "]": "{]}",
+    "±": r"$\pm$",
+    **{sign: f"\\{sign}" for sign in "$&#_%"},
+}
+
+
+def escape(text: str) -> str:
+    """Any text as LaTeX that pdflatex can set; letters that it may not know become ASCII, or a question mark."""
+    signs = re.sub(r"-(?=-)", "-\0", _plain_signs(" ".join(text.split())))
+    return "".join(SIGNS.get(sign, sign) for sign in signs).replace("\0", "{}")  # two hyphens make no dash
+
+
+def latex(boards: Iterable[Board], damaged: Iterable[str] = ()) -> str:
+    """One table environment per board, to be taken in with \\input. `damaged`: run folders that were left out."""
+    names = ", ".join(damaged)
+    lines = [r"% Needs \usepackage{booktabs}."]
+    if names:
+        lines.append(f"% Left out, since their records cannot be read: {_plain_signs(names)}")
+    return "\n\n".join(["\n".join(lines), *(_table(board) for board in boards)]) + "\n"
+
+
+class _Text(NamedTuple):
+    """What stands in a cell: LaTeX, and about how wide it is in points."""
+
+    latex: str
+    width: float
+
+
+def _table(board: Board) -> str:
+    lines = [
+        r"\begin{table}[tbp]",
+        r"\centering",
+        rf"\caption{{{escape(board.caption)} {_metrics(board)} {SPREAD.replace('{n}', str(board.n or 'no'))}}}",
+        rf"\label{{tab:leaderboard-{board.key}}}",
+        rf"\medskip\footnotesize\setlength{{\tabcolsep}}{{{GAP / 2:g}pt}}",
+        "\n\\par\\medskip\n".join(_tabular(block) for block in _blocks(_columns(board))),
+    ]
+    if board.notes:
+        notes = r" \\ ".join(escape(note) for note in board.notes)
+        lines.append(rf"\par\smallskip\begin{{minipage}}{{\linewidth}}\scriptsize\raggedright {notes}\end{{minipage}}")
+    return "\n".join([*lines, r"\end{table}"])
+
+
+def _tabular(columns: list[list[_Text]]) -> str:
+    header, *rows = [" & ".join(text.latex for text in texts) + r" \\" for texts in zip(*columns, strict=True)]
+    start = rf"\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}"
+    return "\n".join([start, r"\toprule", header, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"])
+
+
+def _blocks(columns: list[list[_Text]]) -> list[list[list[_Text]]]:
+    """The columns in as many groups as it takes to stay within the line, each begun by the first column."""
+    first, *others = columns
+    widths = [max(text.width for text in column) + GAP for column in columns]
+    blocks, used = [[first]], widths[0]
+    for column, width in zip(others, widths[1:], strict=True):
+        if used + width > LINE_WIDTH and len(blocks[-1]) > 1:
+            blocks.append([first])
+            used = widths[0]
+        blocks[-1].append(column)
+        used += width
+    return blocks
+
+
+def _columns(board: Board) -> list[list[_Text]]:
+    """The whole table by columns, each begun by its header."""
+    rows = board.rows
+    columns = [
+        [_plain("Method"), *(_label(row.label) for row in rows)],
+        [_plain("Parameters"), *(_plain(human(row.parameters)) for row in rows)],
+    ]
+    if board.has_ranks:
+        columns.append([_plain("Rank"), *(_plain(decimal(row.rank)) for row in rows)])
+    for column in board.columns:
+        columns.append([_title(column, board.columns), *(_score(board, row, column) for row in rows)])
+    if len(board.columns) > 1:
+        averages = ("-" if row.average is None else score_text(row.average) for row in rows)
+        columns.append([_plain("Average"), *(_plain(average) for average in averages)])
+    columns.append([_plain("Seconds"), *(_plain(decimal(row.seconds)) for row in rows)])
+    columns.append([_plain("Memory"), *(_plain(human(row.peak_bytes, "B")) for row in rows)])
+    return columns
+
+
+def _score(board: Board, row: Row, column: Column) -> _Text:
+    """Mean, spread (below the mean where there are several tasks) and failures."""
+    cell = row.cells.get(column.title)
+    if cell is None:
+        return _plain("-")
+    lines = []
+    if cell.score.mean is not None:
+        deviation = cell.score.standard_deviation
+        spread = f"±{'n/a' if deviation is None else score_text(deviation)}"
+        spread += "" if cell.score.n == board.n else f" ({cell.score.n})"
+        mean = _number(score_text(cell.score.mean), board.is_best(row, column))
+        small = _small(spread)
+        one_line = _Text(f"{mean.latex} {small.latex}", mean.width + small.width + SIGN)
+        lines = [one_line] if len(board.columns) == 1 else [mean, small]
+    for status, count in cell.failures:
+        lines += [_small(f"{count} of {len(cell.runs)}"), _small(status)]
+    return _stacked(lines, "r")
+
+
+def _number(text: str, bold: bool) -> _Text:
+    return _Text(rf"\textbf{{\boldmath ${text}$}}" if bold else f"${text}$", len(text) * SIGN * (1.15 if bold else 1))
+
+
+def _title(column: Column, columns: Iterable[Column]) -> _Text:
+    """The task's name, without its family where all tasks are of one ("cola" for "glue/cola")."""
+    families = {other.title.partition("/")[0] if "/" in other.title else "" for other in columns}
+    short = column.title.partition("/")[2] if len(families) == 1 and "" not in families else column.title
+    return _plain(short)
+
+
+def _metrics(board: Board) -> str:
+    """Which metric each column's score is."""
+    tasks: dict[str, list[str]] = {}
+    for column in board.columns:
+        tasks.setdefault(column.headline, []).append(column.title)
+    listed = "; ".join(f"{metric} on {', '.join(titles)}" for metric, titles in tasks.items())
+    return escape(f"Metrics: {listed}.")
+
+
+def _label(label: str) -> _Text:
+    """A method's label, its brackets in smaller type on lines of their own."""
+    name, bracket, rest = label.partition("[")
+    if not bracket:
+        return _plain(label)
+    return _stacked([_plain(name), *(_small(line) for line in _wrapped(bracket + rest, LABEL_SIGNS))], "l")
+
+
+def _plain(text: str) -> _Text:
+    return _Text(NOTHING if text == "-" else escape(text), len(text) * SIGN)
+
+
+def _small(text: str) -> _Text:
+    return _Text(rf"{{\scriptsize {escape(text)}}}", len(text) * SMALL_SIGN)
+
+
+def _stacked(lines: list[_Text], side: str) -> _Text:
+    if len(lines) == 1:
+        return lines[0]
+    stack = r" \\ ".join(line.latex for line in lines)
+    latex = rf"\begin{{tabular}}[t]{{@{{}}{side}@{{}}}}{stack}\end{{tabular}}"
+    return _Text(latex, max(line.width for line in lines))
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """The text in lines of about `width` signs, broken after commas."""
+    lines = [""]
+    for part in re.split(r"(?<=,)", text):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return lines
+
+
+def _plain_signs(text: str) -> str:
+    """ASCII and ±: letters without their accents, a question mark for all that is left."""
+    signs = (sign for sign in unicodedata.normalize("NFKD", text) if not unicodedata.combining(sign))
+    return "".join(sign if " " <= sign <= "~" or sign == "±" else "?" for sign in signs)

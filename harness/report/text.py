@@ -1,0 +1,228 @@
+"""Leaderboards as Markdown, for the console, and as a tidy CSV."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+from tabulate import tabulate
+
+from harness.report.leaderboard import Board, Cell, Column, Row, over, score_text
+from harness.report.statistics import Summary
+
+CONSOLE_WIDTH = 110
+NOTHING = "-"
+LEGEND = (
+    "Scores: mean ± sample standard deviation over the n runs (seeds) that gave one; n/a: no spread from one run; "
+    "-: not run. Bold: the best mean of those cells in which every run gave a score. parameters: adapter numbers in "
+    "effect after training, without the head. parameters, rank (live, over the adapted layers), batches (forward and "
+    "backward) and seconds (of training) are means over the row's scored runs, memory is their peak. Rows are ordered "
+    "by the mean of their scores, those that lack a run's score last. average: of a row that lacks none."
+)
+FAILURES = ("unsupported", "diverged", "out_of_memory", "failed")
+
+
+def human(number: float | None, unit: str = "") -> str:
+    """Three digits and a decimal prefix: 1.33M, 36.9k, 512; "-" for None."""
+    if number is None:
+        return NOTHING
+    for prefix in ("", "k", "M", "G"):
+        digits = f"{number:.0f}" if prefix == "" and number == int(number) else f"{number:#.3g}".rstrip(".")
+        if abs(float(digits)) < 1000:
+            return f"{digits}{prefix}{unit}"
+        number /= 1000
+    return f"{number:.3g}T{unit}"
+
+
+def summary_text(summary: Summary, with_n: bool = True) -> str:
+    """0.823 ± 0.004 (n=2); "-" where there is no value."""
+    if summary.mean is None:
+        return NOTHING
+    spread = "n/a" if summary.standard_deviation is None else score_text(summary.standard_deviation)
+    return f"{score_text(summary.mean)} ± {spread}" + (f" (n={summary.n})" if with_n else "")
+
+
+def failures_text(cell: Cell) -> str:
+    """1 of 2 diverged; empty where every run gave a score."""
+    return ", ".join(f"{count} of {len(cell.runs)} {status}" for status, count in cell.failures)
+
+
+def cell_text(cell: Cell | None, with_n: bool = True) -> str:
+    """The cell's score, its failures, or both."""
+    if cell is None:
+        return NOTHING
+    score = summary_text(cell.score, with_n) if cell.score.n else ""
+    return "; ".join(part for part in (score, failures_text(cell)) if part)
+
+
+def markdown(boards: Iterable[Board], damaged: Iterable[str] = ()) -> str:
+    """Every board as a section: table, other metrics, notes, run ids. `damaged`: run folders that were left out."""
+    sections = ["# Leaderboard", LEGEND, *_damaged_note(damaged)]
+    for board in boards:
+        sections += [f"## Setting {board.key}", _escape(board.caption), _pipes(_main_table(board))]
+        if any(column.others for column in board.columns):
+            sections += ["Other metrics:", _pipes(_other_metrics(board))]
+        if board.notes:
+            sections += ["Notes:", "\n".join(f"- {_escape(note)}" for note in board.notes)]
+        sections += ["Runs:", "\n".join(_run_lines(board))]
+    return "\n\n".join(sections) + "\n"
+
+
+def console(board: Board, damaged: Iterable[str] = (), width: int = CONSOLE_WIDTH) -> str:
+    """Method, parameters, rank, scores and seconds, in as many blocks as it takes to stay within `width` signs."""
+    frame = pd.DataFrame([_console_row(board, row) for row in board.rows])
+    blocks, names = [], ["method"]
+    for name in [str(name) for name in frame if name != "method"]:
+        if len(names) > 1 and _width(_plain(frame[[*names, name]])) > width:
+            blocks.append(names)
+            names = ["method"]
+        names.append(name)
+    tables = [_plain(frame[names]) for names in [*blocks, names]]
+    spread = (
+        f"± is the sample standard deviation over n = {board.n} runs (or n as given)."
+        if board.n
+        else "± is the sample standard deviation."
+    )
+    notes = [board.caption, *board.notes, spread, *_damaged_note(damaged)]
+    lines = [textwrap.fill(note, width, subsequent_indent="  ", break_on_hyphens=False) for note in notes]
+    return "\n".join([lines[0], "", "\n\n".join(tables), "", *lines[1:]])
+
+
+def tidy(boards: Iterable[Board]) -> pd.DataFrame:
+    """One row per cell and metric (`is_headline`: the score), numbers unrounded, for the CSV file.
+
+    `interval_95` is the half-width of the Student t interval. Runs that gave no score are counted by status;
+    costs are means over the scored runs (peak_bytes: the largest); run_ids holds all of the cell's runs.
+    """
+    rows: list[dict[str, Any]] = []
+    for board in boards:
+        for row in board.rows:
+            for column in board.columns:
+                if column.title in row.cells:
+                    rows += _tidy_cell(board, row, column)
+    return pd.DataFrame(rows, dtype=object)
+
+
+def _main_table(board: Board) -> pd.DataFrame:
+    rows = []
+    for row in board.rows:
+        texts = {"method": _escape(row.label), "parameters": human(row.parameters)}
+        if board.has_ranks:
+            texts["rank"] = decimal(row.rank)
+        for column in board.columns:
+            text = cell_text(row.cells.get(column.title))
+            name = _escape(f"{column.title} ({column.headline})")
+            texts[name] = f"**{text}**" if board.is_best(row, column) else text
+        if len(board.columns) > 1:
+            texts["average"] = NOTHING if row.average is None else score_text(row.average)
+        texts |= {
+            "batches": decimal(row.batches),
+            "seconds": decimal(row.seconds),
+            "memory": human(row.peak_bytes, "B"),
+        }
+        rows.append(texts)
+    return pd.DataFrame(rows)
+
+
+def _other_metrics(board: Board) -> pd.DataFrame:
+    rows = []
+    for row in board.rows:
+        texts = {"method": _escape(row.label)}
+        for column in board.columns:
+            cell = row.cells.get(column.title)
+            for name in column.others:
+                texts[_escape(f"{column.title} ({name})")] = summary_text(cell.others[name]) if cell else NOTHING
+        rows.append(texts)
+    return pd.DataFrame(rows)
+
+
+def _run_lines(board: Board) -> Iterable[str]:
+    for row in board.rows:
+        for title, cell in row.cells.items():
+            runs = ", ".join(f"seed {run['seed']} `{run['run_id']}`" for run in cell.runs)
+            yield f"- {_escape(row.label)} on {_escape(title)}: {runs}"
+
+
+def _console_row(board: Board, row: Row) -> dict[str, str]:
+    label = textwrap.fill(row.label.replace(",", ", "), 36, break_on_hyphens=False)
+    texts = {"method": label, "parameters": human(row.parameters)}
+    if board.has_ranks:
+        texts["rank"] = decimal(row.rank)
+    for column in board.columns:
+        cell = row.cells.get(column.title)
+        text = cell_text(cell, with_n=cell is not None and cell.score.n != board.n)
+        texts[f"{column.title}\n{column.headline}"] = text.replace("; ", "\n")
+    if len(board.columns) > 1:
+        texts["average"] = NOTHING if row.average is None else score_text(row.average)
+    return texts | {"seconds": decimal(row.seconds)}
+
+
+def _tidy_cell(board: Board, row: Row, column: Column) -> Iterable[dict[str, Any]]:
+    cell = row.cells[column.title]
+    first = cell.runs[0]
+    identity = {"setting": board.key, "setting_text": board.caption, "label": row.label}
+    names = ("method", "method_version", "method_parameters", "task", "task_version", "task_parameters")
+    identity |= {name: first[name] for name in (*names, "data_fingerprint", "model_fingerprint")}
+    counts = {"runs": len(cell.runs), "done": sum(run["status"] == "done" for run in cell.runs)}
+    counts |= {status: sum(run["status"] == status for run in cell.runs) for status in FAILURES}
+    costs = {
+        name: _whole(over(cell.scored, name)) for name in ("parameters_initial", "parameters_peak", "parameters_final")
+    }
+    costs |= {
+        name: _whole(over(cell.scored, name))
+        for name in ("head", "stored_bytes", "rank", "batches", "seconds_training")
+    }
+    costs |= {"peak_bytes": _whole(over(cell.scored, "peak_bytes", max))}
+    trace = {
+        "seeds": json.dumps([run["seed"] for run in cell.runs]),
+        "run_ids": " ".join(run["run_id"] for run in cell.runs),
+    }
+    for metric, summary in {column.headline: cell.score, **cell.others}.items():
+        numbers = {"n": summary.n, "mean": summary.mean, "standard_deviation": summary.standard_deviation}
+        numbers |= {"interval_95": summary.half_width}
+        named = {"column": column.title, "metric": metric, "is_headline": metric == column.headline}
+        yield identity | named | numbers | counts | costs | trace
+
+
+def _pipes(table: pd.DataFrame) -> str:
+    return _aligned(table, "github")
+
+
+def _plain(table: pd.DataFrame) -> str:
+    return _aligned(table, "simple")
+
+
+def _aligned(table: pd.DataFrame, form: str) -> str:
+    alignment = ["left"] + ["right"] * (table.shape[1] - 1)
+    rows = table.to_numpy().tolist()
+    return tabulate(rows, list(table.columns), tablefmt=form, disable_numparse=True, colalign=alignment)
+
+
+def _width(text: str) -> int:
+    return max(len(line) for line in text.splitlines())
+
+
+def _damaged_note(damaged: Iterable[str]) -> list[str]:
+    names = list(damaged)
+    return [f"Left out, since their records cannot be read: {', '.join(names)}."] if names else []
+
+
+def decimal(number: float | None) -> str:
+    """A count or a mean of counts; "-" for None."""
+    if number is None:
+        return NOTHING
+    return f"{number:.0f}" if number == int(number) or number >= 100 else f"{number:.1f}"
+
+
+def _whole(number: float | None) -> float | int | None:
+    return int(number) if number is not None and number == int(number) else number
+
+
+def _escape(text: str) -> str:
+    """Signs that Markdown would take for its own, an underscore within a word left alone."""
+    text = re.sub(r"([\\|*`<>])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)

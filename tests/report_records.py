@@ -1,0 +1,81 @@
+"""Run records made up for the tests of the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from harness.environment import Environment
+from harness.method import ParameterCount
+from harness.record import RecordStore, RunRecord, Seconds
+from harness.report.frame import to_frame
+from harness.report.leaderboard import Board, leaderboards
+from harness.spec import RunSpec, TrainSpec
+
+ENVIRONMENT = Environment(
+    harness="0.1.0",
+    commit=None,
+    dirty=None,
+    python="3.11.0",
+    platform="Linux",
+    processor="a processor",
+    packages={},
+    device="cpu",
+)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 8, "targets": ("query", "value")},
+    "debora": {"tau": 16.0, "rank": 8},
+}
+
+
+def record(
+    method: str = "lora", task: str = "digits", seed: int = 0, score: float | None = 0.5, **changes: Any
+) -> RunRecord:
+    """A run; `changes` are fields of RunSpec and RunRecord, and `numbers`, the adapter's parameters at the end."""
+    numbers = changes.pop("numbers", 1000)
+    spec = {
+        "method_version": 1,
+        "method_parameters": {},
+        "task_version": 1,
+        "task_parameters": {},
+        "data_fingerprint": "da7a00000000aaaa",
+        "model_fingerprint": "30de100000000000",
+        "train": TrainSpec(batches=100),
+    }
+    spec |= {name: changes.pop(name) for name in list(changes) if name in RunSpec.model_fields}
+    made = RunSpec(method=method, task=task, seed=seed, **spec)
+    headline = changes.pop("headline", "accuracy")
+    values: dict[str, Any] = {
+        "run_id": made.run_id,
+        "spec": made,
+        "status": "done" if score is not None else "failed",
+        "headline": headline,
+        "score": score,
+        "metrics": ({} if score is None else {headline: score}) | changes.pop("others", {}),
+        "parameters": ParameterCount(
+            adapter_initial=numbers, adapter_peak=numbers, adapter_final=numbers, head=10, total=10**6, stored_bytes=1
+        ),
+        "batches": 100,
+        "seconds": Seconds(training=60.0, total=70.0),
+        "peak_bytes": 1_240_000_000,
+        "environment": ENVIRONMENT,
+        "started": "2025-01-01T00:00:00+00:00",
+    }
+    return RunRecord(**(values | changes))
+
+
+def boards(*records: RunRecord) -> list[Board]:
+    return leaderboards(to_frame(records, DEFAULTS))
+
+
+def board(*records: RunRecord) -> Board:
+    (only,) = boards(*records)
+    return only
+
+
+def stored(path: Path, *records: RunRecord) -> RecordStore:
+    store = RecordStore(path)
+    store.make_ready()
+    for each in records:
+        store.write(each, [])
+    return store

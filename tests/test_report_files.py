@@ -1,0 +1,155 @@
+"""The report's forms (console, CSV, LaTeX, pictures) and its files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import scipy.stats
+
+from harness.errors import InputError
+from harness.record import RecordStore
+from harness.report.build import build_report
+from harness.report.frame import to_frame
+from harness.report.latex import escape, latex
+from harness.report.leaderboard import leaderboards
+from harness.report.text import console, human, tidy
+from tests.report_records import DEFAULTS, board, boards, record, stored
+
+
+class TestForms:
+    @pytest.mark.parametrize(
+        ("number", "text"),
+        [
+            (0, "0"),
+            (512, "512"),
+            (36_864, "36.9k"),
+            (1_330_000, "1.33M"),
+            (999_999, "1.00M"),
+            (7e9, "7.00G"),
+            (512.5, "512"),
+            (None, "-"),
+        ],
+    )
+    def test_human(self, number: float | None, text: str) -> None:
+        assert human(number) == text
+
+    def test_console_stays_in_its_width(self) -> None:
+        tasks = [f"glue/task{i}" for i in range(9)]
+        found = board(*(record("debora", task, method_parameters={"tau": 8.0, "rank": 4}) for task in tasks))
+        text = console(found, damaged=["abc"])
+        assert max(map(len, text.splitlines())) <= 110
+        assert all(task in text for task in tasks)
+        assert "cannot be read: abc" in text
+
+    def test_csv_is_exact_and_traceable(self) -> None:
+        runs = [record(seed=seed, score=0.1 * (seed + 1), numbers=1_234_567, others={"f1": 0.5}) for seed in (0, 1)]
+        rows = list(csv.DictReader(io.StringIO(tidy(boards(*runs)).to_csv(index=False))))
+        assert [row["metric"] for row in rows] == ["accuracy", "f1"]
+        assert rows[0]["parameters_final"] == "1234567"
+        assert rows[0]["run_ids"].split() == [run.run_id for run in runs]
+        assert float(rows[0]["mean"]) == pytest.approx(0.15)
+        assert float(rows[0]["interval_95"]) == pytest.approx(scipy.stats.t.ppf(0.975, 1) * 0.05)
+
+    def test_latex_escapes(self) -> None:
+        assert escape(r"50% of $a_b & c#d {x}~^\ --e") == (
+            r"50\% of \$a\_b \& c\#d \{x\}\textasciitilde{}\textasciicircum{}\textbackslash{} -{}-e"
+        )
+        assert escape("naïve τ ± 1\n[x] \uff15\uff05") == r"naive ? $\pm$ 1 {[}x{]} 5\%"
+
+    def test_golden_latex_row(self) -> None:
+        runs = [
+            record(method, seed=seed, score=score)
+            for method, score in (("lora", 0.8), ("my_method", 0.75))
+            for seed in (0, 1)
+        ]
+        lines = latex(boards(*runs)).splitlines()
+        best = r"\textbf{\boldmath $0.800$} {\scriptsize $\pm$0.000}"
+        assert rf"lora & 1.00k & {best} & 60 & 1.24GB \\" in lines
+        assert r"my\_method & 1.00k & $0.750$ {\scriptsize $\pm$0.000} & 60 & 1.24GB \\" in lines
+
+    @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+    def test_latex_compiles(self, tmp_path: Path) -> None:
+        nasty = record("lora", seed=1, score=None, status="failed", error="".join(map(chr, range(1, 400))))
+        wide = [
+            record("debora", f"glue/task_{i}", score=0.5, method_parameters={"tau": 8.0, "rank": 4}) for i in range(9)
+        ]
+        (tmp_path / "leaderboard.tex").write_text(
+            latex(boards(record(), nasty, *wide), ["odd_folder%"]), encoding="utf-8"
+        )
+        preamble = r"\documentclass{article}\usepackage{booktabs}\begin{document}"
+        (tmp_path / "paper.tex").write_text(preamble + r"\input{leaderboard}\end{document}")
+        command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=120)
+        assert result.returncode == 0, result.stdout[-2000:]
+
+
+class TestBuild:
+    def test_writes_everything(self, tmp_path: Path) -> None:
+        store = stored(tmp_path, record(), record(seed=1), record("head", numbers=0))
+        paths = build_report(store, defaults=DEFAULTS)
+        names = ["tables/leaderboard.md", "tables/leaderboard.tex", "tables/leaderboard.csv"]
+        names += ["pictures/score_vs_parameters.png", "pictures/score_vs_parameters.pdf"]
+        assert paths == [tmp_path / name for name in names]
+        assert all(path.stat().st_size > 100 for path in paths)
+        assert sorted(path for path in tmp_path.glob("[tp]*/*") if path not in paths) == []
+
+    def test_same_records_give_the_same_bytes(self, tmp_path: Path) -> None:
+        store = stored(tmp_path, record(), record("head", numbers=0), record("lora", "other", numbers=0))
+        first = [path.read_bytes() for path in build_report(store)]
+        assert [path.read_bytes() for path in build_report(store)] == first
+
+    def test_a_picture_for_each_setting(self, tmp_path: Path) -> None:
+        store = stored(tmp_path, record())
+        build_report(store)
+        store.write(record(limit=50), [])
+        pictures = [path.name for path in build_report(store) if path.suffix == ".png"]
+        keys = sorted(found.key for found in leaderboards(to_frame(store.records())))
+        assert sorted(pictures) == [f"score_vs_parameters_{key}.png" for key in keys]
+        assert sorted(path.name for path in (tmp_path / "pictures").glob("*.png")) == sorted(pictures)
+        assert (tmp_path / "tables" / "leaderboard.md").read_text(encoding="utf-8").count("## Setting") == 2
+
+    def test_runs_that_cannot_be_drawn(self, tmp_path: Path) -> None:
+        paths = build_report(stored(tmp_path, record(score=None, status="unsupported", parameters=None)))
+        assert [path.suffix for path in paths] == [".md", ".tex", ".csv"]
+
+    def test_many_configurations_share_their_methods_colour(self, tmp_path: Path) -> None:
+        runs = [record("debora", method_parameters={"tau": tau, "rank": 8}, numbers=tau) for tau in range(1, 40)]
+        assert len(build_report(stored(tmp_path, *runs), defaults=DEFAULTS)) == 5
+
+    def test_no_records(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"no records in .*runs: run `python -m harness run \.\.\.` first"):
+            build_report(RecordStore(tmp_path))
+
+    def test_damaged_runs_are_named(self, tmp_path: Path) -> None:
+        store = stored(tmp_path, record())
+        store.folder("broken").mkdir()
+        build_report(store)
+        assert "cannot be read: broken." in (tmp_path / "tables" / "leaderboard.md").read_text(encoding="utf-8")
+        shutil.rmtree(store.folder(record().run_id))
+        with pytest.raises(InputError, match="unreadable: broken"):
+            build_report(store)
+
+    def test_old_files_stay_when_writing_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        store = stored(tmp_path, record())
+        pictures = [path for path in build_report(store) if path.parent.name == "pictures"]
+        before = [path.read_bytes() for path in pictures]
+
+        def fail(runs: object, board: object, png: Path, pdf: Path) -> None:
+            png.write_bytes(b"half a pict")
+            raise OSError("disk full")
+
+        monkeypatch.setattr("harness.report.plots.save_pictures", fail)
+        with pytest.raises(OSError, match="disk full"):
+            build_report(store)
+        assert [path.read_bytes() for path in pictures] == before
+        assert sorted((tmp_path / "pictures").iterdir()) == sorted(pictures)
+
+    def test_imports_no_torch(self) -> None:
+        code = "import sys, harness.report.build, harness.report.plots; assert 'torch' not in sys.modules"
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
