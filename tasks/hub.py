@@ -1,0 +1,221 @@
+"""Splits of a Hub dataset: from a folder in the Hub's own layout (the data root), else from the Hub.
+
+A data root holds `<owner>/<dataset>/<config>/<split>-*.parquet`, as `hf download --repo-type dataset --local-dir
+DIR/owner/dataset owner/dataset` leaves it. The parquet files are read as they are: no README.md is needed, and no
+copy is written to a cache.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+HUB_SECONDS = 5.0  # how long the Hub may take to answer before it counts as out of reach
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The columns of one split that a task asked for. `source` is what errors call the split."""
+
+    table: pa.Table
+    source: str
+
+    def texts(self, column: str) -> list[str]:
+        """A column of strings. Raises InputError for another type or an empty cell."""
+        import pyarrow as pa
+
+        kind = self.table.schema.field(column).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise InputError(f"{self.source}: column '{column}' holds {kind}; it should hold text")
+        return self._filled(column).to_pylist()
+
+    def classes(self, column: str, names: Sequence[str]) -> np.ndarray:
+        """A column of class numbers, int64, 0 to len(names) - 1. Raises InputError for any other value."""
+        import numpy as np
+        import pyarrow as pa
+
+        allowed = ", ".join(f"{number} ({name})" for number, name in enumerate(names))
+        kind = self.table.schema.field(column).type
+        if not pa.types.is_integer(kind):
+            raise InputError(f"{self.source}: column '{column}' holds {kind}; it should hold integers: {allowed}")
+        labels = self._filled(column).to_numpy().astype(np.int64)
+        self._check(column, labels, (labels < 0) | (labels >= len(names)), allowed)
+        return labels
+
+    def values(self, column: str, low: float, high: float) -> np.ndarray:
+        """A column of numbers, float64, within [low, high]. Raises InputError for any other value."""
+        import numpy as np
+        import pyarrow as pa
+
+        allowed = f"{low:g} to {high:g}"
+        kind = self.table.schema.field(column).type
+        if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+            raise InputError(f"{self.source}: column '{column}' holds {kind}; it should hold numbers: {allowed}")
+        values = self._filled(column).to_numpy().astype(np.float64)
+        self._check(column, values, ~((values >= low) & (values <= high)), allowed)
+        return values
+
+    def images(self, column: str, size: int) -> np.ndarray:
+        """A column of encoded RGB images (struct with `bytes`), uint8, (rows, size, size, 3).
+
+        Raises InputError for a cell that is no image of that size.
+        """
+        import numpy as np
+
+        images = np.empty((len(self.table), size, size, 3), dtype=np.uint8)
+        for row, cell in enumerate(self._filled(column).to_pylist()):
+            encoded = cell.get("bytes") if isinstance(cell, dict) else None
+            images[row] = self._decoded(encoded, size, f"row {row} of column '{column}'")
+        return images
+
+    def _decoded(self, encoded: bytes | None, size: int, where: str) -> np.ndarray:
+        import io
+
+        import numpy as np
+        from PIL import Image, UnidentifiedImageError
+
+        if not encoded:
+            raise InputError(f"{self.source}: {where} holds no image bytes")
+        try:
+            image = Image.open(io.BytesIO(encoded)).convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise InputError(f"{self.source}: {where} is not a readable image ({error})") from None
+        if image.size != (size, size):
+            raise InputError(f"{self.source}: {where} is {image.width}x{image.height}; it should be {size}x{size}")
+        return np.asarray(image)
+
+    def _filled(self, column: str) -> pa.ChunkedArray:
+        cells = self.table.column(column)
+        if cells.null_count:
+            raise InputError(f"{self.source}: column '{column}' has {cells.null_count} empty cells; it may have none")
+        return cells
+
+    def _check(self, column: str, values: np.ndarray, wrong: np.ndarray, allowed: str) -> None:
+        if wrong.any():
+            raise InputError(
+                f"{self.source}: column '{column}' holds {values[wrong][0]:g} ({int(wrong.sum())} rows outside the "
+                f"allowed range); allowed is {allowed}"
+            )
+
+
+def read_split(dataset: str, config: str, split: str, columns: Sequence[str], data_root: str | None) -> Rows:
+    """Read `columns` of a split of `dataset` ("owner/name"), from `data_root` if it holds the dataset's
+    configuration, else from the Hub.
+
+    Raises InputError where the data root is no folder, neither place has the data, files are missing or damaged, or
+    a column is not there.
+    """
+    folder = None if data_root is None else checked_root(data_root) / dataset
+    files = [] if folder is None else _split_files(folder, config, split)
+    if not files:
+        return _from_hub(dataset, config, split, columns, data_root)
+    source = f"{dataset} {config} {split} in '{files[0].parent}'"
+    return Rows(_read_parquet(files, columns, source), source)
+
+
+def checked_root(data_root: str) -> Path:
+    """The data root as a path. Raises InputError where it is no folder."""
+    folder = Path(data_root).expanduser()
+    if not folder.is_dir():
+        raise InputError(
+            f"data root '{data_root}' is not a folder; --data-root needs one in the Hub's layout", data_root
+        )
+    return folder
+
+
+def _split_files(folder: Path, config: str, split: str) -> list[Path]:
+    """The split's parquet files in shard order; none where the folder does not hold the configuration."""
+    has_config = (folder / config).is_dir()
+    for place in [folder / config] if has_config else [folder / "data", folder]:
+        files = sorted(
+            path
+            for pattern in ("{}-*.parquet", "{}.parquet", "{}/*.parquet")
+            for path in place.glob(pattern.format(split))
+        )
+        if files:
+            _check_shards(files)
+            return files
+    if has_config:
+        present = ", ".join(sorted(path.name for path in (folder / config).iterdir())) or "nothing"
+        raise InputError(f"no file '{split}-*.parquet' in '{folder / config}'; it holds: {present}")
+    return []
+
+
+def _check_shards(files: list[Path]) -> None:
+    number = re.search(r"-of-(\d+)\.parquet$", files[0].name)
+    if number and int(number[1]) != len(files):
+        raise InputError(
+            f"'{files[0].parent}' holds {len(files)} of the {int(number[1])} files like '{files[0].name}'; "
+            "download the dataset again"
+        )
+
+
+def _read_parquet(files: list[Path], columns: Sequence[str], source: str) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tables = []
+    for path in files:
+        try:
+            file = pq.ParquetFile(path)
+            _check_columns(columns, file.schema_arrow.names, f"{source} ({path.name})")
+            tables.append(file.read(columns=list(columns)).replace_schema_metadata(None))
+        except (pa.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"'{path}' is not a readable parquet file ({reason}); download it again") from None
+    return pa.concat_tables(tables)
+
+
+def _check_columns(wanted: Sequence[str], present: Sequence[str], source: str) -> None:
+    for column in wanted:
+        if column not in present:
+            nearest = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
+            hint = f" (nearest: '{nearest[0]}')" if nearest else ""
+            raise InputError(f"{source} has no column '{column}'; its columns are: {', '.join(present)}{hint}")
+
+
+def _from_hub(dataset: str, config: str, split: str, columns: Sequence[str], data_root: str | None) -> Rows:
+    import datasets
+
+    _check_reachable(dataset, config, data_root)
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(dataset, config, split=split)
+    except OSError as error:  # datasets' ConnectionError and DatasetNotFoundError are OSErrors
+        raise _unreachable(dataset, config, data_root, error) from None
+    except ValueError as error:  # an unknown configuration or split
+        raise InputError(f"dataset '{dataset}' on the Hub: {str(error).splitlines()[0]}") from None
+    source = f"{dataset} {config} {split} on the Hub"
+    _check_columns(columns, rows.column_names, source)
+    return Rows(rows.select_columns(list(columns)).with_format("arrow")[:], source)
+
+
+def _check_reachable(dataset: str, config: str, data_root: str | None) -> None:
+    """Ask the Hub once: without internet `load_dataset` retries for half a minute before it gives up."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:  # load_dataset then reads its cache or fails at once
+        return
+    try:
+        HfApi().dataset_info(dataset, timeout=HUB_SECONDS)
+    except Exception as error:  # the client's HTTP library, and with it the error's type, differs by version
+        raise _unreachable(dataset, config, data_root, error) from None
+
+
+def _unreachable(dataset: str, config: str, data_root: str | None, error: Exception) -> InputError:
+    root = "no --data-root was given" if data_root is None else f"data root '{data_root}' does not hold it"
+    return InputError(
+        f"dataset '{dataset}' ({config}) cannot be had: {root}, and the Hub gave {type(error).__name__}. Either give "
+        f"--data-root DIR, filled elsewhere by 'hf download --repo-type dataset --local-dir DIR/{dataset} {dataset}', "
+        "or run on a machine with internet."
+    )

