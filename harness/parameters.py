@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, to_jsonable_python
 
 from harness.errors import InputError, unknown
 
@@ -31,6 +31,13 @@ class Parameters(BaseModel):
             names = [part for part in first["loc"] if isinstance(part, str) and part in str(values)]
             mention = names[-1] if names else None
             raise InputError(_one_line(first, owner), mention) from None
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The parameters that have a default, as JSON values."""
+        fields = {name: field.default for name, field in cls.model_fields.items() if not field.is_required()}
+        plain: dict[str, Any] = to_jsonable_python(fields)
+        return plain
 
 
 def _one_line(first: ErrorDetails, owner: str) -> str:

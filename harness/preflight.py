@@ -53,6 +53,14 @@ def check_methods(sweep: Sweep, tasks: Sequence[CheckedTask], place: Place) -> d
     return reasons
 
 
+def check_models(tasks: Sequence[CheckedTask], place: Place) -> None:
+    """Load every task's model and encode its holdout once, so that missing weights or tokenizer files are found
+    before the first run. Raises InputError."""
+    for checked in tasks:
+        checked.task.encode(checked.splits.holdout, checked.model)
+        checked.task.backbone(checked.model, trust_remote_code=place.trust_remote_code)
+
+
 def count_parameters(method: Method, checked: CheckedTask, sweep: Sweep, place: Place) -> ParameterCount:
     """The counts at the start of a run, from shapes alone: the backbone is on the meta device."""
     backbone = checked.task.backbone(checked.model, meta=True, trust_remote_code=place.trust_remote_code)

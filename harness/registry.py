@@ -78,5 +78,6 @@ def _load(group: str, kind: str, name: str) -> object:
     try:
         return entries[name].load()
     except Exception as error:
-        origin = entries[name].dist.name if entries[name].dist else entries[name].value
+        package = entries[name].dist
+        origin = package.name if package else entries[name].value
         raise InputError(f"{kind} '{name}' of package {origin} cannot be imported: {error}") from error

@@ -141,7 +141,7 @@ def make_splits(task: Task, data_root: str | None, limit: int | None) -> Splits:
     for name, examples in {"train": train, **evaluation}.items():
         if len(examples) == 0:
             raise InputError(f"split '{name}' of the task's data is empty: it needs at least one row")
-    fingerprint = fingerprint_of(train, *evaluation.values())
+    fingerprint = fingerprint_of(train=train, **evaluation)
     train = limited(train, limit)
     evaluation = {name: limited(examples, limit) for name, examples in evaluation.items()}
     rest, held = holdout_rows(train)
@@ -189,14 +189,15 @@ def holdout_rows(train: Examples) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def fingerprint_of(*splits: Examples) -> str:
-    """SHA-256 over the content of the splits (columns, labels, groups), 16 hexadecimal digits."""
+def fingerprint_of(**splits: Examples) -> str:
+    """SHA-256 over the names and the content of the splits (columns, labels, groups), 16 hexadecimal digits."""
     import numpy as np
 
     digest = hashlib.sha256()
-    for examples in splits:
-        for name, values in [*sorted(examples.columns.items()), ("labels", examples.labels)]:
-            digest.update(f"{name}:{len(values)}:".encode())
+    for split, examples in splits.items():
+        groups = {} if examples.groups is None else {"groups": examples.groups}
+        for name, values in {**examples.columns, **groups, "labels": examples.labels}.items():
+            digest.update(f"{split}/{name}:{len(values)}:".encode())
             if isinstance(values, np.ndarray):
                 digest.update(np.ascontiguousarray(values).tobytes())
             else:

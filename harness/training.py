@@ -125,7 +125,7 @@ class Training:
         loss = self.backward(self.data.draw(adaptation.stream))
         penalty = adaptation.penalty()
         if penalty is not None:
-            penalty.backward()  # type: ignore[no-untyped-call]
+            penalty.backward()
         adaptation.before_step(self)
         row: dict[str, Any] = {"update": self.index, "loss": loss, "learning_rate_factor": factor}
         if self.train.clip_norm > 0:
@@ -150,7 +150,7 @@ class Training:
             inputs = to_device(self.task.collate(self.encoded, rows, generator), self.device)
             with autocast(self.train, self.device):
                 loss = self.task.loss(self.adaptation.model, inputs, generator) * (len(rows) / len(batch))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.detach()
         self.used += 1
         return total

@@ -24,7 +24,8 @@ def main() -> None:
     specs = plan(Sweep.of(values, "sweep"), [Fingerprints("data", "model")], Place())
     planned = time.perf_counter()
     run_ids = {spec.run_id for spec in specs}
-    print(f"planning {len(specs):,} specs: {planned - started:.1f} s, their run ids: {time.perf_counter() - planned:.1f} s")
+    print(f"planning {len(specs):,} specs: {planned - started:.1f} s")
+    print(f"their run ids: {time.perf_counter() - planned:.1f} s")
     with tempfile.TemporaryDirectory() as folder:
         store = RecordStore(Path(folder))
         store.make_ready()

@@ -52,8 +52,9 @@ def _show(store: RecordStore, shown: list[RunRecord], written: list[RunRecord]) 
 
     defaults = _defaults({record.spec.method for record in written})
     paths = build_report(store, written, defaults)
+    damaged = store.damaged()
     for board in leaderboards(to_frame(shown, defaults)):
-        print(f"\n{console(board, store.damaged())}")
+        print(f"\n{console(board, damaged)}")
     print(f"\nrecords   {store.runs}")
     for path in paths:
         print(f"{'table' if path.parent.name == 'tables' else 'picture':<10}{path}")
@@ -65,10 +66,9 @@ def _defaults(methods: set[str]) -> dict[str, dict[str, Any]]:
     found = {}
     for name in methods & known.keys():
         try:
-            cls = registry.method_class(name)
+            found[name] = registry.method_class(name).defaults()
         except InputError:  # a plugin that no longer imports: its records are still shown
             continue
-        found[name] = cls.model_construct().model_dump(mode="json")
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from harness import sweep_file
 from harness.errors import InputError
+from harness.method import Method
 from harness.plan import Sweep, method_cells, parse_value, plan, split_list, task_cells
 from harness.spec import Place, RunSpec, TrainSpec
 
@@ -91,6 +92,7 @@ def _run(sweep: Sweep, place: Place, options: argparse.Namespace) -> int:
     with console.status("checking data, models and methods"):
         checked = preflight.check_tasks(sweep, place)
         preflight.check_methods(sweep, checked, place)
+        preflight.check_models(checked, place)
     specs = plan(sweep, [task.fingerprints for task in checked], place)
     store = RecordStore(options.results)
     store.make_ready()
@@ -142,10 +144,8 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     return 0
 
 
-def _chosen(method: Any) -> str:
+def _chosen(method: Method) -> str:
     """The parameters that differ from the method's defaults, in brackets."""
-    values = method.model_dump(mode="json")
-    changed = [
-        f"{name}={values[name]}" for name, field in type(method).model_fields.items() if values[name] != field.default
-    ]
+    values, defaults = method.model_dump(mode="json"), method.defaults()
+    changed = [f"{name}={value}" for name, value in values.items() if value != defaults.get(name)]
     return f"[{','.join(changed)}]" if changed else ""
