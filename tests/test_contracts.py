@@ -7,7 +7,11 @@ import pytest
 from harness import registry
 from harness.contracts import METHOD_CONTRACTS, TASK_CONTRACTS, Subject
 
-PARAMETERS = {"full": "full[learning_rate=1e-3]", "lora": "lora[rank=4]", "debora": "debora[rank=4,T_max=2]"}
+PARAMETERS = {
+    "full": "full[learning_rate=1e-3]",
+    "lora": "lora[rank=4]",
+    "debora": "debora[rank=4,T_max=2,n0=0,step_size=0.5]",
+}
 METHODS = [PARAMETERS.get(name, name) for name in registry.registered(registry.METHODS)]
 
 

@@ -1,0 +1,57 @@
+"""Runs of the method on the synthetic task, stopped where a test wants them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+
+from harness.contracts.subject import Started, Subject, start
+from methods.debora.adaptation import DeboraAdaptation
+
+FAST = "rank=4,T_max=2,n0=0,step_size=0.5"  # truncates from the first upper-level steps on
+
+
+def started(settings: str, updates: int = 0, batches: int = 24) -> Started:
+    """The method on the synthetic task, after some updates, in evaluation mode so that nothing is random."""
+    run = start(Subject(f"debora[{settings}]", Path(), batches=batches))
+    run.adaptation.model.eval()
+    for _ in range(updates):
+        run.training.update()
+    return run
+
+
+def adaptation_of(run: Started) -> DeboraAdaptation:
+    assert isinstance(run.adaptation, DeboraAdaptation)
+    return run.adaptation
+
+
+def numbers(adaptation: DeboraAdaptation) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Copies of every layer's U, s and V."""
+    return {
+        name: tuple(part["default"].detach().clone() for part in (layer.debora_U, layer.debora_s, layer.debora_V))
+        for name, layer in adaptation.layers.items()
+    }
+
+
+def dense(parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    U, s, V = parts
+    return (U * s) @ V.T
+
+
+@torch.no_grad()
+def logits(run: Started) -> torch.Tensor:
+    batch = run.task.collate(run.training.encoded, range(8), None)
+    return run.adaptation.model(**batch.inputs).logits
+
+
+@torch.no_grad()
+def logits_without_adapter(run: Started) -> torch.Tensor:
+    """The backbone with the trained head."""
+    plain = copy.deepcopy(run.before.module).eval()
+    for name in run.before.head:
+        trained = adaptation_of(run).tuner.model.get_submodule(f"{name}.modules_to_save.default")
+        plain.get_submodule(name).load_state_dict(trained.state_dict())
+    batch = run.task.collate(run.training.encoded, range(8), None)
+    return plain(**batch.inputs).logits
