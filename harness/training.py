@@ -126,6 +126,7 @@ class Training:
         penalty = adaptation.penalty()
         if penalty is not None:
             penalty.backward()
+        del penalty  # its graph must not outlive the hooks: they may cut the parameters
         adaptation.before_step(self)
         row: dict[str, Any] = {"update": self.index, "loss": loss, "learning_rate_factor": factor}
         if self.train.clip_norm > 0:
