@@ -109,6 +109,10 @@ class Task(Parameters, ABC):
         """Whatever `collate` reads, made once per split and model (token ids, decoded images)."""
         return examples
 
+    def lengths(self, encoded: Any) -> np.ndarray | None:
+        """(rows,) what each row costs, where rows differ: an evaluation then puts similar ones into one batch."""
+        return None
+
     @abstractmethod
     def collate(self, encoded: Any, rows: Sequence[int], generator: torch.Generator | None) -> Batch:
         """The batch of these rows, on the CPU. `generator` is keyed by seed and batch, the same for every method:

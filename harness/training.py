@@ -228,12 +228,14 @@ def predict(
     """Predictions for every row of a split, in evaluation mode, as a NumPy array whose first dimension is the rows."""
     model = adaptation.model
     model.eval()
+    lengths = task.lengths(encoded)
+    order = np.arange(len(references)) if lengths is None else np.argsort(lengths, kind="stable")
     parts = []
-    size = 2 * train.batch_size
     with torch.no_grad(), autocast(train, device):
-        for first in range(0, len(references), size):
-            rows = range(first, min(first + size, len(references)))
-            parts.append(task.predict(model, to_device(task.collate(encoded, rows, None), device)))
+        for rows in np.split(order, range(2 * train.batch_size, len(order), 2 * train.batch_size)):
+            parts.append(task.predict(model, to_device(task.collate(encoded, rows.tolist(), None), device)))
     task.set_training(model)
-    predictions = torch.cat(parts).cpu()
+    ordered = torch.cat(parts).cpu()
+    predictions = torch.empty_like(ordered)
+    predictions[torch.from_numpy(order)] = ordered
     return (predictions.float() if predictions.is_floating_point() else predictions).numpy()

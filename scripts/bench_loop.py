@@ -40,7 +40,9 @@ def main() -> None:
     bare, ours = [], []
     for repeat in range(options.repeats + 1):
         sides = [(bare, bare_updates), (ours, loop_updates)]
+        drawn = dict(training.data.drawn)
         for times, run in sides if repeat % 2 else reversed(sides):
+            training.data.drawn = dict(drawn)  # both get the same batches: their lengths differ
             started = time.perf_counter()
             run(training, options.updates)
             if repeat:  # the first stretch of each warms up

@@ -82,6 +82,12 @@ class TextClassification(Classification):
             _ENCODED[key] = tokenized(examples, name, self.max_length)
         return _ENCODED[key]
 
+    def lengths(self, encoded: EncodedTexts) -> np.ndarray:
+        """(rows,) number of tokens."""
+        import numpy as np
+
+        return np.diff(encoded.starts)
+
     def collate(self, encoded: EncodedTexts, rows: Sequence[int], generator: torch.Generator | None) -> Batch:
         """Inputs (rows, longest row), padded on the right; labels int64 classes or float32 targets."""
         import numpy as np
