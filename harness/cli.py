@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,6 +21,8 @@ Compare fine-tuning methods on equal terms: same data order, same budget in batc
 parameter counts. A comparison is methods x tasks x seeds x grid; every cell becomes a record on disk, and the
 tables and pictures are made from the records. Running a comparison again runs only what is missing."""
 
+COMMANDS = ("run", "list", "validate", "report")
+
 EXAMPLES = """\
 examples:
   python -m harness list                                what there is: methods, tasks, presets
@@ -32,6 +36,7 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 where runs failed, 2 for bad input, 130 after an interrupt."""
     _quiet_environment()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is an interrupt
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command is None:
@@ -76,6 +81,8 @@ class _Parser(argparse.ArgumentParser):
         if message.startswith(prefix):
             given = message.removeprefix(prefix).split()[0]
             message = str(unknown("option", given.split("=")[0], self._known_options()))
+        if wrong := re.match(r"argument COMMAND: invalid choice: '(.*?)'", message):
+            message = str(unknown("command", wrong[1], COMMANDS))
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 

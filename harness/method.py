@@ -79,7 +79,7 @@ class Backbone:
             smaller = min(self.shape(layer))
             if rank > smaller:
                 raise InputError(
-                    f"rank = {rank} is above the smaller side of layer '{layer}': allowed is 1 to {smaller}"
+                    f"rank = {rank} is above the smaller side of layer '{layer}': allowed is 1 to {smaller}", "rank"
                 )
 
     def head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -191,7 +191,7 @@ class Adaptation:
         """
         return {}
 
-    def finish(self) -> None:
+    def finish(self, step: Step) -> None:
         """After the last update, before the evaluation."""
 
     def ranks(self) -> dict[str, int]:

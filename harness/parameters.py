@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,7 +18,8 @@ class Parameters(BaseModel):
 
     @classmethod
     def of(cls, values: dict[str, Any], owner: str) -> Self:
-        """Validate `values`; `owner` is what the one-line error calls them ("lora", "[train]").
+        """Validate `values`; `owner` is what the one-line error calls them ("lora", "train"; "--" for options of the
+        command line). Types are strict: no "4" or true for a number.
 
         Raises InputError, naming the parameter, the value given, what is allowed and the nearest match.
         """
@@ -25,12 +27,13 @@ class Parameters(BaseModel):
             if name not in cls.model_fields:
                 raise unknown(f"parameter of {owner}", name, cls.model_fields)
         try:
-            return cls.model_validate(values)
+            # From JSON, since only there does strict take a list for a tuple, as TOML and brackets give it.
+            return cls.model_validate_json(json.dumps(values, default=str), strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             names = [part for part in first["loc"] if isinstance(part, str) and part in str(values)]
-            mention = names[-1] if names else None
-            raise InputError(_one_line(first, owner), mention) from None
+            named = [name for name in values if name in first["msg"]]
+            raise InputError(_one_line(first, owner), next(reversed(names + named), None)) from None
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -42,10 +45,11 @@ class Parameters(BaseModel):
 
 def _one_line(first: ErrorDetails, owner: str) -> str:
     where = ".".join(str(part) for part in first["loc"])
-    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    subject = f"{owner}.{where}" if where else owner
+    subject = f"--{where.replace('_', '-')}" if owner == "--" else f"{owner}.{where}" if where else owner
     if first["type"] == "missing":
         return f"{subject} is missing"
     if first["type"] == "value_error":
-        return f"{subject}: {reason}"
+        return f"{subject}: {first['msg'].removeprefix('Value error, ')}"
+    reason = first["msg"].removeprefix("Input should be ")
+    reason = reason.replace("a valid array", 'a list, such as ["query", "value"]')
     return f"{subject} = {first['input']!r} is not allowed: it should be {reason}"

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from harness import registry
 from harness.errors import InputError, unknown
@@ -30,6 +30,13 @@ class Sweep(Parameters):
     limit: int | None = Field(None, ge=2, description="most training rows, and most rows of each evaluation split")
     threads: int = Field(1, ge=1, description="CPU threads of each run")
     train: TrainSpec = TrainSpec()
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+            raise ValueError(f"{list(seeds)} is not allowed: give at least one, each 0 or above and only once")
+        return seeds
 
 
 class Fingerprints(NamedTuple):
@@ -54,7 +61,9 @@ def split_list(text: str) -> list[str]:
 
 
 def parse_value(text: str) -> Any:
-    """A value as TOML reads it (8, 0.5, true, ["query", "value"], "text"); a bare word is a string."""
+    """A value as TOML reads it (8, 0.5, true, ["query", "value"], "text"); null is none, another bare word a string."""
+    if text == "null":
+        return None
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -120,10 +129,8 @@ def task_cells(sweep: Sweep) -> list[tuple[str, Task]]:
 def plan(sweep: Sweep, fingerprints: Sequence[Fingerprints], place: Place) -> list[RunSpec]:
     """One RunSpec per method, task and seed; all methods and tasks of a seed before the next seed.
 
-    `fingerprints`: one per cell of `task_cells(sweep)`. Raises InputError for seeds that are negative or repeated.
+    `fingerprints`: one per cell of `task_cells(sweep)`.
     """
-    if not sweep.seeds or min(sweep.seeds) < 0 or len(set(sweep.seeds)) < len(sweep.seeds):
-        raise InputError(f"seeds {list(sweep.seeds)} are not allowed: give at least one, each 0 or above and only once")
     methods = [
         {
             "method": name,

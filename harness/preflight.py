@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from harness.errors import InputError
 from harness.method import Method, ParameterCount
 from harness.plan import Fingerprints, Sweep, method_cells, model_of, task_cells
 from harness.run import device_of, splits_of
@@ -31,7 +32,10 @@ def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
     checked = []
     for name, task in task_cells(sweep):
         model = model_of(sweep, task)
-        splits = splits_of(task, place.data_root, sweep.limit)
+        try:
+            splits = splits_of(task, place.data_root, sweep.limit)
+        except InputError as error:
+            raise InputError(f"task '{name}': {error}", error.mention) from None
         fingerprints = Fingerprints(splits.fingerprint, task.model_fingerprint(model))
         checked.append(CheckedTask(name, task, model, splits, fingerprints))
     return checked

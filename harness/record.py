@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +23,8 @@ from harness.spec import RunSpec
 
 Status = Literal["done", "unsupported", "diverged", "out_of_memory", "failed"]
 RETRIED: tuple[Status, ...] = ("failed", "out_of_memory")  # what --retry-failed runs again
+
+_HOST = socket.gethostname().replace("-", "_")
 
 
 class Seconds(Parameters):
@@ -71,16 +76,22 @@ class RecordStore:
         self.checkpoints = results / "checkpoints"
 
     def make_ready(self) -> None:
-        """Create the folder. Raises InputError where it cannot be written."""
+        """Create the folder and clear what killed processes of this machine left in it. Raises InputError where it
+        cannot be written."""
         try:
             self.runs.mkdir(parents=True, exist_ok=True)
-            probe = self.runs / f".probe-{uuid.uuid4().hex}"
-            probe.touch()
-            probe.unlink()
+            self.draft("probe").rmdir()
+            for path in self.runs.glob(f".draft-*-{_HOST}-*"):
+                if not _alive(int(path.name.rsplit("-", 2)[1])):
+                    shutil.rmtree(path, ignore_errors=True)
         except OSError as error:
-            raise InputError(
-                f"--results '{self.results}' cannot be written ({error.strerror}); give a folder that you may write to"
-            ) from None
+            raise self._unwritable(error) from None
+
+    def draft(self, run_id: str) -> Path:
+        """A new folder for a run's files, which `write` moves into place."""
+        path = self.runs / f".draft-{run_id}-{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        path.mkdir()
+        return path
 
     def folder(self, run_id: str) -> Path:
         """Where a run's files are, or will be."""
@@ -90,30 +101,47 @@ class RecordStore:
         """The run's record; None where there is none or it does not hold together (it is then made again)."""
         try:
             return RunRecord.model_validate_json((self.folder(run_id) / "record.json").read_bytes())
-        except (FileNotFoundError, NotADirectoryError, ValidationError):
+        except (OSError, ValidationError):
             return None
 
-    def write(self, record: RunRecord, history: list[dict[str, Any]], files: Path | None = None) -> None:
-        """Put a finished run in place in one rename. `files`: a folder whose files go with it (it is moved)."""
-        draft = self.runs / f".draft-{record.run_id}-{uuid.uuid4().hex[:8]}"
-        if files is None:
-            draft.mkdir(parents=True)
-        else:
-            files.rename(draft)
-        lines = "".join(json.dumps(row) + "\n" for row in history)
-        (draft / "history.jsonl").write_text(lines)
-        with (draft / "record.json").open("w") as stream:
-            stream.write(record.model_dump_json(indent=1))
-            stream.flush()
-            os.fsync(stream.fileno())
-        place = self.folder(record.run_id)
-        if place.exists():  # a failed or damaged run that was made again
-            old = self.runs / f".old-{record.run_id}-{uuid.uuid4().hex[:8]}"
-            place.rename(old)
-            draft.rename(place)
-            shutil.rmtree(old)
-        else:
-            draft.rename(place)
+    def write(self, record: RunRecord, history: list[dict[str, Any]], draft: Path) -> None:
+        """Put a finished run in place in one rename: the draft's files, its history and its record.
+
+        A record of the same run that another process has put there meanwhile stays; a failed or damaged one is
+        replaced. Raises InputError where the disk is full or cannot be written.
+        """
+        try:
+            (draft / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+            with (draft / "record.json").open("w") as stream:
+                stream.write(record.model_dump_json(indent=1))
+                stream.flush()
+                os.fsync(stream.fileno())
+            self._place(draft, self.folder(record.run_id))
+        except OSError as error:
+            raise self._unwritable(error) from None
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def _place(self, draft: Path, place: Path) -> None:
+        while True:
+            try:
+                draft.rename(place)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+            there = self.read(place.name)
+            if there is not None and there.status not in RETRIED:
+                return
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                old = draft.with_name(f"{draft.name}-old")
+                place.rename(old)
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+    def _unwritable(self, error: OSError) -> InputError:
+        return InputError(
+            f"--results '{self.results}' cannot be written ({error.strerror}); give a folder that you may write to"
+        )
 
     def history(self, run_id: str) -> list[dict[str, Any]]:
         """The run's rows of step, loss, learning rate and whatever its method reported."""
@@ -135,3 +163,13 @@ class RecordStore:
         if not self.runs.is_dir():
             return []
         return sorted(path for path in self.runs.iterdir() if not path.name.startswith("."))
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

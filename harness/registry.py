@@ -36,13 +36,13 @@ def method_class(name: str) -> type[Method]:
 
 def task_class(name: str) -> type[Task]:
     """The class behind "family" or "family/member". Raises InputError for an unknown name."""
-    family, _, member = name.partition("/")
+    family, slash, member = name.partition("/")
     if family not in registered(TASKS):
         raise unknown("task", family, registered(TASKS))
     loaded = _load(TASKS, "task", family)
     if not (isinstance(loaded, type) and issubclass(loaded, Task)):
         raise InputError(f"task '{family}' is {loaded!r}, which is not a subclass of harness.task.Task")
-    if member and member not in loaded.members:
+    if slash and member not in loaded.members:
         raise unknown("task", name, [f"{family}/{known}" for known in loaded.members] or [family])
     return loaded
 

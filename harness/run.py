@@ -6,14 +6,11 @@ import functools
 import gc
 import math
 import shutil
-import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +20,7 @@ from safetensors.numpy import save_file
 from harness import checkpoint, registry
 from harness.environment import environment
 from harness.errors import Diverged, InputError
+from harness.memory import PeakMemory
 from harness.method import Adaptation, Backbone, Method
 from harness.record import RETRIED, RecordStore, RunRecord, Seconds, Status
 from harness.spec import Place, RunSpec
@@ -57,6 +55,8 @@ def device_of(place: Place) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(place.device)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         there = ["auto", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
@@ -88,18 +88,20 @@ class _Run:
     training: Training | None = None
     known: dict[str, Any] = field(default_factory=dict)  # fields of the record
     evaluation_seconds: float = 0.0
+    earlier_seconds: float = 0.0  # of the run before it was interrupted
+    memory: PeakMemory | None = None
     error: str | None = None
     trace: str | None = None
 
     def __post_init__(self) -> None:
         self.device = device_of(self.spec.place)
         self.task = registry.make_task(self.spec.task, self.spec.task_parameters)
-        self.files = Path(tempfile.mkdtemp(prefix=f".files-{self.spec.run_id}-", dir=self.store.runs))
+        self.files = self.store.draft(self.spec.run_id)
 
     def outcome(self) -> Status:
         """Run, and say how it went."""
         torch.set_num_threads(self.spec.threads)
-        _reset_peak(self.device)
+        self.memory = PeakMemory(self.device)
         try:
             return self._attempt()
         except Diverged as error:
@@ -114,8 +116,19 @@ class _Run:
 
     def finish(self, status: Status) -> RunRecord:
         """Write the record with everything that is known, and clean up."""
+        record = self._record(status)
+        self.store.write(record, _json_rows(self.training.history if self.training else []), self.files)
+        if status not in RETRIED:
+            checkpoint.delete(self.store.checkpoints / self.spec.run_id)
+        self.training = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return record
+
+    def _record(self, status: Status) -> RunRecord:
         training = self.training
-        record = RunRecord(
+        return RunRecord(
             run_id=self.spec.run_id,
             spec=self.spec,
             status=status,
@@ -125,23 +138,15 @@ class _Run:
             seconds=Seconds(
                 training=training.seconds if training else 0.0,
                 evaluation=self.evaluation_seconds,
-                total=time.perf_counter() - self.started,
+                total=self.earlier_seconds + time.perf_counter() - self.started,
             ),
-            peak_bytes=_peak_bytes(self.device),
+            peak_bytes=self.memory.bytes() if self.memory else None,
             environment=environment(str(self.device)),
             started=self.date,
             error=self.error,
             traceback=self.trace,
             **self.known,
         )
-        self.store.write(record, _json_rows(training.history if training else []), self.files)
-        if status not in RETRIED:
-            checkpoint.delete(self.store.checkpoints / self.spec.run_id)
-        self.training = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return record
 
     def _attempt(self) -> Status:
         spec, task, place = self.spec, self.task, self.spec.place
@@ -184,6 +189,7 @@ class _Run:
         saved = checkpoint.load_newest(folder)
         if saved is not None:
             training.load_state_dict(saved)
+            self.earlier_seconds, self.evaluation_seconds = saved["seconds_total"], saved["seconds_evaluation"]
         self.task.set_training(adaptation.model)
         points = self.spec.train.holdout_points
         due = [math.ceil(training.budget * (i + 1) / points) for i in range(points)]
@@ -198,12 +204,13 @@ class _Run:
                 training.history[-1] |= self._holdout(adaptation, splits)
             if place.checkpoint_every and next_checkpoint <= training.used < training.budget:
                 next_checkpoint = training.used + place.checkpoint_every
-                checkpoint.save(folder, training.used, training.state_dict())
+                total = self.earlier_seconds + time.perf_counter() - self.started
+                seconds = {"seconds_total": total, "seconds_evaluation": self.evaluation_seconds}
+                checkpoint.save(folder, training.used, training.state_dict() | seconds)
             self._tell(training)
 
         training.run(after_update)
-        self.known["ranks"] = adaptation.ranks()
-        self.known["parameters"] = adaptation.parameter_count()
+        self.known |= {"ranks": adaptation.ranks(), "parameters": adaptation.parameter_count()}
 
     def _holdout(self, adaptation: Adaptation, splits: Splits) -> dict[str, float]:
         """The holdout's metrics now; the last ones go into the record."""
@@ -211,7 +218,7 @@ class _Run:
         encoded = self.task.encode(splits.holdout, self.spec.place.model)
         references = splits.holdout.labels
         predictions = predict(adaptation, self.task, encoded, references, self.spec.train, self.device)
-        self.known["holdout"] = self.task.metrics(predictions, references)
+        self.known["holdout"] = _finite(self.task.metrics(predictions, references), "the holdout")
         self.evaluation_seconds += time.perf_counter() - started
         return {f"holdout_{name}": value for name, value in self.known["holdout"].items()}
 
@@ -224,9 +231,8 @@ class _Run:
             encoded = self.task.encode(examples, self.spec.place.model)
             predictions = predict(adaptation, self.task, encoded, examples.labels, self.spec.train, self.device)
             prefix = f"{name}_" if metrics else ""
-            metrics |= {
-                f"{prefix}{key}": value for key, value in self.task.metrics(predictions, examples.labels).items()
-            }
+            found = _finite(self.task.metrics(predictions, examples.labels), f"split '{name}'")
+            metrics |= {f"{prefix}{key}": value for key, value in found.items()}
             arrays |= {f"{name}/predictions": predictions, f"{name}/references": examples.labels}
         save_file(
             {key: np.ascontiguousarray(value) for key, value in arrays.items()}, self.files / "predictions.safetensors"
@@ -248,6 +254,15 @@ class _Run:
         self.trace = traceback.format_exc()
 
 
+def _finite(metrics: dict[str, float], where: str) -> dict[str, float]:
+    """The metrics as plain numbers. Raises Diverged where one is not finite."""
+    plain = {name: float(value) for name, value in metrics.items()}
+    for name, value in plain.items():
+        if not math.isfinite(value):
+            raise Diverged(f"{name} is {value} on {where}")
+    return plain
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     return (
@@ -261,24 +276,3 @@ def _json_rows(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         for row in history
     ]
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return
-
-
-def _peak_bytes(device: torch.device) -> int | None:
-    """Peak since `_reset_peak`: allocated on a GPU, resident on Linux, not known elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return None

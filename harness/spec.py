@@ -58,6 +58,19 @@ class Place(Parameters):
     save_adapter: bool = Field(False, description="keep the trained adapter and head in the run's folder")
 
 
+def label(name: str, parameters: dict[str, Any]) -> str:
+    """A method or task with some of its parameters, as the command line takes it: "debora[tau=8,rank=4]"."""
+    values = ",".join(f"{key}={value_text(value)}" for key, value in parameters.items())
+    return f"{name}[{values}]" if values else name
+
+
+def value_text(value: Any) -> str:
+    """A parameter's value, as short as it can be without a change."""
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
 class RunSpec(Parameters):
     """One cell of a comparison: one method on one task with one seed.
 

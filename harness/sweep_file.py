@@ -40,21 +40,21 @@ def read(path: Path) -> dict[str, Any]:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not TOML: {error}") from None
-    if isinstance(values.get("seeds"), int):
+    if type(values.get("seeds")) is int:
         values["seeds"] = list(range(values["seeds"]))
     try:
         if isinstance(values.get("train"), dict):
             TrainSpec.of(values["train"], "train")
         Sweep.of(values, "sweep")
     except InputError as error:
-        raise located(error, path) from None
+        raise located(error, path) or InputError(f"{path}: {error}") from None
     return values
 
 
-def located(error: InputError, path: Path) -> InputError:
-    """The same error with the file and the line of the mistake, where the file mentions it."""
+def located(error: InputError, path: Path) -> InputError | None:
+    """The same error with the file and the line of the mistake; None where the file does not mention it."""
     if error.mention:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if re.search(rf"(?<![\w-]){re.escape(error.mention)}(?![\w-])", line):
+            if not line.lstrip().startswith("#") and re.search(rf"(?<![\w-]){re.escape(error.mention)}(?![\w-])", line):
                 return InputError(f"{path}, line {number}: {error}")
-    return InputError(f"{path}: {error}")
+    return None

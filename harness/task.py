@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from harness.errors import InputError
+from harness.errors import Diverged, InputError
 from harness.parameters import Parameters
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def make_splits(task: Task, data_root: str | None, limit: int | None) -> Splits:
     train, evaluation = task.load(data_root)
     for name, examples in {"train": train, **evaluation}.items():
         if len(examples) == 0:
-            raise InputError(f"split '{name}' of the task's data is empty: it needs at least one row")
+            raise InputError(f"split '{name}' is empty: it needs at least one row")
     fingerprint = fingerprint_of(train=train, **evaluation)
     train = limited(train, limit)
     evaluation = {name: limited(examples, limit) for name, examples in evaluation.items()}
@@ -222,7 +222,10 @@ class Classification(Task):
         return cross_entropy(model(**batch.inputs).logits.float(), batch.labels)
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model(**batch.inputs).logits.argmax(-1)
+        logits = model(**batch.inputs).logits
+        if not logits.isfinite().all():  # argmax would make a class of it
+            raise Diverged("a prediction is not finite")
+        return logits.argmax(-1)
 
     def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
         return {"accuracy": float((predictions == references).mean())}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.errors import Diverged
+from harness.errors import Diverged, InputError
 from harness.method import Adaptation, Indices, Stream
 from harness.spec import TrainSpec
 from harness.task import Batch, Task
@@ -104,16 +104,19 @@ class Training:
     def run(self, after_update: Callable[[Training], None]) -> None:
         """Update until the budget is used, then let the method finish. Raises Diverged at a non-finite loss.
 
-        `after_update` is called after every update; its time is not counted as training.
+        `after_update` is called after every update, the last time when the method has finished; its time is not
+        counted as training.
         """
         while self.used < self.budget:
             started = time.perf_counter()
             self.update()
             if len(self._waiting) >= FETCH_EVERY or self.used >= self.budget:
                 self.fetch()
+            if self.used >= self.budget:
+                self.adaptation.finish(self)
+                self._check_finite()
             self.seconds += time.perf_counter() - started
             after_update(self)
-        self.adaptation.finish()
 
     def update(self) -> None:
         """One update: draw, forward, backward, clip, step, and the method's hooks around them."""
@@ -173,12 +176,18 @@ class Training:
         tensors = [value for row in self._waiting for value in row.values() if isinstance(value, Tensor)]
         numbers = iter(torch.stack([t.detach().float().reshape(()) for t in tensors]).tolist() if tensors else [])
         for row in self._waiting:
-            fetched = {key: next(numbers) if isinstance(value, Tensor) else value for key, value in row.items()}
+            fetched = {key: next(numbers) if isinstance(value, Tensor) else _plain(value) for key, value in row.items()}
             self.history.append(fetched)
         rows, self._waiting = self.history[len(self.history) - len(self._waiting) :], []
         for row in rows:
             if not math.isfinite(row["loss"]):
                 raise Diverged(f"the loss is {row['loss']} at update {row['update']}")
+
+    def _check_finite(self) -> None:
+        """The last update has no loss after it that would tell."""
+        trained = [p for p in self.adaptation.model.parameters() if p.requires_grad and p.numel()]
+        if trained and not torch.stack([p.detach().isfinite().all() for p in trained]).all():
+            raise Diverged(f"a trained parameter is not finite after the last update, {self.index - 1}")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that an exact resume needs; between two updates."""
@@ -195,11 +204,17 @@ class Training:
             "python": random.getstate(),
             "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "device": self.device.type,
+            "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave, on a training that was built from the same spec."""
+        """Restore what `state_dict` gave, on a training that was built from the same spec.
+
+        Raises InputError for a checkpoint from another kind of device, where the run would go on differently.
+        """
+        if state["device"] != self.device.type:
+            raise InputError(f"the checkpoint was made on {state['device']}, this is {self.device.type}: delete it")
         self.adaptation.load_state_dict(state["adaptation"])
         for name in ("index", "used", "seconds", "schedule_start", "history"):
             setattr(self, name, state[name])
@@ -209,7 +224,12 @@ class Training:
         np.random.set_state(tuple(state["numpy"]))
         torch.set_rng_state(state["torch"])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["cuda"])
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+
+def _plain(value: Any) -> Any:
+    """A history value as JSON holds it: a method may give NumPy's numbers."""
+    return value if isinstance(value, (bool, int, float, str)) else float(value)
 
 
 def autocast(train: TrainSpec, device: torch.device) -> torch.autocast:

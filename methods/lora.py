@@ -30,6 +30,8 @@ class Lora(Method):
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
+        if not backbone.layers:
+            return "the backbone has no linear or convolution layer to adapt"
         backbone.check_rank(self.rank, backbone.targets(self.target_modules))
         return None
 

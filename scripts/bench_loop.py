@@ -60,7 +60,7 @@ def make_training(options: argparse.Namespace) -> Training:
     method = registry.make_method(*parse_choice(options.method))
     task = registry.make_task(*parse_choice(options.task))
     model = options.model or task.default_model
-    train = TrainSpec(batches=10**6, batch_size=options.batch_size)
+    train = TrainSpec(batches=10**6, batch_size=options.batch_size, schedule="constant", warmup=0.0)
     splits = make_splits(task, options.data_root, None)
     seed_everything(0)
     backbone: Backbone = task.backbone(model)
@@ -85,7 +85,7 @@ def bare_updates(training: Training, updates: int) -> None:
     losses = []
     for _ in range(updates):
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] if "initial_lr" in group else group["lr"]
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * 1.0
         batch = task.collate(training.encoded, training.data.draw("all"), None)
         loss = task.loss(model, batch, None)
         loss.backward()

@@ -212,10 +212,20 @@ def _check_reachable(dataset: str, config: str, data_root: str | None) -> None:
         raise _unreachable(dataset, config, data_root, error) from None
 
 
+def _holding(data_root: str, dataset: str) -> str:
+    """What a data root has instead of what was asked for."""
+    folder = Path(data_root).expanduser()
+    if (folder / dataset).is_dir():
+        present = sorted(path.name for path in (folder / dataset).iterdir() if path.is_dir())
+        return f"does not hold it; of '{dataset}' it holds: {', '.join(present) or 'nothing'}"
+    present = sorted(str(path.relative_to(folder)) for path in folder.glob("*/*") if path.is_dir())
+    return f"does not hold it; it holds: {', '.join(present[:12]) or 'nothing'}"
+
+
 def _unreachable(dataset: str, config: str, data_root: str | None, error: Exception) -> InputError:
-    root = "no --data-root was given" if data_root is None else f"data root '{data_root}' does not hold it"
+    place = f"data root '{data_root}' {_holding(data_root, dataset)}" if data_root else "no --data-root was given"
     return InputError(
-        f"dataset '{dataset}' ({config}) cannot be had: {root}, and the Hub gave {type(error).__name__}. Either give "
-        f"--data-root DIR, filled elsewhere by 'hf download --repo-type dataset --local-dir DIR/{dataset} {dataset}', "
-        "or run on a machine with internet."
+        f"dataset '{dataset}' ({config}) cannot be had: {place}, and the Hub gave {type(error).__name__}. "
+        f"Either give --data-root DIR, filled elsewhere by 'hf download --repo-type dataset --local-dir "
+        f"DIR/{dataset} {dataset}', or run on a machine with internet."
     )

@@ -54,7 +54,8 @@ def model_folder(model: str, *, trust_remote_code: bool = False) -> Path:
 
 
 def fingerprint(model: str) -> str:
-    """SHA-256 over names and contents of configuration, weights, tokenizer and preprocessor, 16 hexadecimal digits.
+    """SHA-256 over names and contents of configuration, weights, tokenizer, preprocessor and code, 16
+    hexadecimal digits.
 
     The same for a copy in another place. Raises InputError where there is no such model.
     """
@@ -185,7 +186,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    parts = {path for pattern in PARTS for path in folder.glob(pattern) if path.is_file()}
+    parts = {path for pattern in (*PARTS, "*.py") for path in folder.glob(pattern) if path.is_file()}
     return sorted([*parts, *_weights(folder)], key=lambda path: path.name)
 
 

@@ -77,5 +77,5 @@ def stored(path: Path, *records: RunRecord) -> RecordStore:
     store = RecordStore(path)
     store.make_ready()
     for each in records:
-        store.write(each, [])
+        store.write(each, [], store.draft(each.run_id))
     return store

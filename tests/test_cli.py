@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -147,18 +148,25 @@ WRONG = [
     (["--methods", "debora[rank=17]"], "rank = 17 is above the smaller side of layer"),
     (["--methods", 'lora[target_modules=["qurey"]]'], "unknown target module 'qurey'. Did you mean 'query'?"),
     (["--seeds", "three"], "--seeds 'three' is not allowed: give a count (3) or a list of whole numbers (0,1,2)"),
-    (["--seeds", "0"], "--seeds '0' is not allowed: a count is 1 or more"),
+    (["--seeds", "0"], "--seeds '0' is not allowed: a count is 1 to 100,000"),
     (["--seeds", "-1"], "--seeds"),
     (["--grid", "lora.rank"], "--grid 'lora.rank' cannot be read; write method.parameter=value,value"),
     (["--grid", "lora.rnak=2"], "unknown parameter of lora 'rnak'. Did you mean 'rank'?"),
-    (["--batches", "0"], "train.batches = '0' is not allowed"),
-    (["--precision", "fp8"], "train.precision = 'fp8' is not allowed: it should be 'fp32' or 'bf16'"),
+    (["--batches", "0"], "--batches = 0 is not allowed: it should be greater than or equal to 1"),
+    (["--precision", "fp8"], "--precision = 'fp8' is not allowed: it should be 'fp32' or 'bf16'"),
     (["--batches", "4", "--epochs", "1"], "batches = 4 and epochs = 1.0 are both set"),
-    (["--limit", "1"], "sweep.limit = '1' is not allowed: it should be greater than or equal to 2"),
+    (["--limit", "1"], "--limit = 1 is not allowed: it should be greater than or equal to 2"),
     (["--model", "somewhere"], "--model 'somewhere' has no use here: synthetic brings its own model"),
     (["--device", "cuda:9"], "--device 'cuda:9' is not on this machine; available: auto, cpu"),
     (["--batchs", "4"], "unknown option '--batchs'. Did you mean '--batches'?"),
     (["--config", "nowhere.toml"], "sweep file 'nowhere.toml' cannot be read"),
+    (["--tasks", "synthetic/"], "unknown task 'synthetic/'"),
+    (["--methods", "lora[rank=true]"], "lora.rank = True is not allowed"),
+    (["--methods", "lora[target_modules=query]"], 'it should be a list, such as ["query", "value"]'),
+    (["--seeds", "1000000"], "--seeds '1000000' is not allowed: a count is 1 to 100,000"),
+    (["--seeds", "1,1"], "each 0 or above and only once"),
+    (["--device", "meta"], "--device 'meta' is not on this machine"),
+    (["--checkpoint-every", "-1"], "--checkpoint-every = -1 is not allowed"),
     (["--tasks", "synthetic[member=x]"], "parameter 'member' of synthetic is set by the task's name"),
 ]
 
@@ -191,6 +199,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, options, mes
         ('methods = ["lora"]\n\ntasks = ["digist"]\n', "line 3: unknown task 'digist'. Did you mean 'digits'?"),
         ('methods = ["lora[rank=0]"]\ntasks = ["digits"]\n', "line 1"),
         ('methods = ["lora"]\ntasks = ["digits"]\nseeds = "many"\n', "line 3"),
+        ('methods = ["lora"]\ntasks = ["digits"]\nseeds = 0\n', "line 3"),
+        ('methods = ["lora"]\ntasks = ["digits"]\nseeds = true\n', "line 3"),
+        ('# the rank matters\nmethods = ["lora[rank=0]"]\ntasks = ["digits"]\n', "line 2"),
+        ('methods = ["lora"]\ntasks = ["digits"]\n[train]\nepochs = 1\nbatches = 4\n', "line 5"),
     ],
 )
 def test_mistakes_in_a_file_are_told_with_their_line(tmp_path, capsys, text, message):
@@ -202,6 +214,46 @@ def test_mistakes_in_a_file_are_told_with_their_line(tmp_path, capsys, text, mes
         assert str(path) in error
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_a_wrong_option_beside_a_right_file_is_not_blamed_on_the_file(tmp_path, capsys):
+    path = tmp_path / "sweep.toml"
+    path.write_text('methods = ["lora"]\ntasks = ["synthetic"]\n')
+    for options in (["--methods", "foo"], ["--device", "meta"], ["--threads", "0"]):
+        assert main(["run", "--config", str(path), *options]) == 2
+        assert str(path) not in capsys.readouterr().err
+
+
+def test_an_unknown_command_and_a_folder_to_validate(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["rnu"])
+    assert "unknown command 'rnu'. Did you mean 'run'?" in capsys.readouterr().err
+    assert main(["validate", str(tmp_path)]) == 2
+    assert "is not a file" in capsys.readouterr().err
+
+
+def test_a_grid_given_twice_has_all_values(tmp_path, capsys):
+    options = ["--methods", "lora", "--grid", "lora.rank=2", "--grid", "lora.rank=4", "--dry-run"]
+    assert main(sweep(tmp_path, *options)) == 0
+    output = capsys.readouterr().out
+    assert "lora[rank=2]" in output
+    assert "lora[rank=4]" in output
+
+
+def test_adapters_that_were_not_kept_are_told(tmp_path, capsys):
+    main(sweep(tmp_path, "--methods", "head"))
+    capsys.readouterr()
+    main(sweep(tmp_path, "--methods", "head", "--save-adapter"))
+    assert "1 of the finished runs have kept no adapter" in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    main(sweep(tmp_path, "--methods", "head"))
+    shutil.rmtree(tmp_path / "results" / "tables")
+    (tmp_path / "results" / "tables").write_text("a file")
+    capsys.readouterr()
+    assert main(["report", "--results", str(tmp_path / "results")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_missing_methods_or_tasks_say_what_to_give(capsys):

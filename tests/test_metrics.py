@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +109,7 @@ def test_wrong_arguments():
         scores(("pearson",), np.array([0.0, math.nan]), np.array([0.0, 1.0]))
 
 
-def test_it_is_an_evaluate_metric_that_leaves_no_file_and_is_cheap(tmp_path: Path, monkeypatch):
+def test_it_is_an_evaluate_metric_that_leaves_no_file(tmp_path: Path, monkeypatch):
     import evaluate
 
     from tasks.metrics import _metric_class
@@ -119,7 +118,4 @@ def test_it_is_an_evaluate_metric_that_leaves_no_file_and_is_cheap(tmp_path: Pat
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     predicted, actual = (np.tile(values, 200) for values in random_classes(0))
     scores(tuple(METRICS), predicted, actual)
-    started = time.perf_counter()
-    scores(CLASS_METRICS, predicted, actual)
-    assert time.perf_counter() - started < 1.0  # measured: 0.02 s; generous for a busy machine
     assert list(tmp_path.iterdir()) == []

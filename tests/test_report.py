@@ -62,12 +62,12 @@ class TestLabels:
     def test_default_tuple_is_the_records_list(self) -> None:
         assert self.label(record("lora", method_parameters={"rank": 8, "targets": ["query", "value"]})) == ["lora"]
         changed = record("lora", method_parameters={"rank": 8, "targets": ["query", "key"]})
-        assert self.label(changed) == ["lora[targets=query+key]"]
+        assert self.label(changed) == ['lora[targets=["query","key"]]']
 
     def test_unknown_method_names_what_varies(self) -> None:
         first = record("plugin", method_parameters={"a": 1, "b": None})
         second = record("plugin", method_parameters={"a": 1, "b": True})
-        assert self.label(first, second) == ["plugin[b=none]", "plugin[b=true]"]
+        assert self.label(first, second) == ["plugin[b=null]", "plugin[b=true]"]
 
     def test_parameter_of_an_older_version_is_shown(self) -> None:
         old = record("lora", method_parameters={"rank": 8, "gone": 0.0005}, method_version=1)

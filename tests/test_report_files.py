@@ -107,7 +107,7 @@ class TestBuild:
     def test_a_picture_for_each_setting(self, tmp_path: Path) -> None:
         store = stored(tmp_path, record())
         build_report(store)
-        store.write(record(limit=50), [])
+        stored(tmp_path, record(limit=50))
         pictures = [path.name for path in build_report(store) if path.suffix == ".png"]
         keys = sorted(found.key for found in leaderboards(to_frame(store.records())))
         assert sorted(pictures) == [f"score_vs_parameters_{key}.png" for key in keys]
@@ -145,7 +145,7 @@ class TestBuild:
             raise OSError("disk full")
 
         monkeypatch.setattr("harness.report.plots.save_pictures", fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(InputError, match="disk full"):
             build_report(store)
         assert [path.read_bytes() for path in pictures] == before
         assert sorted((tmp_path / "pictures").iterdir()) == sorted(pictures)

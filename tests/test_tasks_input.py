@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,12 +59,10 @@ def test_data_root_that_is_no_folder(tmp_path):
 
 
 def test_neither_data_root_nor_hub():
-    started = time.perf_counter()
     with told(
         "nyu-mll/glue", "no --data-root was given", "--data-root DIR", "hf download --repo-type dataset", "internet"
     ):
         glue("cola").load(None)
-    assert time.perf_counter() - started < 20  # no minutes of retries (the first call imports datasets)
 
 
 def test_data_root_without_the_dataset_and_no_hub(root):

@@ -9,7 +9,7 @@ from harness.contracts import Subject, start
 from harness.errors import Diverged
 from harness.method import Adaptation
 from harness.spec import TrainSpec
-from harness.training import Training, TrainingData, derived_seed
+from harness.training import Training, TrainingData, derived_seed, predict
 
 
 def test_a_stream_passes_over_all_rows_again_and_again():
@@ -150,7 +150,7 @@ class Hooked(Adaptation):
         self.calls.append(("after_step", self.gradients()))
         return {"mine": torch.tensor(3.0), "number": 4}
 
-    def finish(self):
+    def finish(self, step):
         self.calls.append(("finish", self.gradients()))
 
     def gradients(self):
@@ -184,3 +184,19 @@ def test_a_penalty_changes_the_gradient_and_not_the_recorded_loss(tmp_path):
         rows.append(training.history[0])
     assert rows[0]["loss"] == rows[1]["loss"]
     assert rows[0]["gradient_norm"] < rows[1]["gradient_norm"]
+
+
+def test_predictions_come_back_in_the_order_of_the_rows(tmp_path, monkeypatch):
+    started = start(Subject("full", tmp_path))
+    task, training = started.task, started.training
+    labels = training.encoded.labels
+    arguments = (started.adaptation, task, training.encoded, labels, training.train, training.device)
+    expected = predict(*arguments)
+    lengths = np.random.default_rng(0).permutation(len(labels))
+    monkeypatch.setattr(type(task), "lengths", lambda self, encoded: lengths)
+    monkeypatch.setattr(type(task), "predict", lambda self, model, batch: model(**batch.inputs).logits)
+    by_length = predict(*arguments)
+    monkeypatch.setattr(type(task), "lengths", lambda self, encoded: None)
+    np.testing.assert_allclose(by_length, predict(*arguments), atol=1e-6)
+    assert (by_length.argmax(1) == expected).mean() > 0.99
+    assert started.adaptation.model.training

@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness import sweep_file
 from harness.errors import InputError
 from harness.method import Method
 from harness.plan import Sweep, method_cells, parse_value, plan, split_list, task_cells
-from harness.spec import Place, RunSpec, TrainSpec
+from harness.spec import Place, RunSpec, TrainSpec, label
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from harness.record import RecordStore
 
 DATA_ROOT = "HARNESS_DATA_ROOT"
+MOST_SEEDS = 100_000
 
 
 def command(options: argparse.Namespace) -> int:
@@ -23,7 +29,14 @@ def command(options: argparse.Namespace) -> int:
         method_cells(sweep), task_cells(sweep)  # names and values are checked before anything heavy is imported
         return _dry_run(sweep, place, options.results) if options.dry_run else _run(sweep, place, options)
     except InputError as error:
-        raise sweep_file.located(error, options.config) if options.config else error from None
+        raise (sweep_file.located(error, options.config) if options.config else None) or error from None
+
+
+def _check_adapters(store: RecordStore, finished: set[str], console: Console) -> None:
+    """A finished run is not run again for the sake of its adapter: say so."""
+    lacking = sum(not (store.folder(run_id) / "adapter").exists() for run_id in finished)
+    if lacking:
+        console.print(f"{lacking} of the finished runs have kept no adapter; delete their folders to run them again")
 
 
 def sweep_of(options: argparse.Namespace) -> Sweep:
@@ -32,23 +45,31 @@ def sweep_of(options: argparse.Namespace) -> Sweep:
     for path in [sweep_file.preset(options.preset) if options.preset else None, options.config]:
         if path is not None:
             _overlay(values, sweep_file.read(path))
-    given = {name: getattr(options, name) for name in ("methods", "tasks", "model", "limit", "threads")}
+    given = {name: getattr(options, name) for name in ("methods", "tasks", "model")}
+    given |= {name: _parsed(getattr(options, name)) for name in ("limit", "threads")}
     if options.seeds is not None:
         given["seeds"] = _seeds(options.seeds)
     if options.grid:
-        given["grid"] = dict(_axis(text) for text in options.grid)
-    train = {name: getattr(options, name) for name in TrainSpec.model_fields}
-    given["train"] = {name: value for name, value in train.items() if value is not None} or None
-    _overlay(values, {name: value for name, value in given.items() if value is not None})
-    values["train"] = TrainSpec.of(values.get("train", {}), "train")
+        given["grid"] = _grid(options.grid)
+    given = {name: value for name, value in given.items() if value is not None}
+    train = {name: _parsed(getattr(options, name)) for name in TrainSpec.model_fields}
+    train = {name: value for name, value in train.items() if value is not None}
+    Sweep.of(given, "--"), TrainSpec.of(train, "--")
+    _overlay(values, given | {"train": train})
     return Sweep.of(values, "sweep")
 
 
 def place_of(options: argparse.Namespace) -> Place:
     """Where and how: options over the environment. Raises InputError."""
     given = {name: getattr(options, name) for name in Place.model_fields if name != "model"}
+    given["checkpoint_every"] = _parsed(given["checkpoint_every"])
     given["data_root"] = given["data_root"] or os.environ.get(DATA_ROOT)
-    return Place.of({name: value for name, value in given.items() if value is not None}, "run")
+    return Place.of({name: value for name, value in given.items() if value is not None}, "--")
+
+
+def _parsed(text: str | None) -> Any:
+    """An option's value with its type: 4, 0.5, or the word itself."""
+    return None if text is None else parse_value(text)
 
 
 def _overlay(values: dict[str, Any], new: dict[str, Any]) -> None:
@@ -68,16 +89,20 @@ def _seeds(text: str) -> list[int]:
         raise InputError(f"--seeds '{text}' is not allowed: give a count (3) or a list of whole numbers (0,1,2)")
     if len(parts) > 1:
         return [int(part) for part in numbers]
-    if int(text) < 1:
-        raise InputError(f"--seeds '{text}' is not allowed: a count is 1 or more")
+    if not 1 <= int(text) <= MOST_SEEDS:
+        raise InputError(f"--seeds '{text}' is not allowed: a count is 1 to {MOST_SEEDS:,}")
     return list(range(int(text)))
 
 
-def _axis(text: str) -> tuple[str, list[Any]]:
-    key, equals, values = text.partition("=")
-    if not equals:
-        raise InputError(f"--grid '{text}' cannot be read; write method.parameter=value,value")
-    return key.strip(), [parse_value(value) for value in split_list(values)]
+def _grid(texts: list[str]) -> dict[str, list[Any]]:
+    """Axes by "method.parameter"; one that is given twice has all of its values."""
+    axes: dict[str, list[Any]] = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        if not equals:
+            raise InputError(f"--grid '{text}' cannot be read; write method.parameter=value,value")
+        axes.setdefault(key.strip(), []).extend(parse_value(value) for value in split_list(values))
+    return axes
 
 
 def _run(sweep: Sweep, place: Place, options: argparse.Namespace) -> int:
@@ -99,6 +124,8 @@ def _run(sweep: Sweep, place: Place, options: argparse.Namespace) -> int:
     retried = RETRIED if options.retry_failed else ()
     finished = {record.run_id for record in map(store.read, _ids(specs)) if record and record.status not in retried}
     missing = [spec for spec in specs if spec.run_id not in finished]
+    if place.save_adapter:
+        _check_adapters(store, finished, console)
     console.print(
         f"{len(specs)} runs: {len(specs) - len(missing)} finished before, {len(missing)} to do", highlight=False
     )
@@ -126,14 +153,14 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     rows = []
     for column, task in enumerate(checked):
         for row, (name, method) in enumerate(method_cells(sweep)):
-            label = f"{name}{_chosen(method)}"
+            shown = _label(name, method)
             batches = sweep.train.budget(len(task.splits.train))
             if (row, column) in reasons:
-                rows.append([label, task.name, "unsupported", "", "", batches])
+                rows.append([shown, task.name, "unsupported", "", "", batches])
                 continue
             count = preflight.count_parameters(method, task, sweep, place)
             rows.append(
-                [label, task.name, *(f"{n:,}" for n in (count.adapter_initial, count.head, count.total)), batches]
+                [shown, task.name, *(f"{n:,}" for n in (count.adapter_initial, count.head, count.total)), batches]
             )
     headers = ["method", "task", "adapter at start", "head", "total", "batches"]
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4)))
@@ -144,8 +171,8 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     return 0
 
 
-def _chosen(method: Method) -> str:
-    """The parameters that differ from the method's defaults, in brackets."""
-    values, defaults = method.model_dump(mode="json"), method.defaults()
-    changed = [f"{name}={value}" for name, value in values.items() if value != defaults.get(name)]
-    return f"[{','.join(changed)}]" if changed else ""
+def _label(name: str, method: Method) -> str:
+    """The method with the parameters that differ from their defaults."""
+    defaults = method.defaults()
+    changed = {key: value for key, value in method.model_dump(mode="json").items() if value != defaults.get(key)}
+    return label(name, changed)

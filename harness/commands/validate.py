@@ -12,7 +12,7 @@ from harness.plan import Sweep, method_cells, task_cells
 def command(path: Path) -> int:
     """Check a sweep (.toml) or a record (.json) and say what it holds. Raises InputError with the mistake."""
     if not path.is_file():
-        raise InputError(f"file '{path}' does not exist")
+        raise InputError(f"'{path}' is not a file: give a sweep (.toml) or a record (record.json)")
     if path.suffix == ".json":
         return _record(path)
     if path.suffix != ".toml":
@@ -22,7 +22,7 @@ def command(path: Path) -> int:
         sweep = Sweep.of(values, "sweep")
         methods, tasks = method_cells(sweep), task_cells(sweep)
     except InputError as error:
-        raise sweep_file.located(error, path) from None
+        raise sweep_file.located(error, path) or InputError(f"{path}: {error}") from None
     runs = len(methods) * len(tasks) * len(sweep.seeds)
     print(f"{path}: in order: {len(methods)} methods x {len(tasks)} tasks x {len(sweep.seeds)} seeds = {runs} runs")
     return 0

@@ -14,7 +14,6 @@ from harness.plan import Fingerprints, Sweep
 from harness.preflight import CheckedTask, count_parameters
 from harness.record import RecordStore
 from harness.run import run_one
-from harness.spec import Place
 from harness.task import make_splits
 from harness.training import Training
 
@@ -71,8 +70,11 @@ def counts_are_right(subject: Subject) -> None:
     assert count.adapter_initial == count.adapter_final == count.adapter_peak
     if count.total == backbone:  # it trains the backbone's own numbers, or none
         assert count.adapter_final <= backbone - head
-    checked = CheckedTask(subject.task, started.task, None, make_splits(started.task, None, None), Fingerprints("", ""))
-    assert count_parameters(started.method, checked, Sweep(), Place()) == count
+    place = subject.place
+    model = place.model or started.task.default_model
+    splits = make_splits(started.task, place.data_root, None)
+    checked = CheckedTask(subject.task, started.task, model, splits, Fingerprints("", ""))
+    assert count_parameters(started.method, checked, Sweep(), place) == count
     started.training.run(lambda training: None)
     count = started.adaptation.parameter_count()
     assert 0 <= count.adapter_final <= count.adapter_peak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import uuid
 from collections.abc import Callable, Iterable
@@ -71,11 +72,17 @@ def _replace(paths: list[Path], write: Callable[..., object]) -> None:
     """Let `write` fill drafts, one beside each path, then put them in place; what was there stays if it fails."""
     mark = uuid.uuid4().hex[:8]
     drafts = [path.with_name(f".{mark}-{path.name}") for path in paths]
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
     try:
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
         write(*drafts)
         for draft, path in zip(drafts, paths, strict=True):
             draft.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(
+            f"'{paths[0].parent}' cannot be written ({reason}); make it a folder you may write to"
+        ) from None
     finally:
         for draft in drafts:
-            draft.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from harness.record import RunRecord
-from harness.spec import RunSpec, TrainSpec
+from harness.spec import RunSpec, TrainSpec, label, value_text
 
 Defaults = Mapping[str, Mapping[str, Any]]  # method -> its default parameters
 
@@ -125,9 +125,9 @@ def _setting_text(train: TrainSpec, setting: Mapping[str, Any]) -> str:
     for name, field in TrainSpec.model_fields.items():
         value = getattr(train, name)
         if name not in ("batches", "epochs", "batch_size") and value != field.default:
-            words.append(f"{name} {_text(value)}")
+            words.append(f"{name} {value_text(value)}")
     known = {"limit", "threads", "train", "model_fingerprint"}
-    words += [f"{name} {_text(value)}" for name, value in setting.items() if name not in known]
+    words += [f"{name} {value_text(value)}" for name, value in setting.items() if name not in known]
     return ", ".join(words)
 
 
@@ -149,9 +149,7 @@ def _labels(variants: set[_Variant], defaults: Defaults) -> dict[_Variant, str]:
         shown = _shown(parameters, defaults[name]) if name in defaults else _varying(parameters)
         several_versions = len({variant.version for variant in group}) > 1
         for variant in group:
-            values = ",".join(f"{key}={_text(value)}" for key, value in shown[variant].items())
-            version = f" (v{variant.version})" if several_versions else ""
-            labels[variant] = f"{name}[{values}]{version}" if values else f"{name}{version}"
+            labels[variant] = label(name, shown[variant]) + (f" (v{variant.version})" if several_versions else "")
     return _told_apart(labels)
 
 
@@ -187,27 +185,16 @@ def _varying(parameters: Mapping[_Variant, dict[str, Any]]) -> dict[_Variant, di
 def _told_apart(labels: dict[_Variant, str]) -> dict[_Variant, str]:
     """Labels that several variants share get the data's fingerprint and, where that is not enough, a hash."""
     data = defaultdict(set)
-    for variant, label in labels.items():
-        data[label].add(variant.data)
-    shared = Counter((label, variant.data) for variant, label in labels.items())
+    for variant, name in labels.items():
+        data[name].add(variant.data)
+    shared = Counter((name, variant.data) for variant, name in labels.items())
     told = {}
-    for variant, label in labels.items():
-        suffix = f" (data {variant.data[:8]})" if len(data[label]) > 1 else ""
-        told[variant] = label + suffix + (f" #{_digest(variant)}" if shared[label, variant.data] > 1 else "")
+    for variant, name in labels.items():
+        suffix = f" (data {variant.data[:8]})" if len(data[name]) > 1 else ""
+        told[variant] = name + suffix + (f" #{_digest(variant)}" if shared[name, variant.data] > 1 else "")
     assert len(set(told.values())) == len(told), "two variants share a label: their scores would be averaged"
     return told
 
 
 def _digest(variant: _Variant) -> str:
     return hashlib.sha256(repr(tuple(variant)).encode()).hexdigest()[:6]
-
-
-def _text(value: Any) -> str:
-    """A parameter's value, as short as it can be without a change."""
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return "+".join(_text(item) for item in value)
-    if isinstance(value, float) and float(f"{value:g}") == value:
-        return f"{value:g}"
-    return json.dumps(value, separators=(",", ":")) if isinstance(value, dict) else str(value)
