@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tomllib
 from typing import Any
 
@@ -59,7 +60,7 @@ def _one_line(group: str, name: str) -> str:
 
 
 def _print_parameters(name: str, cls: type[Parameters]) -> None:
-    print((cls.__doc__ or "").strip())
+    print(inspect.cleandoc(cls.__doc__ or ""))
     print(f"\nparameters, as in {name}[parameter=value]:")
     schema = cls.model_json_schema()["properties"]
     for field, information in cls.model_fields.items():
