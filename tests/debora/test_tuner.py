@@ -172,9 +172,9 @@ def test_a_second_adapter_stands_beside_the_first():
     assert layer.debora_U["other"].requires_grad
 
 
-def test_only_linear_layers_are_adapted():
-    with pytest.raises(TypeError, match=r"'0' is a Conv2d: only nn\.Linear"):
-        get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3)), DeboraConfig(target_modules=["0"]))
+def test_only_linear_layers_and_convolutions_are_adapted():
+    with pytest.raises(ValueError, match=r"'0' cannot be adapted: it is a Conv1d, neither nn\.Linear nor nn\.Conv2d"):
+        get_peft_model(nn.Sequential(nn.Conv1d(3, 4, 3)), DeboraConfig(target_modules=["0"]))
 
 
 @pytest.mark.parametrize("wrong", [{"r": 0}, {"tau": 0.0}, {"eps": -1.0}, {"rank_pattern": {"query": -1}}])
