@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from methods.debora.config import DeboraConfig
+from methods.debora.fused import FrozenLinearPlusLowRank
 from methods.debora.initial import initial_factors
 
 MANIFOLDS = {"matrix": "euclidean", "oblique": "oblique", "stiefel": "stiefel"}  # of a channel factor, by geometry
@@ -157,6 +158,22 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
 class DeboraLinear(DeboraLayer):
     """A linear layer with a dEBORA adapter, Psi = U diag(s) V^T: (..., inputs) to (..., outputs)."""
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See `DeboraLayer.forward`: one fused function where the base layer is plain, frozen and has one adapter."""
+        adapters = self.adapters_in_effect()
+        if len(adapters) != 1 or args or kwargs or not _is_plain_and_frozen(self.base_layer):
+            return super().forward(x, *args, **kwargs)
+        base, device = self.get_base_layer(), x.device.type
+        U, V = self.factors(adapters[0])
+        tensors: tuple[Tensor | None, ...] = (x, base.weight, base.bias, U * self.debora_s[adapters[0]], V)
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            tensors = tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
+        if len({tensor.dtype for tensor in tensors if tensor is not None}) > 1:
+            return super().forward(x)
+        with torch.autocast(device, enabled=False):
+            return FrozenLinearPlusLowRank.apply(*tensors)
+
     def update(self, adapter_name: str, x: Tensor) -> Tensor:
         """See `DeboraLayer.update`."""
         U, V = self.factors(adapter_name)
@@ -167,3 +184,10 @@ class DeboraLinear(DeboraLayer):
         """U diag(s) V^T, (outputs, inputs)."""
         U, V = self.factors(adapter_name)
         return (U * self.debora_s[adapter_name]) @ V.T
+
+
+def _is_plain_and_frozen(layer: nn.Module) -> bool:
+    """Whether nothing but the formula of nn.Linear happens in this layer's forward, and it takes no gradients."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    replaced = "forward" in vars(layer)  # as accelerate's offloading does
+    return type(layer) is nn.Linear and not (hooks or replaced or any(p.requires_grad for p in layer.parameters()))
