@@ -18,7 +18,7 @@ from methods.debora.config import DeboraConfig
 from methods.debora.layer import DeboraLayer
 from methods.debora.model import DeboraModel
 from methods.debora.optimizer import ManifoldAdamW, keep_optimizer_columns, manifold_adamw
-from methods.debora.stock_lora import write_stock_lora
+from methods.debora.stock_lora import lora_pair, write_stock_lora
 from methods.debora.upper_level import ADAPTER, UpperGradient, upper_gradient
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class DeboraAdaptation(Adaptation):
 
     def export(self, path: Path) -> None:
         """A stock LoRA adapter with the head, at these ranks; see `write_stock_lora`."""
-        pairs = {name: _lora_pair(layer) for name, layer in self.layers.items()}
+        pairs = {name: lora_pair(layer, ADAPTER) for name, layer in self.layers.items()}
         head = {name: self.tuner.model.get_submodule(f"{name}.modules_to_save.{ADAPTER}") for name in self.head}
         write_stock_lora(path, pairs, head, self.tuner.peft_config[ADAPTER].base_model_name_or_path)
 
@@ -273,17 +273,3 @@ class DeboraAdaptation(Adaptation):
 def _positions(removed: Iterable[bool]) -> list[int]:
     """Where the flag is not set."""
     return [position for position, flag in enumerate(removed) if not flag]
-
-
-def _lora_pair(layer: DeboraLayer) -> tuple[Tensor, Tensor]:
-    """(B, A) of a LoRA layer with the same update: B holds U diag(s), A the product of the other factors.
-
-    A convolution's are (C_out, r, 1, 1) and (r, C_in, kH, kW): one CP component is one LoRA component.
-    """
-    named = dict(zip(layer.mode_sizes(), (f.detach() for f in layer.factors(ADAPTER)), strict=True))
-    s = layer.debora_s[ADAPTER]
-    U, A, *spatial = (named.get(name, s.new_ones(1, len(s))).T for name in layer.adapter_layer_names)
-    for mode in spatial:
-        A = A[..., None] * mode.view(len(s), *(1 for _ in A.shape[1:]), -1)
-    B = (U * s[:, None]).T
-    return (B[..., None, None] if spatial else B), A

@@ -34,7 +34,7 @@ def initial_factors(
         elif manifold == "oblique":
             factors.append(torch.nn.functional.normalize(torch.randn(size, rank, **like), dim=0))
         elif rank <= size:
-            factors.append(torch.linalg.qr(torch.randn(size, rank, **like)).Q)
+            factors.append(torch.linalg.qr(torch.randn(size, rank, **like)).Q.contiguous())
         else:
             raise ValueError(f"no {rank} orthonormal columns of {size} rows: a Stiefel factor needs rank <= {size}")
     if paired:
