@@ -146,7 +146,8 @@ class Training:
         self.spend(1)
         total = torch.zeros((), device=self.device)
         for loss in self._losses(batch):
-            loss.backward()
+            if loss.requires_grad:  # not where a method has removed all it could train, and there is no head
+                loss.backward()
             total += loss.detach()
         return total
 

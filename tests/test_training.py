@@ -137,7 +137,13 @@ def test_passes_that_a_method_makes_itself_count(tmp_path):
 
 def test_the_history_takes_numbers_lists_and_tensors(tmp_path):
     training = training_with(TrainSpec(batches=2, batch_size=4), tmp_path=tmp_path)
-    values = {"number": 2, "list": [1, 2], "scalar": torch.tensor(3.5), "vector": torch.arange(3), "none": torch.ones(0)}
+    values = {
+        "number": 2,
+        "list": [1, 2],
+        "scalar": torch.tensor(3.5),
+        "vector": torch.arange(3),
+        "none": torch.ones(0),
+    }
     training.adaptation.after_step = lambda step: dict(values)
     training.run(lambda training: None)
     for row in training.history:

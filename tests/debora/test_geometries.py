@@ -14,9 +14,11 @@ from harness.contracts.methods import (
     the_same_seed_gives_the_same_record,
 )
 from harness.contracts.subject import Subject
+from harness.errors import Diverged
 from harness.method import Backbone
 from harness.spec import TrainSpec
-from harness.training import TrainingData
+from harness.task import Batch
+from harness.training import Training, TrainingData
 from methods.debora import manifolds, reach
 from methods.debora.method import Debora
 from tests.debora.bert import tiny_backbone
@@ -128,6 +130,45 @@ def test_backtracking_keeps_what_it_promised_and_counts_its_trials():
     assert run.training.used == 100
     assert sum(promised > 0 for promised in seen) > 3
     assert {row["trials"] for row in run.training.history if "trials" in row} <= set(range(7))
+
+
+@pytest.mark.parametrize("name", ["oblique", "stiefel", "backtracking", "implicit", "implicit-stiefel"])
+def test_a_hypergradient_that_is_not_finite_is_a_divergence(name):
+    run = started(SETTINGS[name], 3, batches=60)
+    nn.init.constant_(next(iter(adaptation_of(run).layers.values())).factors("default")[0], torch.nan)
+    with pytest.raises(Diverged, match="hypergradient is not finite at update 3"):
+        run.training.update()
+
+
+@pytest.mark.parametrize("name", ["oblique", "stiefel", "implicit-stiefel"])
+def test_training_goes_on_where_every_component_is_gone(name, tmp_path):
+    run = started(SETTINGS[name], 3, batches=30)
+    adaptation = adaptation_of(run)
+    adaptation._truncate([True] * 48)
+    run.training.run(lambda training: None)
+    assert set(adaptation.ranks().values()) == {0}
+    assert adaptation.parameter_count().adapter_final == 0
+    adaptation.export(tmp_path)
+
+
+def test_without_a_head_and_with_every_component_gone_a_run_still_ends():
+    module = nn.Sequential(nn.Linear(4, 4))
+    data = TrainingData(8, 4, 0)
+    adaptation = Debora(rank=2, T_max=1).start(Backbone(module, (), ("0",)), None, data, None)
+
+    class Task:
+        def collate(self, encoded, rows, generator):
+            return Batch({"input": torch.ones(len(rows), 4)}, torch.zeros(len(rows)))
+
+        def loss(self, model, batch, generator):
+            return model(**batch.inputs).square().mean()
+
+    training = Training(adaptation, Task(), None, data, TrainSpec(batches=12), torch.device("cpu"), 12)
+    training.update()
+    adaptation._truncate([True] * len(adaptation.live))
+    training.run(lambda training: None)
+    assert adaptation.stream == "all"
+    assert training.used == 12
 
 
 def test_the_face_is_frozen_once_it_is_identified():
