@@ -35,14 +35,14 @@ class FrozenLinearPlusLowRank(torch.autograd.Function):
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         grad_x = grad_B = grad_V = None
         through = _thin(B, grad)
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ W).addmm_(through.T, V.T).view_as(x)
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[3]:  # before the product with W, which drives grad out of the cache
             if torch.is_grad_enabled():
                 projection = _thin(V, rows)
             grad_B = (projection @ grad).T
         if ctx.needs_input_grad[4]:
             grad_V = (through @ rows).T
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ W).addmm_(through.T, V.T).view_as(x)
         return grad_x, None, None, grad_B, grad_V
 
 
@@ -53,3 +53,8 @@ def _thin(factor: Tensor, rows: Tensor) -> Tensor:
     a tenth of that of a strided (r, k).
     """
     return factor.T.contiguous() @ rows.T
+
+
+def fused_linear(x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, V: Tensor) -> Tensor:
+    """See `FrozenLinearPlusLowRank`."""
+    return FrozenLinearPlusLowRank.apply(x, W, b, B, V)

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from methods.debora.config import DeboraConfig
-from methods.debora.fused import FrozenLinearPlusLowRank
+from methods.debora.fused import fused_linear
 from methods.debora.initial import initial_factors
 
 MANIFOLDS = {"matrix": "euclidean", "oblique": "oblique", "stiefel": "stiefel"}  # of a channel factor, by geometry
@@ -163,16 +163,18 @@ class DeboraLinear(DeboraLayer):
         adapters = self.adapters_in_effect()
         if len(adapters) != 1 or args or kwargs or not _is_plain_and_frozen(self.base_layer):
             return super().forward(x, *args, **kwargs)
-        base, device = self.get_base_layer(), x.device.type
-        U, V = self.factors(adapters[0])
-        tensors: tuple[Tensor | None, ...] = (x, base.weight, base.bias, U * self.debora_s[adapters[0]], V)
-        if torch.is_autocast_enabled(device):
+        base: Any = self.base_layer
+        name, device = adapters[0], x.device.type
+        U, V = self.factors(name)
+        B = U * self.debora_s[name]
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(device)
-            tensors = tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
-        if len({tensor.dtype for tensor in tensors if tensor is not None}) > 1:
-            return super().forward(x)
-        with torch.autocast(device, enabled=False):
-            return FrozenLinearPlusLowRank.apply(*tensors)
+            bias = None if base.bias is None else base.bias.to(dtype)
+            with torch.autocast(device, enabled=False):
+                return fused_linear(x.to(dtype), base.weight.to(dtype), bias, B.to(dtype), V.to(dtype))
+        if x.dtype == base.weight.dtype == V.dtype:
+            return fused_linear(x, base.weight, base.bias, B, V)
+        return super().forward(x)
 
     def update(self, adapter_name: str, x: Tensor) -> Tensor:
         """See `DeboraLayer.update`."""
@@ -188,6 +190,7 @@ class DeboraLinear(DeboraLayer):
 
 def _is_plain_and_frozen(layer: nn.Module) -> bool:
     """Whether nothing but the formula of nn.Linear happens in this layer's forward, and it takes no gradients."""
+    if type(layer) is not nn.Linear or layer.weight.requires_grad or "forward" in vars(layer):  # accelerate replaces it
+        return False
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    replaced = "forward" in vars(layer)  # as accelerate's offloading does
-    return type(layer) is nn.Linear and not (hooks or replaced or any(p.requires_grad for p in layer.parameters()))
+    return not hooks and not (layer.bias is not None and layer.bias.requires_grad)

@@ -9,10 +9,8 @@ import torch
 from torch import nn
 
 from methods.debora.config import DeboraConfig
-from methods.debora.fused import FrozenLinearPlusLowRank
+from methods.debora.fused import fused_linear
 from methods.debora.layer import DeboraLayer, DeboraLinear
-
-fused = FrozenLinearPlusLowRank.apply
 
 
 def tensors(*shape: int, bias: bool = True, rank: int = 3) -> list[torch.Tensor | None]:
@@ -30,8 +28,8 @@ def tensors(*shape: int, bias: bool = True, rank: int = 3) -> list[torch.Tensor 
 
 @pytest.mark.parametrize(("shape", "bias"), [((4, 6), True), ((2, 3, 6), False), ((6,), True)])
 def test_first_and_second_derivatives(shape, bias):
-    assert torch.autograd.gradcheck(fused, tensors(*shape, bias=bias))
-    assert torch.autograd.gradgradcheck(fused, tensors(*shape, bias=bias))
+    assert torch.autograd.gradcheck(fused_linear, tensors(*shape, bias=bias))
+    assert torch.autograd.gradgradcheck(fused_linear, tensors(*shape, bias=bias))
 
 
 def layer_in(dtype: torch.dtype = torch.float64, rank: int = 3) -> DeboraLinear:
@@ -84,6 +82,13 @@ def test_autocast_computes_as_the_plain_composition_does():
         assert one.dtype == other.dtype
         torch.testing.assert_close(one.float(), true, rtol=0.05, atol=0.1)
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.1)
+
+
+def test_autocast_leaves_float64_alone():
+    layer, x = layer_in(), torch.randn(9, 6, dtype=torch.float64)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), expected)
 
 
 def test_adapter_numbers_are_float32_on_a_bfloat16_layer():
