@@ -39,7 +39,7 @@ def lines(method: Debora, num_layers: int, budget: int) -> list[str]:
     found = [f"at most {steps} upper-level steps in {batches} of {budget} batches"]
     if method.start_point == "vertex":
         found.append(f"at most {min(steps, components)} of the {components} components of {where} can get weight")
-    elif method.step_size == 1 and method.step_rule != "backtracking":
+    elif method.step_size == 1 or method.step_rule == "backtracking":
         found.append(f"a step may empty {where} but for one of its {components} components")
     else:
         found.append(f"at least {max(0, components - steps)} of the {components} components of {where} stay")

@@ -27,3 +27,11 @@ def test_every_setting_runs(name):
     outcome = SCRIPT["solve"](parameters, 0, 60)
     assert 0 <= outcome.total <= 24
     assert outcome.error < 2
+
+
+def test_the_best_setting_finds_the_planted_ranks():
+    outcome = SCRIPT["solve"](SCRIPT["COMMON"] | SCRIPT["SETTINGS"]["matrix implicit"], 0, 3000)
+    assert outcome.layers
+    assert outcome.ranks
+    assert outcome.effective
+    assert outcome.error < 1e-3
