@@ -116,6 +116,18 @@ class Step(Protocol):
         none is left, so look at `used` first.
         """
 
+    def loss(self, batch: Indices) -> Tensor:
+        """Forward of one batch: its mean loss, a scalar tensor, with a graph except under torch.no_grad.
+
+        The random numbers (dropout, noise) are those of the last `backward`, so that losses at two points can be
+        compared; call it after one. Nothing is kept of it, so it is for derivatives that `backward` does not give and
+        for trial points. Uses one batch of the budget, with or without derivatives; raises RuntimeError as `backward`.
+        """
+
+    def spend(self, batches: int) -> None:
+        """Count passes that a method makes through a graph of `loss` (products with second derivatives) as batches of
+        the budget. Raises RuntimeError where fewer are left."""
+
     def restart_schedule(self) -> None:
         """Begin the learning-rate schedule anew over what is left of the budget (for two-phase methods)."""
 
@@ -142,6 +154,10 @@ class Method(Parameters, ABC):
         look at shapes and names only.
         """
         return None
+
+    def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
+        """What a dry run should say about a run of `num_examples` training rows (ranks it can reach), a line each."""
+        return []
 
     @abstractmethod
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
@@ -184,10 +200,11 @@ class Adaptation:
     def before_step(self, step: Step) -> None:
         """Gradients are there and not yet clipped: replace them here."""
 
-    def after_step(self, step: Step) -> dict[str, float]:
+    def after_step(self, step: Step) -> dict[str, Any]:
         """After the optimizer's step, gradients still there: rank allocation, Frank-Wolfe, truncation.
 
-        Returns values for the run's history; numbers or scalar tensors (which are fetched later, without a wait).
+        Returns values for the run's history: numbers, lists of them, or tensors without or with one dimension (which
+        are fetched later, without a wait, as a number or a list).
         """
         return {}
 

@@ -72,6 +72,12 @@ def count_parameters(method: Method, checked: CheckedTask, sweep: Sweep, place: 
     return method.start(backbone, sweep.train, data, torch.Generator().manual_seed(0)).parameter_count()
 
 
+def notes(method: Method, checked: CheckedTask, sweep: Sweep, place: Place) -> list[str]:
+    """What the method has to say about a run of it before it is made; see `Method.notes`."""
+    backbone = checked.task.backbone(checked.model, meta=True, trust_remote_code=place.trust_remote_code)
+    return method.notes(backbone, sweep.train, len(checked.splits.train))
+
+
 class _Undrawn:
     """Training data for a dry run, which must not draw any."""
 

@@ -272,7 +272,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _json_rows(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """History rows as JSON allows them: a non-finite number becomes null."""
-    return [
-        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-        for row in history
-    ]
+
+    def allowed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [allowed(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return [{key: allowed(value) for key, value in row.items()} for row in history]

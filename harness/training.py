@@ -6,7 +6,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,7 @@ class Training:
         self.seconds = 0.0
         self.schedule_start = 0
         self.history: list[dict[str, Any]] = []
+        self._random: tuple[int, Tensor, Tensor | None]  # of the last backward: its number, and torch's random states
         self._waiting: list[dict[str, Any]] = []  # history rows whose values may still be on the device
 
     def run(self, after_update: Callable[[Training], None]) -> None:
@@ -144,20 +145,41 @@ class Training:
 
     def backward(self, batch: Indices) -> Tensor:
         """See `harness.method.Step`."""
-        if self.used >= self.budget:
-            raise RuntimeError(f"the budget of {self.budget} batches is used up: look at step.used before backward")
-        generator = torch.Generator().manual_seed(derived_seed(self.data.seed, "batch", self.used))
-        piece = math.ceil(len(batch) / self.train.micro_batches)
+        self._random = (self.used, torch.get_rng_state(), _cuda_rng_state(self.device))
+        self.spend(1)
         total = torch.zeros((), device=self.device)
+        for loss in self._losses(batch):
+            if loss.requires_grad:  # not where a method has removed all it could train, and there is no head
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def loss(self, batch: Indices) -> Tensor:
+        """See `harness.method.Step`."""
+        self.spend(1)
+        _, cpu, cuda = self._random
+        with torch.random.fork_rng([] if cuda is None else [self.device]):
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda, self.device)
+            return torch.stack(list(self._losses(batch))).sum()
+
+    def spend(self, batches: int) -> None:
+        """See `harness.method.Step`."""
+        if self.used + batches > self.budget:
+            raise RuntimeError(f"the budget of {self.budget} batches is used up: look at step.used before asking")
+        self.used += batches
+
+    def _losses(self, batch: Indices) -> Iterator[Tensor]:
+        """The batch's mean loss in pieces, which sum up to it."""
+        generator = torch.Generator().manual_seed(derived_seed(self.data.seed, "batch", self._random[0]))
+        piece = math.ceil(len(batch) / self.train.micro_batches)
         for first in range(0, len(batch), piece):
             rows = batch[first : first + piece]
             inputs = to_device(self.task.collate(self.encoded, rows, generator), self.device)
             with autocast(self.train, self.device):
                 loss = self.task.loss(self.adaptation.model, inputs, generator) * (len(rows) / len(batch))
-            loss.backward()
-            total += loss.detach()
-        self.used += 1
-        return total
+            yield loss
 
     def restart_schedule(self) -> None:
         """See `harness.method.Step`."""
@@ -174,10 +196,9 @@ class Training:
     def fetch(self) -> None:
         """Move the history's waiting rows off the device. Raises Diverged where a loss is not finite."""
         tensors = [value for row in self._waiting for value in row.values() if isinstance(value, Tensor)]
-        numbers = iter(torch.stack([t.detach().float().reshape(()) for t in tensors]).tolist() if tensors else [])
+        numbers = iter(torch.cat([t.detach().float().reshape(-1) for t in tensors]).tolist() if tensors else [])
         for row in self._waiting:
-            fetched = {key: next(numbers) if isinstance(value, Tensor) else _plain(value) for key, value in row.items()}
-            self.history.append(fetched)
+            self.history.append({key: _fetched(value, numbers) for key, value in row.items()})
         rows, self._waiting = self.history[len(self.history) - len(self._waiting) :], []
         for row in rows:
             if not math.isfinite(row["loss"]):
@@ -205,7 +226,7 @@ class Training:
             "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
             "torch": torch.get_rng_state(),
             "device": self.device.type,
-            "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "cuda": _cuda_rng_state(self.device),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -230,6 +251,19 @@ class Training:
 def _plain(value: Any) -> Any:
     """A history value as JSON holds it: a method may give NumPy's numbers."""
     return value if isinstance(value, (bool, int, float, str)) else float(value)
+
+
+def _fetched(value: Any, numbers: Iterator[float]) -> Any:
+    """A history value as plain numbers: a tensor's are the next ones of `numbers`."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if not isinstance(value, Tensor):
+        return _plain(value)
+    return next(numbers) if value.dim() == 0 else [next(numbers) for _ in range(value.numel())]
+
+
+def _cuda_rng_state(device: torch.device) -> Tensor | None:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
 def autocast(train: TrainSpec, device: torch.device) -> torch.autocast:

@@ -43,7 +43,7 @@ def test_directions(path):
         assert within(names, "harness.task", "harness.method", "harness.errors", "tasks")
     else:
         assert within(names, "harness"), "the harness finds methods and tasks by name only"
-    if place.name in ("frank_wolfe.py", "hypergradient.py"):
+    if place.name in ("frank_wolfe.py", "hypergradient.py", "manifolds.py"):
         assert not names
     if place.name == "training.py":
         assert within(names, "harness.errors", "harness.method", "harness.spec", "harness.task")

@@ -46,13 +46,13 @@ def test_glue_with_four_methods(tmp_path, capsys):
 
 
 def test_cifar10_with_convolutions(tmp_path):
-    options = ["--methods", "head,lora[rank=2],debora", "--limit", "40", "--batches", "2", "--batch-size", "8"]
+    options = ["--methods", "head,lora[rank=2],debora[rank=2]", "--limit", "40", "--batches", "2", "--batch-size", "8"]
     tasks = "cifar10[image_size=32]"
     records = run(tmp_path, *options, "--tasks", tasks, "--model", model("resnet50-half"))
     status = {record.spec.method: record.status for record in records}
-    assert status == {"head": "done", "lora": "done", "debora": "unsupported"}
+    assert status == {"head": "done", "lora": "done", "debora": "done"}
     (debora,) = [record for record in records if record.spec.method == "debora"]
-    assert "convolution" in debora.error
+    assert len(debora.ranks) == 53  # every convolution
 
 
 def test_counts_on_deberta_v3_from_its_configuration_alone(tmp_path, capsys):

@@ -103,6 +103,54 @@ def test_no_batch_beyond_the_budget(tmp_path):
         training.backward(training.data.draw("all"))
 
 
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_a_loss_again_has_the_random_numbers_of_the_last_backward(tmp_path, pieces):
+    training = training_with(TrainSpec(batches=4, batch_size=8, micro_batches=pieces), tmp_path=tmp_path)
+    model, batch = training.adaptation.model, training.data.draw("all")
+    assert model.training  # with dropout
+    first = training.backward(batch)
+    torch.rand(5)
+    state = torch.get_rng_state()
+    again = training.loss(batch)
+    torch.testing.assert_close(again.detach(), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    held = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert all(torch.equal(p.grad, held[name]) for name, p in model.named_parameters() if name in held)
+    again.backward()
+    for name, gradient in held.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, 2 * gradient)
+    with torch.no_grad():
+        assert not training.loss(batch).requires_grad
+    assert training.used == 3
+
+
+def test_passes_that_a_method_makes_itself_count(tmp_path):
+    training = training_with(TrainSpec(batches=4, batch_size=4), tmp_path=tmp_path)
+    training.spend(3)
+    with pytest.raises(RuntimeError, match="budget of 4 batches is used up"):
+        training.spend(2)
+    assert training.used == 3
+    training.spend(1)
+    with pytest.raises(RuntimeError, match="used up"):
+        training.loss((0,))
+
+
+def test_the_history_takes_numbers_lists_and_tensors(tmp_path):
+    training = training_with(TrainSpec(batches=2, batch_size=4), tmp_path=tmp_path)
+    values = {
+        "number": 2,
+        "list": [1, 2],
+        "scalar": torch.tensor(3.5),
+        "vector": torch.arange(3),
+        "none": torch.ones(0),
+    }
+    training.adaptation.after_step = lambda step: dict(values)
+    training.run(lambda training: None)
+    for row in training.history:
+        kept = {name: row[name] for name in values}
+        assert kept == {"number": 2, "list": [1, 2], "scalar": 3.5, "vector": [0.0, 1.0, 2.0], "none": []}
+
+
 def test_clipping_bounds_the_step(tmp_path):
     training = training_with(TrainSpec(batches=3, batch_size=4, clip_norm=1e-3), tmp_path=tmp_path)
     norms = []

@@ -150,7 +150,7 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     specs = plan(sweep, [task.fingerprints for task in checked], place)
     store = RecordStore(results)
     finished = sum(store.read(run_id) is not None for run_id in _ids(specs))
-    rows = []
+    rows, notes = [], []
     for column, task in enumerate(checked):
         for row, (name, method) in enumerate(method_cells(sweep)):
             shown = _label(name, method)
@@ -162,8 +162,11 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
             rows.append(
                 [shown, task.name, *(f"{n:,}" for n in (count.adapter_initial, count.head, count.total)), batches]
             )
+            notes += [f"{label} on {task.name}: {line}" for line in preflight.notes(method, task, sweep, place)]
     headers = ["method", "task", "adapter at start", "head", "total", "batches"]
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4)))
+    for note in notes:
+        print(note)
     for row, column in reasons:
         print(f"{method_cells(sweep)[row][0]} on {checked[column].name}: {reasons[row, column]}")
     seeds = ", ".join(map(str, sweep.seeds))

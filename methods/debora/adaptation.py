@@ -12,18 +12,17 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from harness.errors import Diverged
-from harness.method import Adaptation, Backbone, Step, TrainData, adamw
-from methods.debora import frank_wolfe
+from harness.method import Adaptation, Backbone, Step, TrainData
+from methods.debora import frank_wolfe, reach
 from methods.debora.config import DeboraConfig
-from methods.debora.hypergradient import closed_form, direct
+from methods.debora.layer import DeboraLayer
 from methods.debora.model import DeboraModel
-from methods.debora.stock_lora import write_stock_lora
+from methods.debora.optimizer import ManifoldAdamW, keep_optimizer_columns, manifold_adamw
+from methods.debora.stock_lora import lora_pair, write_stock_lora
+from methods.debora.upper_level import ADAPTER, UpperGradient, upper_gradient
 
 if TYPE_CHECKING:
-    from methods.debora.layer import DeboraLinear
     from methods.debora.method import Debora
-
-ADAPTER = "default"  # PEFT's name for a model's first adapter
 
 
 def adapt(method: Debora, backbone: Backbone, data: TrainData) -> DeboraAdaptation:
@@ -33,6 +32,8 @@ def adapt(method: Debora, backbone: Backbone, data: TrainData) -> DeboraAdaptati
         r=method.rank,
         tau=method.tau,
         eps=method.eps,
+        geometry=method.geometry,
+        start=method.start_point,
         target_modules="|".join(re.escape(name) for name in targets),
         modules_to_save=list(backbone.head) or None,
     )
@@ -41,11 +42,16 @@ def adapt(method: Debora, backbone: Backbone, data: TrainData) -> DeboraAdaptati
 
 
 class DeboraAdaptation(Adaptation):
-    """The lower level trains U, V and the head; every T_max updates the upper level moves s.
+    """The lower level trains the factors and the head; every T_max updates the upper level moves s.
 
-    weights: vertex weights of the simplices, (B, C + 1): B layers of C = rank components, or one simplex of all.
-    live:    positions of the components that are left, in layers x rank, flattened: (sum of ranks,) int64, ascending.
+    weights:    vertex weights of the simplices, (B, C + 1): B layers of C = rank components, or one simplex of all.
+    live:       positions of the components that are left, in layers x rank, flattened: (sum of ranks,), ascending.
+    unchanged:  upper-level steps since the active set, the vertices with weight, changed last.
+    identified: the face is: the search ends with this update.
+    curvature:  backtracking's estimate of M, 0 before the first step.
     """
+
+    optimizer: ManifoldAdamW
 
     def __init__(
         self, method: Debora, model: nn.Module, backbone: Backbone, targets: tuple[str, ...], data: TrainData
@@ -54,30 +60,47 @@ class DeboraAdaptation(Adaptation):
         self.data = data
         tuner: Any = model.base_model
         self.tuner: DeboraModel = tuner
-        self.layers: dict[str, DeboraLinear] = {name: tuner.model.get_submodule(name) for name in targets}
-        self.upper_steps = 0
+        self.layers: dict[str, DeboraLayer] = {name: tuner.model.get_submodule(name) for name in targets}
+        self.upper_steps = self.unchanged = 0
+        self.curvature = 0.0
+        self.identified = False
         device = self.layers[targets[0]].debora_s[ADAPTER].device
         num_components = len(targets) * method.rank
         shape = (len(targets), method.rank) if method.budget_scope == "layer" else (1, num_components)
         self.live = torch.arange(num_components, device=device)
-        interior = method.start_at == "interior"
+        interior = method.start_point == "interior"
         self.weights = torch.full((shape[0], shape[1] + 1), 1 / shape[1] if interior else 0.0, device=device)
         self.weights[:, 0] = 0.0 if interior else 1.0
-        self._write_s()
-        super().__init__(model, adamw(model, method.learning_rate, method.weight_decay), backbone)
+        self._write_s(self.weights)
+        constrained = [
+            pair
+            for layer in self.layers.values()
+            for pair in zip(layer.factors(ADAPTER), layer.manifolds(ADAPTER), strict=True)
+        ]
+        optimizer = manifold_adamw(model, constrained, method.learning_rate, method.weight_decay)
+        super().__init__(model, optimizer, backbone)
         self.stream = "lower"
 
+    def before_step(self, step: Step) -> None:
+        """See `Adaptation.before_step`: clipping should see Riemannian gradients."""
+        self.optimizer.project_gradients()
+
     def after_step(self, step: Step) -> dict[str, Any]:
-        """See `Adaptation.after_step`. The history of an upper-level step: the Frank-Wolfe gap and the step size
-        (means over the simplices), the share of away and of drop steps, the components with weight, the rank of all
-        layers together, the hypergradient's norm, and the norm of what truncation took from the weights at once."""
+        """See `Adaptation.after_step`. The history of an upper-level step is that of `_upper_step`; at the end of the
+        search, `jump`, `rank`, `ranks` and `s` are those after the last truncation."""
         history: dict[str, Any] = {}
         if self.stream != "lower":
             return history
-        if (step.index + 1) % self.method.T_max == 0 and step.used < step.budget:
+        possible = len(self.live) > 0 and step.used + reach.least_upper_batches(self.method) <= step.budget
+        if (step.index + 1) % self.method.T_max == 0 and possible:
             history = self._upper_step(step)
-        if step.used >= self.method.search_fraction * step.budget or len(self.live) == 0:
+        over = step.used >= self.method.search_fraction * step.budget
+        if over or self.identified or len(self.live) == 0:
             self.stream = "all"
+            emptied = self._emptied(self.weights).tolist()
+            if any(emptied):
+                jump = self._truncate(emptied)
+                history |= {"jump": history.get("jump", 0.0) + jump} | self._sizes()
         return history
 
     def ranks(self) -> dict[str, int]:
@@ -85,8 +108,11 @@ class DeboraAdaptation(Adaptation):
         return {name: layer.r[ADAPTER] for name, layer in self.layers.items()}
 
     def adapter_numbers(self) -> int:
-        """U, V and s of every layer: rank x (outputs + inputs + 1)."""
-        return sum(U.numel() + V.numel() + s.numel() for U, s, V in map(_numbers, self.layers.values()))
+        """Factors and s of every layer: rank x (sizes of the weight's modes + 1)."""
+        return sum(
+            layer.r[ADAPTER] + sum(factor.numel() for factor in layer.factors(ADAPTER))
+            for layer in self.layers.values()
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """See `Adaptation.state_dict`."""
@@ -94,6 +120,8 @@ class DeboraAdaptation(Adaptation):
             "weights": self.weights,
             "live": self.live,
             "upper_steps": self.upper_steps,
+            "unchanged": self.unchanged,
+            "curvature": self.curvature,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -101,79 +129,116 @@ class DeboraAdaptation(Adaptation):
         device = self.live.device
         self.live = state["live"].to(device)
         ranks = torch.bincount(self.live // self.method.rank, minlength=len(self.layers)).tolist()
-        self._keep({name: torch.arange(rank, device=device) for name, rank in zip(self.layers, ranks, strict=True)})
+        # Not the layers that are whole: cutting changes a factor's memory layout, and sums depend on that.
+        cut = {name: rank for name, rank in zip(self.layers, ranks, strict=True) if rank < self.method.rank}
+        self._keep({name: torch.arange(rank, device=device) for name, rank in cut.items()})
         super().load_state_dict(state)
         self.weights = state["weights"].to(device, copy=True)
-        self.upper_steps = state["upper_steps"]
+        self.upper_steps, self.unchanged = state["upper_steps"], state["unchanged"]
+        self.curvature = state["curvature"]
 
     def export(self, path: Path) -> None:
         """A stock LoRA adapter with the head, at these ranks; see `write_stock_lora`."""
-        pairs = {
-            name: ((U * s).detach(), V.T.detach())
-            for name, (U, s, V) in ((name, _numbers(layer)) for name, layer in self.layers.items())
-        }
+        pairs = {name: lora_pair(layer, ADAPTER) for name, layer in self.layers.items()}
         head = {name: self.tuner.model.get_submodule(f"{name}.modules_to_save.{ADAPTER}") for name in self.head}
         write_stock_lora(path, pairs, head, self.tuner.peft_config[ADAPTER].base_model_name_or_path)
 
     def _upper_step(self, step: Step) -> dict[str, Any]:
-        """Algorithm 1, steps 2 to 7, with a stochastic hypergradient (Algorithm 2)."""
-        gradient = self._hypergradient(step)
-        direction = frank_wolfe.choose_direction(self.weights, gradient, self._alive(), self.method.tau)
-        taken = frank_wolfe.take_step(self.weights, direction, self._step_size(), self.method.p)
-        empty = taken.weights[:, 1:].flatten()[self.live] == 0
-        # The one wait for the device in an upper-level step.
-        finite, *emptied = torch.cat([gradient.isfinite().all().view(1), empty]).tolist()
+        """Algorithm 1, steps 2 to 7, with a stochastic hypergradient (Algorithm 2).
+
+        Returns the history: Frank-Wolfe gap and step size, means over the simplices; the share of away and of drop
+        steps; the components with weight; the hypergradient's norm; the norm of what truncation took from the weights
+        at once; the rank of all layers together, `ranks` in the order of the layers, `s` of the components that are
+        left in the same order; trials of the backtracking; relative residual of `implicit`.
+        """
+        method = self.method
+        upper = self._hypergradient(step)
+        gradient = self._spread(upper.value)
+        direction = frank_wolfe.choose_direction(self.weights, gradient, self._alive(), method.tau)
+        taken, history = self._take(step, direction, upper)
+        changed = ((taken.weights == 0) != (self.weights == 0)).any()
+        # The one wait for the device in an upper-level step without trials or a solve.
+        flags = [gradient.isfinite().all(), changed, (direction.gap <= method.p).all()]
+        finite, changes, small, *emptied = torch.cat([torch.stack(flags), self._emptied(taken.weights)]).tolist()
         if not finite:
             raise Diverged(f"the hypergradient is not finite at update {step.index}")
         self.weights = taken.weights
-        self._write_s()
-        truncates = self.upper_steps >= self.method.n0 and any(emptied)
-        jump = self._truncate(emptied) if truncates else 0.0
+        self._write_s(self.weights)
+        self.unchanged = 0 if changes else self.unchanged + 1
+        first = method.first_truncation
+        truncates = first is not None and self.upper_steps >= first and any(emptied)
+        history["jump"] = self._truncate(emptied) if truncates else 0.0
         self.upper_steps += 1
-        return {
+        history |= {
             "gap": direction.gap.mean(),
             "step_size": taken.step_size.mean(),
             "away": taken.away.float().mean(),
             "drop": taken.drop.float().mean(),
             "active_components": emptied.count(False),
-            "rank": len(self.live),
             "hypergradient_norm": gradient.norm(),
-            "jump": jump,
         }
+        if method.hypergradient == "implicit":
+            history["residual"] = upper.residual
+        self.identified = method.face_steps is not None and small and self.unchanged >= method.face_steps
+        return history | self._sizes()
 
-    def _hypergradient(self, step: Step) -> Tensor:
-        """G(s) on one batch of the upper half, (B, C), 0 for components that were removed. Leaves no gradients."""
-        layers = [_numbers(layer) for layer in self.layers.values()]
-        self.optimizer.zero_grad(set_to_none=True)
-        for _, s, _ in layers:
-            s.requires_grad_(True)
-        step.backward(self.data.draw("upper"))
-        parts = []
-        for U, s, V in layers:
-            grad_s, grad_U, grad_V = (_gradient(tensor) for tensor in (s, U, V))
-            s.requires_grad_(False)
-            s.grad = None
-            if self.method.hypergradient == "direct":
-                parts.append(direct(grad_s))
-            else:
-                parts.append(closed_form(grad_s, (U.detach(), V.detach()), (grad_U, grad_V), s))
-        self.optimizer.zero_grad(set_to_none=True)
-        whole = self.weights.new_zeros(len(self.layers) * self.method.rank)
-        return whole.index_copy(0, self.live, torch.cat(parts)).view(self.weights.shape[0], -1)
+    def _hypergradient(self, step: Step) -> UpperGradient:
+        """G(s) of the live components on one batch of the upper half. Leaves no gradients."""
+        layers = [layer for layer in self.layers.values() if layer.r[ADAPTER] > 0]
+        return upper_gradient(self.method, layers, step, self.data, self.optimizer)
+
+    def _take(
+        self, step: Step, direction: frank_wolfe.Direction, upper: UpperGradient
+    ) -> tuple[frank_wolfe.StepTaken, dict[str, Any]]:
+        """The step by the rule of the settings, and what it adds to the history."""
+        method, weights = self.method, self.weights
+        if method.step_rule != "backtracking":
+            size = method.step_size
+            if method.step_rule == "diminishing":
+                size *= frank_wolfe.diminishing_step_size(self.upper_steps)
+            return frank_wolfe.take_step(weights, direction, size, method.p), {}
+
+        @torch.no_grad()
+        def loss(weights: Tensor) -> Tensor:
+            self._write_s(weights)
+            return step.loss(upper.batch)
+
+        first = 2 * frank_wolfe.curvature_for(weights, direction, method.tau, method.step_size)  # it is halved at once
+        found = frank_wolfe.backtrack(
+            weights,
+            direction,
+            method.tau,
+            loss,
+            start=float(upper.loss),
+            curvature=self.curvature or first,
+            most=min(method.trials, step.budget - step.used),
+            rho=method.rho,
+            tolerance=method.p,
+        )
+        self.curvature = found.curvature
+        return found.taken, {"trials": found.trials, "curvature": found.curvature}
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Values of the live components, (sum of ranks,), over the simplices, (B, C), 0 for those removed."""
+        whole = values.new_zeros(len(self.layers) * self.method.rank)
+        return whole.index_copy(0, self.live, values).view(self.weights.shape[0], -1)
 
     def _alive(self) -> Tensor:
         """Which components are left, (B, C) bool."""
-        alive = torch.zeros_like(self.weights[:, 1:], dtype=torch.bool)
-        return alive.flatten().index_fill(0, self.live, True).view_as(alive)
+        return self._spread(torch.ones_like(self.live, dtype=torch.bool))
 
-    def _step_size(self) -> float:
-        if self.method.step_rule == "fixed":
-            return self.method.step_size
-        return self.method.step_size * frank_wolfe.diminishing_step_size(self.upper_steps)
+    def _emptied(self, weights: Tensor) -> Tensor:
+        """Which of the live components have no weight, (sum of ranks,) bool."""
+        return weights[:, 1:].flatten()[self.live] == 0
 
-    def _write_s(self) -> None:
+    def _sizes(self) -> dict[str, Any]:
+        """Ranks and s for the history."""
+        s = frank_wolfe.points(self.weights, self.method.tau, self.method.eps)
+        return {"rank": len(self.live), "ranks": list(self.ranks().values()), "s": s.flatten()[self.live]}
+
+    def _write_s(self, weights: Tensor) -> None:
         """Bring every layer's s in line with the weights."""
-        s = frank_wolfe.points(self.weights, self.method.tau, self.method.eps).flatten()[self.live]
+        s = frank_wolfe.points(weights, self.method.tau, self.method.eps).flatten()[self.live]
         for layer, values in zip(self.layers.values(), s.split(list(self.ranks().values())), strict=True):
             layer.debora_s[ADAPTER].copy_(values)
 
@@ -188,8 +253,10 @@ class DeboraAdaptation(Adaptation):
         for name, layer in self.layers.items():
             removed = [next(flags) for _ in range(layer.r[ADAPTER])]
             if any(removed):
-                U, s, V = (tensor[..., removed] for tensor in _numbers(layer))
-                squares.append((((U * s).T @ (U * s)) * (V.T @ V)).sum())  # |U diag(s) V^T|^2 without the product
+                gram = torch.outer(*2 * [layer.debora_s[ADAPTER][removed]])
+                for factor in layer.factors(ADAPTER):  # the norm of the sum without the sum
+                    gram = gram * (factor[:, removed].T @ factor[:, removed])
+                squares.append(gram.sum())
                 columns[name] = torch.tensor(_positions(removed), dtype=torch.int64, device=self.live.device)
         self._keep(columns)
         self.live = self.live[_positions(emptied)]
@@ -198,30 +265,9 @@ class DeboraAdaptation(Adaptation):
     def _keep(self, columns: dict[str, Tensor]) -> None:
         """Cut layers and their optimizer state down to these components."""
         for name, kept in columns.items():
-            U, _, V = _numbers(self.layers[name])
-            for parameter in (U, V):
-                keep_optimizer_columns(self.optimizer, parameter, kept)
+            for factor in self.layers[name].factors(ADAPTER):
+                keep_optimizer_columns(self.optimizer, factor, kept)
         self.tuner.keep_columns(ADAPTER, columns)
-
-
-def keep_optimizer_columns(optimizer: torch.optim.Optimizer, parameter: Tensor, columns: Tensor) -> None:
-    """Cut a parameter's moments, (n, r) like itself, down to these columns; call it before the parameter is cut."""
-    if parameter not in optimizer.state:
-        return
-    state = optimizer.state[parameter]
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            state[key] = value.index_select(1, columns)
-
-
-def _numbers(layer: DeboraLinear) -> tuple[Tensor, Tensor, Tensor]:
-    """(U, s, V) of a layer."""
-    return layer.debora_U[ADAPTER], layer.debora_s[ADAPTER], layer.debora_V[ADAPTER]
-
-
-def _gradient(tensor: Tensor) -> Tensor:
-    """The gradient, zeros for a tensor that the loss does not depend on."""
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 
 
 def _positions(removed: Iterable[bool]) -> list[int]:

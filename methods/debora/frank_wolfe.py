@@ -13,6 +13,7 @@ the batch, and nothing waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -125,6 +126,73 @@ def diminishing_step_size(n: int) -> float:
     Its first step is 1, so all weight goes to one vertex.
     """
     return 2 / (n + 2)
+
+
+def squared_length(weights: Tensor, direction: Direction, tau: float) -> Tensor:
+    """||d||^2 of each direction, (B,), in the units of s."""
+    vertex = direction.vertex[:, None] == torch.arange(weights.shape[-1], device=weights.device)
+    return tau**2 * (vertex.to(weights.dtype) - weights)[:, 1:].square().sum(-1)
+
+
+def short_step_size(direction: Direction, squares: Tensor, curvature: float | Tensor) -> Tensor:
+    """-<g, d> / (M ||d||^2), (B,): the least point of the quadratic bound with curvature M along d; 0 where d is 0.
+
+    squares: `squared_length`. `take_step` caps it at max_step.
+    """
+    return torch.where(squares > 0, direction.slope / (curvature * squares.clamp(min=1e-30)), 0.0)
+
+
+def curvature_for(weights: Tensor, direction: Direction, tau: float, step_size: float) -> float:
+    """The M for which the longest of the short steps is `step_size`; 0 where no simplex has a slope. Waits once."""
+    squares = squared_length(weights, direction, tau)
+    slopes = direction.slope / (step_size * squares.clamp(min=1e-30))
+    return float(torch.where(squares > 0, slopes, 0.0).max())
+
+
+class Backtracked(NamedTuple):
+    """What `backtrack` found."""
+
+    taken: StepTaken
+    curvature: float  # the estimate of M that the next search begins from
+    trials: int
+
+
+def backtrack(
+    weights: Tensor,
+    direction: Direction,
+    tau: float,
+    loss: Callable[[Tensor], Tensor],
+    start: float,
+    curvature: float,
+    most: int,
+    rho: float = 0.25,
+    tolerance: float = 0.0,
+) -> Backtracked:
+    """The short-step rule with one M for all simplices, found by backtracking (Algorithm 1, step 6).
+
+    M begins at half of `curvature` and doubles until the step's decrease is sufficient,
+    loss(moved) <= start - rho sum_b alpha_b slope_b; after `most` trials without success no simplex moves. Any M from
+    the objective's true curvature on succeeds with rho <= 1/2. A decrease
+    below the loss's rounding is taken on trust. It fits objectives of which the gradient behind `direction` is the
+    gradient.
+
+    loss: weights (B, r + 1) to the objective, a scalar; start: the objective at `weights`. Waits for the device once
+    per trial. `tolerance` as in `take_step`.
+    """
+    squares = squared_length(weights, direction, tau)
+    curvature = curvature / 2 or 1.0  # 0 stands for no slope anywhere, where no M makes a step
+    for trial in range(1, most + 1):
+        taken = take_step(weights, direction, short_step_size(direction, squares, curvature), tolerance)
+        promised = rho * float((taken.step_size * direction.slope).sum())
+        if promised == 0:
+            return Backtracked(taken, 2 * curvature, 0)
+        reached = loss(taken.weights)
+        rounding = 4 * torch.finfo(reached.dtype).eps * abs(start)
+        if float(reached) <= start - promised + rounding:
+            return Backtracked(taken, curvature, trial)
+        curvature = 2 * curvature
+    none = torch.zeros_like(direction.away)
+    return Backtracked(StepTaken(weights, torch.zeros_like(direction.slope), none, none), curvature, most)
 
 
 def _vertex_values(gradient: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from harness.errors import InputError
 from harness.method import Adaptation, Backbone, Method, TrainData
+from methods.debora import reach
 
 if TYPE_CHECKING:
     import torch
@@ -16,60 +17,135 @@ if TYPE_CHECKING:
 
 
 class Debora(Method):
-    """dEBORA (Zangrando et al., 2025): U diag(s) V^T, with s and the ranks found by Frank-Wolfe on a second data half.
+    """dEBORA (Zangrando et al., 2025): updates in CP form, s and ranks found by Frank-Wolfe on a second data half.
 
-    Lower level: AdamW on U, V and the head over one half of the training set. Upper level: after every T_max of those
-    updates, one Frank-Wolfe step on s with a batch of the other half; from step n0 on, components whose s fell to eps
-    are removed. When search_fraction of the budget is used, s is frozen and U, V and the head train on all the data.
+    Lower level: AdamW on the factors (on their manifold) and the head over one half of the training set. Upper level:
+    after every T_max of those updates, one Frank-Wolfe step on s with a batch of the other half; from step n0 on,
+    components whose s fell to eps are removed. When the face is identified, or search_fraction of the budget is used,
+    s is frozen, every component at eps goes, and the factors and the head train on all the data.
+
+    Budget: every batch through forward and backward counts, and so does each trial of the backtracking (a forward) and
+    each product with second derivatives of `implicit`.
     """
 
+    version: ClassVar[int] = 2
     data_rule: ClassVar[Literal["all", "halves"]] = "halves"
-    capabilities: ClassVar[tuple[str, ...]] = ("linear", "rank-adaptive")
+    capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of the lower level")
-    weight_decay: float = Field(1e-3, ge=0, description="AdamW's decoupled weight decay, on matrices only")
+    weight_decay: float = Field(
+        1e-3, ge=0, description="AdamW's decoupled weight decay, on unconstrained matrices only"
+    )
+    geometry: Literal["matrix", "oblique", "stiefel"] = Field(
+        "matrix", description="factors' columns: free, of norm 1, or orthonormal (a kernel's small factors: norm 1)"
+    )
     tau: float = Field(16.0, gt=0, description="bound on the sum of s - eps over a simplex")
     rank: int = Field(8, ge=1, description="rank of every layer at the start, at most its smaller side")
     eps: float = Field(1e-3, gt=0, description="least value of an entry of s; eps * rank is at most tau")
     budget_scope: Literal["layer", "global"] = Field("layer", description="tau bounds each layer, or the whole network")
-    start_at: Literal["interior", "vertex"] = Field(
-        "interior", description="s at the start: tau shared out evenly, or eps everywhere"
+    start_at: Literal["interior", "vertex"] | None = Field(
+        None,
+        description="s at the start: tau shared out, or eps everywhere; unset: vertex for stiefel, else interior",
     )
-    hypergradient: Literal["closed_form", "direct"] = Field(
-        "closed_form", description="Theorem 4.1's, or the partial derivative in s alone"
+    hypergradient: Literal["closed_form", "direct", "implicit"] = Field(
+        "closed_form", description="Theorem 4.1's, the partial derivative in s alone, or a solve with the Hessian"
     )
+    paper_coefficient: bool = Field(
+        False, description="closed_form with the paper's coefficient 1 for kernels, instead of the exact 1 / (d - 1)"
+    )
+    damping: float = Field(1e-3, ge=0, description="implicit: added to the Hessian's diagonal, beside weight_decay")
+    iterations: int = Field(10, ge=1, description="implicit: most products with the Hessian (MINRES), a batch each")
     T_max: int = Field(10, ge=1, description="lower-level updates before each upper-level step")
-    n0: int = Field(5, ge=0, description="upper-level steps made before the first truncation")
+    n0: int | None = Field(
+        None,
+        ge=0,
+        description="upper-level steps made before the first truncation; unset: 5, from a vertex none before the end",
+    )
     p: float = Field(0.0, ge=0, description="a simplex with a Frank-Wolfe gap of at most p, in loss, stays where it is")
-    step_rule: Literal["fixed", "diminishing"] = Field(
-        "fixed", description="Frank-Wolfe step n is step_size, or step_size * 2 / (n + 2)"
+    face_steps: int | None = Field(
+        None, ge=1, description="steps without a change of the active set, the last gaps at most p, that end the search"
+    )
+    step_rule: Literal["fixed", "diminishing", "backtracking"] = Field(
+        "fixed", description="step n is step_size, step_size * 2 / (n + 2), or the short-step rule from step_size on"
     )
     step_size: float = Field(0.1, gt=0, le=1, description="see step_rule; 1 goes all the way to a vertex")
-    search_fraction: float = Field(0.5, gt=0, le=1, description="share of the budget after which s is frozen")
+    rho: float = Field(0.25, gt=0, le=0.5, description="backtracking: share of the first-order decrease to be reached")
+    trials: int = Field(4, ge=1, description="backtracking: most trial points of a step, a batch each")
+    search_fraction: float = Field(0.5, gt=0, le=1, description="share of the budget after which s is frozen at latest")
     target_modules: tuple[str, ...] | None = Field(None, min_length=1, description="ends of layer names; all if unset")
 
     @model_validator(mode="after")
-    def _eps_fits(self) -> Debora:
+    def _fits_together(self) -> Debora:
         if self.eps * self.rank > self.tau:
             raise ValueError(f"eps * rank = {self.eps * self.rank:g} should be at most tau = {self.tau:g}")
+        descends = self.hypergradient == "direct" or (self.hypergradient == "closed_form" and self.geometry != "matrix")
+        if self.step_rule == "backtracking" and not descends:
+            raise ValueError(
+                f"hypergradient = {self.hypergradient} with geometry = {self.geometry} gives no direction of descent "
+                "at fixed factors, as step_rule = backtracking needs: set hypergradient = direct, or step_rule = fixed"
+            )
+        if self.start_point == "interior" and self.geometry == "stiefel":
+            raise ValueError("start_at = interior changes the model where geometry = stiefel: set start_at = vertex")
+        if self.start_point == "interior" and self.geometry == "oblique" and self.rank % 2:
+            raise ValueError(
+                f"rank = {self.rank} should be even where geometry = oblique and start_at = interior, since components "
+                "cancel in pairs"
+            )
         return self
+
+    @property
+    def start_point(self) -> Literal["interior", "vertex"]:
+        """Where s starts."""
+        return self.start_at or ("vertex" if self.geometry == "stiefel" else "interior")
+
+    @property
+    def first_truncation(self) -> int | None:
+        """Upper-level steps before the first truncation; None: only when the search ends."""
+        return 5 if self.n0 is None and self.start_point == "interior" else self.n0
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
         targets = backbone.targets(self.target_modules)
+        reason = next(filter(None, (_not_adaptable(backbone, name) for name in targets)), None)
+        if reason is not None:
+            return reason
         backbone.check_rank(self.rank, targets)
+        for name in targets if self.geometry == "stiefel" else ():
+            channels = min(backbone.module.get_parameter(f"{name}.weight").shape[:2])
+            if 1 < channels < self.rank:
+                raise InputError(
+                    f"rank = {self.rank} is above the {channels} channels of layer '{name}': geometry = stiefel allows "
+                    f"1 to {channels}"
+                )
         least = self.eps * self.rank * len(targets)
         if self.budget_scope == "global" and least > self.tau:
             raise InputError(
                 f"eps * rank * layers = {least:g} should be at most tau = {self.tau:g} where budget_scope = global"
             )
-        kernels = [name for name in targets if backbone.module.get_parameter(f"{name}.weight").dim() > 2]
-        if kernels:
-            return f"the CP adapter for convolutions is not there yet (layer '{kernels[0]}')"
         return None
+
+    def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
+        """See `Method.notes`: which ranks the search can reach."""
+        return reach.lines(self, len(backbone.targets(self.target_modules)), train.budget(num_examples))
 
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """See `Method.start`."""
         from methods.debora.adaptation import adapt
 
+        if data.size < 2:
+            raise InputError(f"{data.size} training rows: two halves need at least 2")
         return adapt(self, backbone, data)
+
+
+def _not_adaptable(backbone: Backbone, name: str) -> str | None:
+    """Why the layer can carry no adapter, or None."""
+    from torch import nn
+
+    layer = backbone.module.get_submodule(name)
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+        return (
+            f"layer '{name}' is a convolution in {layer.groups} groups, which a CP form over all channels does not fit"
+        )
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        return f"layer '{name}' is a {type(layer).__name__}, neither nn.Linear nor nn.Conv2d"
+    return None

@@ -10,11 +10,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from methods.debora.config import PEFT_TYPE, DeboraConfig
+from methods.debora.convolution import DeboraConv2d
 from methods.debora.layer import DeboraLayer, DeboraLinear
 
 
 class DeboraModel(BaseTuner):
-    """A model whose targeted linear layers carry U diag(s) V^T, each at its own rank."""
+    """A model whose targeted linear layers and convolutions carry an adapter, each at its own rank."""
 
     prefix = "debora_"
     tuner_layer_cls = DeboraLayer
@@ -31,15 +32,16 @@ class DeboraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         rank = peft_config.rank_pattern.get(current_key, peft_config.r)
-        if isinstance(target, DeboraLayer):
-            target.update_layer(adapter_name, rank, peft_config)
-        elif isinstance(target, nn.Linear):
-            adapted = DeboraLinear(target, adapter_name, rank, peft_config)
-            if adapter_name not in self.active_adapters:
-                adapted.requires_grad_(False)
-            self._replace_module(parent, target_name, adapted, target)
-        else:
-            raise TypeError(f"layer '{current_key}' is a {type(target).__name__}: only nn.Linear can be adapted")
+        try:
+            if isinstance(target, DeboraLayer):
+                target.update_layer(adapter_name, rank, peft_config)
+                return
+            adapted = _layer_type(target)(target, adapter_name, rank, peft_config)
+        except ValueError as error:
+            raise ValueError(f"layer '{current_key}' cannot be adapted: {error}") from error
+        if adapter_name not in self.active_adapters:
+            adapted.requires_grad_(False)
+        self._replace_module(parent, target_name, adapted, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's also copies weight and bias, which the adapted layer does not need and a head without a weight of its
@@ -55,6 +57,15 @@ class DeboraModel(BaseTuner):
             layer: Any = self.model.get_submodule(name)
             layer.keep_columns(adapter_name, kept)
             self.peft_config[adapter_name].rank_pattern[name] = len(kept)
+
+
+def _layer_type(target: nn.Module) -> type[DeboraLayer]:
+    """The adapted layer's class. Raises ValueError where there is none."""
+    if isinstance(target, nn.Linear):
+        return DeboraLinear
+    if isinstance(target, nn.Conv2d):
+        return DeboraConv2d
+    raise ValueError(f"it is a {type(target).__name__}, neither nn.Linear nor nn.Conv2d")
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = DeboraConfig

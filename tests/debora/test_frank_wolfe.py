@@ -276,5 +276,109 @@ def test_the_smallest_gap_falls_with_the_diminishing_rule(generator):
     assert (smallest[-1] < smallest[20] / 5).all()
 
 
+def quadratic(hessian, linear):
+    """1/2 s'Qs - c's of every simplex, summed, as a function of the weights."""
+
+    def loss(weights):
+        s = frank_wolfe.points(weights, TAU, EPS)
+        return (0.5 * s * (hessian @ s[..., None])[..., 0] - linear * s).sum()
+
+    return loss
+
+
+def random_quadratic(generator, simplices, components):
+    factor = normal(generator, simplices, components, components)
+    hessian = factor @ factor.mT / components + torch.eye(components, dtype=torch.float64)
+    return hessian, 3 * normal(generator, simplices, components)
+
+
+def test_the_short_step_is_the_minimiser_where_the_bound_is_exact(generator):
+    weights, gradient = random_weights(generator, 100, 5), normal(generator, 100, 5)
+    direction = frank_wolfe.choose_direction(weights, gradient, everything(weights), TAU)
+    squares = frank_wolfe.squared_length(weights, direction, TAU)
+    s = frank_wolfe.points(weights, TAU, EPS)
+    corner = vertices(5)[direction.vertex]
+    d = torch.where(direction.away[:, None], s - corner, corner - s)
+    torch.testing.assert_close(squares, d.square().sum(-1))
+    alpha = frank_wolfe.short_step_size(direction, squares, 7.0)
+    # f(s + alpha d) = f(s) - alpha slope + 7/2 alpha^2 |d|^2 has no slope left there.
+    torch.testing.assert_close(7.0 * alpha * squares, direction.slope)
+    largest = frank_wolfe.curvature_for(weights, direction, TAU, 0.2)
+    assert float(frank_wolfe.short_step_size(direction, squares, largest).max()) == pytest.approx(0.2)
+
+
+def test_at_a_vertex_that_is_the_oracles_the_short_step_is_zero():
+    weights = torch.tensor([[0.0, 1.0, 0.0]])
+    direction = frank_wolfe.choose_direction(weights, torch.tensor([[-1.0, 0.0]]), everything(weights), TAU)
+    squares = frank_wolfe.squared_length(weights, direction, TAU)
+    assert frank_wolfe.short_step_size(direction, squares, 1.0).item() == 0
+    assert frank_wolfe.curvature_for(weights, direction, TAU, 0.1) == 0
+    found = frank_wolfe.backtrack(weights, direction, TAU, lambda moved: moved.sum() / 0, 0.0, 0.0, 3)
+    assert torch.equal(found.taken.weights, weights)
+    assert found.trials == 0
+
+
+@pytest.mark.parametrize("first", [1e-3, 1.0, 1e4])
+def test_backtracking_reaches_the_exact_solution_from_any_first_estimate(generator, first):
+    components, simplices = 6, 4
+    hessian, linear = random_quadratic(generator, simplices, components)
+    loss = quadratic(hessian, linear)
+    weights = torch.full((simplices, components + 1), 1 / (components + 1), dtype=torch.float64)
+    curvature, previous = first, float(loss(weights))
+    for _ in range(400):
+        s = frank_wolfe.points(weights, TAU, EPS)
+        gradient = (hessian @ s[..., None])[..., 0] - linear
+        direction = frank_wolfe.choose_direction(weights, gradient, everything(weights), TAU)
+        if float(direction.gap.max()) < 1e-9:
+            break
+        found = frank_wolfe.backtrack(weights, direction, TAU, loss, previous, curvature, 30)
+        promised = 0.25 * float((found.taken.step_size * direction.slope).sum())
+        now = float(loss(found.taken.weights))
+        assert now <= previous - promised + 1e-12
+        assert promised > 0
+        weights, curvature, previous = found.taken.weights, found.curvature, now
+    # The estimate stays within what the rule needs: twice the largest eigenvalue, after the first few steps.
+    assert curvature <= 2 * float(torch.linalg.eigvalsh(hessian).max())
+    for b in range(simplices):
+        *_, (exact, _) = minimise(weights[b : b + 1], hessian[b : b + 1], linear[b : b + 1], 300)
+        torch.testing.assert_close(weights[b : b + 1], exact, rtol=0, atol=1e-4)
+
+
+def test_backtracking_gives_up_on_a_direction_of_ascent(generator):
+    """As with the plain closed form, whose direction ascends the loss at fixed factors."""
+    hessian, linear = random_quadratic(generator, 1, 5)
+    loss, trials = quadratic(hessian, linear), []
+    weights = torch.full((1, 6), 1 / 6, dtype=torch.float64)
+    s = frank_wolfe.points(weights, TAU, EPS)
+    turned = linear - (hessian @ s[..., None])[..., 0]
+    direction = frank_wolfe.choose_direction(weights, turned, everything(weights), TAU)
+
+    def watched(moved):
+        trials.append(loss(moved))
+        return trials[-1]
+
+    found = frank_wolfe.backtrack(weights, direction, TAU, watched, float(loss(weights)), 1.0, 5)
+    assert torch.equal(found.taken.weights, weights)
+    assert found.taken.step_size.item() == 0
+    assert not (found.taken.away | found.taken.drop).any()
+    assert (found.trials, len(trials), found.curvature) == (5, 5, 16.0)
+
+
+def test_backtracking_drops_a_component_exactly():
+    """Where the decrease is sufficient at the largest step away, the weight is 0 after it."""
+    weights = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64)
+    gradient = torch.tensor([[1.0, 0.1]], dtype=torch.float64)
+    direction = frank_wolfe.choose_direction(weights, gradient, everything(weights), TAU)
+    assert direction.away.item()
+
+    def loss(moved):
+        return (frank_wolfe.points(moved, TAU, EPS) * gradient).sum()
+
+    found = frank_wolfe.backtrack(weights, direction, TAU, loss, float(loss(weights)), 1e-3, 4)
+    assert found.taken.drop.item()
+    assert found.taken.weights[0, 1] == 0
+    assert found.trials == 1
+
+
 def test_diminishing_step_sizes():
     assert [frank_wolfe.diminishing_step_size(n) for n in (0, 1, 2, 8)] == [1, 2 / 3, 0.5, 0.2]

@@ -13,6 +13,7 @@ from torch import nn
 from harness.contracts.subject import Started
 from harness.errors import Diverged, InputError
 from harness.method import Backbone
+from harness.training import TrainingData
 from methods.debora.method import Debora
 from tests.debora.bert import tiny_backbone
 from tests.debora.runs import adaptation_of, numbers, started
@@ -134,7 +135,7 @@ def test_the_closed_form_is_the_direct_gradient_turned_round():
     found = {}
     for kind in ("closed_form", "direct"):
         run = started(f"rank=4,T_max=100,hypergradient={kind}", 6)
-        found[kind] = adaptation_of(run)._hypergradient(run.training)
+        found[kind] = adaptation_of(run)._hypergradient(run.training).value
     assert found["direct"].norm() > 0
     torch.testing.assert_close(found["closed_form"], -found["direct"], rtol=1e-3, atol=1e-6)
 
@@ -144,7 +145,7 @@ def test_accumulation_gives_the_same_hypergradient():
     for pieces in (1, 4):
         run = started("rank=4,T_max=100", 4)
         run.training.train = run.training.train.model_copy(update={"micro_batches": pieces})
-        found.append(adaptation_of(run)._hypergradient(run.training))
+        found.append(adaptation_of(run)._hypergradient(run.training).value)
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-6)
 
 
@@ -211,13 +212,19 @@ def test_the_module_imports_without_torch():
     assert done.stdout.strip() == "[]"
 
 
-def test_convolutions_are_a_reason_and_wrong_values_an_error():
+def test_layers_that_cannot_be_adapted_are_a_reason_and_wrong_values_an_error():
     linear = tiny_backbone("meta")
     assert Debora().unsupported(linear) is None
-    module = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Linear(8, 8))
-    mixed = Backbone(module, head=(), layers=("0", "1"))
-    assert "convolutions" in (Debora(rank=2).unsupported(mixed) or "")
-    assert Debora(rank=2, target_modules=("1",)).unsupported(mixed) is None
+    parts = {"conv": nn.Conv2d(8, 16, 3), "groups": nn.Conv2d(8, 8, 3, groups=2), "other": nn.Conv1d(8, 8, 3)}
+    mixed = Backbone(nn.ModuleDict(parts), head=(), layers=tuple(parts))
+    assert Debora(rank=2, target_modules=("conv",)).unsupported(mixed) is None
+    assert "'groups' is a convolution in 2 groups" in (Debora(rank=2).unsupported(mixed) or "")
+    reason = Debora(rank=2, target_modules=("other",)).unsupported(mixed)
+    assert reason == "layer 'other' is a Conv1d, neither nn.Linear nor nn.Conv2d"
+    with pytest.raises(InputError, match="rank = 9 is above the 8 channels of layer 'conv'"):
+        Debora(rank=9, geometry="stiefel", target_modules=("conv",)).unsupported(mixed)
+    with pytest.raises(InputError, match="1 training rows: two halves need at least 2"):
+        Debora(rank=2).start(linear, None, TrainingData(1, 4, 0), None)
     with pytest.raises(InputError, match="rank = 17"):
         Debora(rank=17).unsupported(linear)
     with pytest.raises(InputError, match="Did you mean 'query'"):
@@ -233,7 +240,14 @@ def test_convolutions_are_a_reason_and_wrong_values_an_error():
         ({"eps": 3, "rank": 8}, r"eps \* rank = 24 should be at most tau = 16"),
         ({"T_max": 0}, "T_max"),
         ({"step_size": 1.5}, "step_size"),
-        ({"hypergradient": "implicit"}, "closed_form"),
+        ({"hypergradient": "exact"}, "closed_form"),
+        ({"geometry": "sphere"}, "oblique"),
+        ({"geometry": "stiefel", "start_at": "interior"}, "start_at = vertex"),
+        ({"geometry": "oblique", "rank": 7}, "rank = 7 should be even"),
+        ({"step_rule": "backtracking"}, "no direction of descent at fixed factors"),
+        ({"step_rule": "backtracking", "hypergradient": "implicit", "geometry": "oblique"}, "no direction of descent"),
+        ({"damping": -1}, "damping"),
+        ({"iterations": 0}, "iterations"),
         ({"search_fraction": 0}, "search_fraction"),
     ],
 )
@@ -246,6 +260,6 @@ def test_only_the_targeted_layers_are_adapted():
     """Also where one layer's name is the end of another's."""
     module = nn.ModuleDict({"fc": nn.Linear(4, 4), "block": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
     backbone = Backbone(module, head=(), layers=("fc",))
-    adaptation = Debora(rank=2).start(backbone, None, None, None)
+    adaptation = Debora(rank=2).start(backbone, None, TrainingData(8, 4, 0), None)
     assert adaptation.ranks() == {"fc": 2}
     assert type(module["block"]["fc"]) is nn.Linear

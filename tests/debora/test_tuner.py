@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -79,6 +81,84 @@ def test_the_start_is_the_step_of_lora_with_alpha_16():
     assert not layer.debora_U["default"].any()
     assert V.abs().max() <= 20**-0.5
     assert V.abs().max() > 0.9 * 20**-0.5
+
+
+@pytest.mark.parametrize("geometry", ["oblique", "stiefel"])
+def test_on_a_manifold_the_start_is_the_eps_shift(geometry):
+    """The update is eps times columns of norm 1, so its norm is at most eps r, and exactly eps sqrt(r) on Stiefel."""
+    config = DeboraConfig(r=4, eps=1e-3, geometry=geometry, start="vertex", target_modules=TARGETS)
+    model = get_peft_model(tiny_backbone().module, config).eval()
+    for layer in (module for module in model.modules() if isinstance(module, DeboraLinear)):
+        assert layer.manifolds("default") == (geometry, geometry)
+        assert torch.equal(layer.debora_s["default"], torch.full((4,), 1e-3))
+        for factor in layer.factors("default"):
+            gram = factor.T @ factor
+            torch.testing.assert_close(gram if geometry == "stiefel" else gram * torch.eye(4), torch.eye(4))
+        norm = float(layer.get_delta_weight("default").detach().norm())
+        assert norm == pytest.approx(2e-3) if geometry == "stiefel" else 0 < norm <= 4e-3
+    assert 0 < (logits(model) - logits(tiny_backbone().module)).abs().max() < 1e-3
+
+
+def test_an_oblique_start_in_the_interior_cancels_in_pairs():
+    config = DeboraConfig(r=4, geometry="oblique", target_modules=TARGETS)
+    model = get_peft_model(tiny_backbone().module, config).eval()
+    torch.testing.assert_close(logits(model), logits(tiny_backbone().module), rtol=0, atol=1e-5)
+    layer = model.base_model.model.get_submodule(QUERY)
+    assert (layer.debora_s["default"] > 1).all()
+    U, V = layer.factors("default")
+    assert torch.equal(U[:, 0::2], -U[:, 1::2])
+    assert torch.equal(V[:, 0::2], V[:, 1::2])
+    model(token_ids()).logits.square().sum().backward()
+    assert not torch.allclose(V.grad[:, 0::2], V.grad[:, 1::2])  # the pairs part
+
+
+@pytest.mark.parametrize("geometry", ["matrix", "oblique", "stiefel"])
+def test_the_adapter_is_drawn_from_torchs_generator(geometry):
+    def state(seed):
+        module = tiny_backbone().module
+        torch.manual_seed(seed)
+        config = DeboraConfig(r=4, geometry=geometry, start="vertex", target_modules=TARGETS)
+        return get_peft_model(module, config).state_dict()
+
+    first, same, other = state(3), state(3), state(4)
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("geometry", ["matrix", "oblique", "stiefel"])
+def test_the_configuration_and_s_survive_json(geometry, tmp_path):
+    """tau and eps come back as they were, and s is what was saved, not what they would start it from."""
+    model = adapted(geometry=geometry, start="vertex", tau=7, eps=1e-7, rank_pattern=dict(RANKS))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["tau"], config["eps"], config["geometry"], config["start"]) == (7, 1e-7, geometry, "vertex")
+    assert config["rank_pattern"] == RANKS
+    assert config["peft_type"] == "DEBORA"
+    assert sorted(config["target_modules"]) == sorted(TARGETS)
+    loaded = PeftModel.from_pretrained(tiny_backbone().module, tmp_path).eval()
+    before, after = model.peft_config["default"].to_dict(), loaded.peft_config["default"].to_dict()
+    assert {**before, "inference_mode": True, "auto_mapping": None} == {**after, "auto_mapping": None}  # PEFT's own two
+    saved = {name: value for name, value in model.state_dict().items() if "debora_s" in name}
+    assert len(saved) == 10
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in saved.items())
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_loaded_adapter_can_train_on(tmp_path):
+    adapted(rank_pattern=dict(RANKS)).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_backbone().module, tmp_path, is_trainable=True)
+    loaded(token_ids()).logits.sum().backward()
+    layer = loaded.base_model.model.get_submodule("bert.encoder.layer.1.attention.self.value")
+    assert all(factor.grad.any() for factor in layer.factors("default"))
+
+
+def test_an_adapter_can_be_deleted():
+    model = adapted()
+    model.add_adapter("other", DeboraConfig(r=2, target_modules=TARGETS))
+    model.delete_adapter("other")
+    layer = model.base_model.model.get_submodule(QUERY)
+    assert layer.r == {"default": 4}
+    assert set(layer.debora_U) == set(layer.debora_s) == {"default"}
 
 
 def test_s_is_saved_but_is_no_parameter():
@@ -172,12 +252,33 @@ def test_a_second_adapter_stands_beside_the_first():
     assert layer.debora_U["other"].requires_grad
 
 
-def test_only_linear_layers_are_adapted():
-    with pytest.raises(TypeError, match=r"'0' is a Conv2d: only nn\.Linear"):
-        get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3)), DeboraConfig(target_modules=["0"]))
+def test_only_linear_layers_and_convolutions_are_adapted():
+    with pytest.raises(ValueError, match=r"'0' cannot be adapted: it is a Conv1d, neither nn\.Linear nor nn\.Conv2d"):
+        get_peft_model(nn.Sequential(nn.Conv1d(3, 4, 3)), DeboraConfig(target_modules=["0"]))
 
 
-@pytest.mark.parametrize("wrong", [{"r": 0}, {"tau": 0.0}, {"eps": -1.0}, {"rank_pattern": {"query": -1}}])
-def test_numbers_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+def test_a_stiefel_rank_above_the_smaller_side_is_refused():
+    with pytest.raises(ValueError, match=r"layer 'bert.* cannot be adapted: no 17 orthonormal columns of 16 rows"):
+        get_peft_model(
+            tiny_backbone().module, DeboraConfig(r=17, geometry="stiefel", start="vertex", target_modules=TARGETS)
+        )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"r": 0}, "r = 0"),
+        ({"tau": 0.0}, "tau"),
+        ({"tau": float("inf")}, "tau = inf"),
+        ({"eps": -1.0}, "eps"),
+        ({"eps": float("nan")}, "eps = nan"),
+        ({"rank_pattern": {"query": -1}}, "rank_pattern"),
+        ({"geometry": "sphere"}, "geometry = 'sphere' should be one of matrix, oblique, stiefel"),
+        ({"start": "middle"}, "start = 'middle'"),
+        ({"geometry": "stiefel"}, "set start = 'vertex'"),
+        ({"geometry": "oblique", "r": 3}, "r = 3 should be even"),
+    ],
+)
+def test_values_out_of_range_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
         DeboraConfig(target_modules=["query"], **wrong)

@@ -1,0 +1,147 @@
+"""The hypergradient of a model in training: which batches it takes, and what is differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from harness.method import Indices, Step, TrainData
+from methods.debora import hypergradient, manifolds
+from methods.debora.layer import DeboraLayer
+
+if TYPE_CHECKING:
+    from methods.debora.method import Debora
+
+ADAPTER = "default"  # PEFT's name for a model's first adapter
+
+
+class UpperGradient(NamedTuple):
+    """G(s) of all layers' components in one row, (sum of ranks,), and the batch of f1 that it was taken on."""
+
+    value: Tensor
+    loss: Tensor
+    batch: Indices
+    residual: float  # of the implicit system, relative; 0 where none was solved
+
+
+def upper_gradient(
+    method: Debora, layers: Sequence[DeboraLayer], step: Step, data: TrainData, optimizer: torch.optim.Optimizer
+) -> UpperGradient:
+    """G(s) on one batch of the upper half. Leaves no gradients behind, and takes no other layer's into account.
+
+    Batches used: 1, and for `implicit` at least 3 more: the lower level's gradient on one batch of the lower half, kept
+    with its graph, one for each product with its Hessian, and one for the mixed derivative.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    batch = data.draw("upper")
+    with _differentiable_s(layers):
+        loss = step.backward(batch)
+        grad_s = torch.cat([_gradient(layer.debora_s[ADAPTER]) for layer in layers])
+        grads = [[_gradient(factor) for factor in layer.factors(ADAPTER)] for layer in layers]
+        residual = 0.0
+        if method.hypergradient == "implicit":
+            optimizer.zero_grad(set_to_none=True)
+            value, residual = _implicit(method, layers, step, data, grad_s, grads)
+        elif method.hypergradient == "direct" or method.geometry != "matrix":
+            # On a manifold the Riemannian gradient has no radial part: the closed form is the direct term, exactly.
+            value = hypergradient.direct(grad_s)
+        else:
+            value = _closed_form(method, layers, grad_s, grads)
+    optimizer.zero_grad(set_to_none=True)
+    return UpperGradient(value, loss, batch, residual)
+
+
+def _closed_form(
+    method: Debora, layers: Sequence[DeboraLayer], grad_s: Tensor, grads: Sequence[Sequence[Tensor]]
+) -> Tensor:
+    parts = grad_s.split([layer.r[ADAPTER] for layer in layers])
+    return torch.cat(
+        [
+            hypergradient.closed_form(
+                part,
+                [factor.detach() for factor in layer.factors(ADAPTER)],
+                own,
+                layer.debora_s[ADAPTER].detach(),
+                method.paper_coefficient,
+            )
+            for layer, part, own in zip(layers, parts, grads, strict=True)
+        ]
+    )
+
+
+def _implicit(
+    method: Debora,
+    layers: Sequence[DeboraLayer],
+    step: Step,
+    data: TrainData,
+    grad_s: Tensor,
+    grads: Sequence[Sequence[Tensor]],
+) -> tuple[Tensor, float]:
+    """(G, relative residual) by MINRES with products from autograd: B is every factor of every layer.
+
+    f2 is the loss on one lower batch plus weight_decay / 2 ||B||^2, which stands for the optimizer's decoupled decay.
+    On a manifold, H is the Riemannian Hessian: the derivative of the Riemannian gradient, projected.
+    """
+    system = LowerSystem(layers, step, data.draw("lower"))
+    right = system.project([grad for own in grads for grad in own]).detach()
+    decay = method.weight_decay if method.geometry == "matrix" else 0.0
+    iterations = min(method.iterations, step.budget - step.used - 1)  # the mixed derivative takes one as well
+    value, solution = hypergradient.implicit(
+        grad_s, right, system.hessian, system.mixed, decay + method.damping, iterations
+    )
+    return value, solution.residual
+
+
+class LowerSystem:
+    """d_B^2 f2 and d_s d_B f2 on one batch, as products with vectors. Every product uses one batch of the budget."""
+
+    def __init__(self, layers: Sequence[DeboraLayer], step: Step, batch: Indices) -> None:
+        self.step = step
+        self.factors: list[nn.Parameter] = [factor for layer in layers for factor in layer.factors(ADAPTER)]
+        self.manifolds: list[Any] = [manifold for layer in layers for manifold in layer.manifolds(ADAPTER)]
+        self.s = [layer.debora_s[ADAPTER] for layer in layers]
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
+            loss = step.loss(batch)
+        grads = torch.autograd.grad(loss, self.factors, create_graph=True, materialize_grads=True)
+        self.gradient = self.project(grads)
+
+    def project(self, vectors: Sequence[Tensor]) -> Tensor:
+        """One vector per factor, each onto the tangent space at its factor, in one row, (N,)."""
+        triples = zip(self.manifolds, self.factors, vectors, strict=True)
+        return torch.cat([manifolds.project_tangent(*triple).flatten() for triple in triples])
+
+    def hessian(self, vector: Tensor) -> Tensor:
+        """d_B^2 f2 times a tangent vector, (N,) to (N,)."""
+        return self.project(self._product(vector, self.factors)).detach()
+
+    def mixed(self, vector: Tensor) -> Tensor:
+        """(d_s d_B f2)^T times a tangent vector, (N,) to (sum of ranks,)."""
+        return torch.cat(self._product(vector, self.s)).detach()
+
+    def _product(self, vector: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        self.step.spend(1)
+        return torch.autograd.grad(self.gradient, inputs, vector, retain_graph=True, materialize_grads=True)
+
+
+@contextmanager
+def _differentiable_s(layers: Sequence[DeboraLayer]) -> Iterator[None]:
+    """s takes gradients inside, and has none after."""
+    buffers = [layer.debora_s[ADAPTER] for layer in layers]
+    for s in buffers:
+        s.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for s in buffers:
+            s.requires_grad_(False)
+            s.grad = None
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    """The gradient, zeros for a tensor that the loss does not depend on."""
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
