@@ -162,7 +162,7 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
             rows.append(
                 [shown, task.name, *(f"{n:,}" for n in (count.adapter_initial, count.head, count.total)), batches]
             )
-            notes += [f"{label} on {task.name}: {line}" for line in preflight.notes(method, task, sweep, place)]
+            notes += [f"{shown} on {task.name}: {line}" for line in preflight.notes(method, task, sweep, place)]
     headers = ["method", "task", "adapter at start", "head", "total", "batches"]
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4)))
     for note in notes:
