@@ -3,7 +3,8 @@
     python scripts/bench_loop.py [--method full] [--task rotten_tomatoes] [--batch-size 16] [--updates 10] [--repeats 7]
 
 Both sides train the same model on the same batches: forward, backward, gradient clipping, AdamW, learning-rate
-schedule, the loss kept for the record. They take turns within one process; the ratio is that of the medians.
+schedule, the loss kept for the record. A method that makes passes of its own (dEBORA's upper level) makes them on our
+side only. They take turns within one process; the ratio is that of the medians.
 """
 
 from __future__ import annotations
