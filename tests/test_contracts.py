@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from harness import registry
 from harness.contracts import METHOD_CONTRACTS, TASK_CONTRACTS, Subject
+from harness.method import Backbone
 
 PARAMETERS = {
     "full": "full[learning_rate=1e-3]",
@@ -19,6 +21,12 @@ METHODS = [PARAMETERS.get(name, name) for name in registry.registered(registry.M
 @pytest.mark.parametrize("method", METHODS)
 def test_method(method, contract, tmp_path: Path):
     contract(Subject(method, tmp_path))
+
+
+@pytest.mark.parametrize("method", ["lora", "debora"])
+def test_a_backbone_without_layers_is_a_reason(method):
+    bare = Backbone(torch.nn.Embedding(3, 2), head=(), layers=())
+    assert "no linear or convolution layer" in registry.make_method(method, {}).unsupported(bare)
 
 
 @pytest.mark.parametrize("contract", TASK_CONTRACTS, ids=lambda contract: contract.__name__)

@@ -106,6 +106,8 @@ class Debora(Method):
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
         targets = backbone.targets(self.target_modules)
+        if not targets:
+            return "the backbone has no linear or convolution layer to adapt"
         reason = next(filter(None, (_not_adaptable(backbone, name) for name in targets)), None)
         if reason is not None:
             return reason
