@@ -21,8 +21,6 @@ Compare fine-tuning methods on equal terms: same data order, same budget in batc
 parameter counts. A comparison is methods x tasks x seeds x grid; every cell becomes a record on disk, and the
 tables and pictures are made from the records. Running a comparison again runs only what is missing."""
 
-COMMANDS = ("run", "list", "validate", "report")
-
 EXAMPLES = """\
 examples:
   python -m harness list                                what there is: methods, tasks, presets
@@ -82,7 +80,7 @@ class _Parser(argparse.ArgumentParser):
             given = message.removeprefix(prefix).split()[0]
             message = str(unknown("option", given.split("=")[0], self._known_options()))
         if wrong := re.match(r"argument COMMAND: invalid choice: '(.*?)'", message):
-            message = str(unknown("command", wrong[1], COMMANDS))
+            message = str(unknown("command", wrong[1], self._commands()))
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -90,11 +88,12 @@ class _Parser(argparse.ArgumentParser):
         return {name for action in self._all_actions() for name in action.option_strings if name.startswith("--")}
 
     def _all_actions(self) -> list[argparse.Action]:
-        actions = list(self._actions)
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                actions += [inner for parser in action.choices.values() for inner in parser._actions]
-        return actions
+        return [*self._actions, *(action for parser in self._commands().values() for action in parser._actions)]
+
+    def _commands(self) -> dict[str, argparse.ArgumentParser]:
+        """The commands' parsers by name; none on a command's own parser."""
+        groups = (action for action in self._actions if isinstance(action, argparse._SubParsersAction))
+        return {name: parser for group in groups for name, parser in group.choices.items()}
 
 
 def _parser() -> argparse.ArgumentParser:

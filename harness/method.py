@@ -284,9 +284,14 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.
     """AdamW over the model's trainable parameters; biases, norms and other vectors are not decayed."""
     import torch
 
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    return torch.optim.AdamW(decay_groups(model.parameters(), weight_decay), lr=learning_rate)
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of the trainable ones: matrices, decayed, and vectors, not decayed; no empty group."""
+    trained = [p for p in parameters if p.requires_grad]
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate)
+    return [group for group in groups if group["params"]]

@@ -48,9 +48,10 @@ def check_methods(sweep: Sweep, tasks: Sequence[CheckedTask], place: Place) -> d
     hyperparameter that cannot be right.
     """
     reasons = {}
+    methods = method_cells(sweep)
     for column, checked in enumerate(tasks):
         backbone = checked.task.backbone(checked.model, meta=True, trust_remote_code=place.trust_remote_code)
-        for row, (_, method) in enumerate(method_cells(sweep)):
+        for row, (_, method) in enumerate(methods):
             reason = method.unsupported(backbone)
             if reason is not None:
                 reasons[row, column] = reason
@@ -65,17 +66,14 @@ def check_models(tasks: Sequence[CheckedTask], place: Place) -> None:
         checked.task.backbone(checked.model, trust_remote_code=place.trust_remote_code)
 
 
-def count_parameters(method: Method, checked: CheckedTask, sweep: Sweep, place: Place) -> ParameterCount:
-    """The counts at the start of a run, from shapes alone: the backbone is on the meta device."""
+def preview(method: Method, checked: CheckedTask, sweep: Sweep, place: Place) -> tuple[ParameterCount, list[str]]:
+    """The counts at the start of a run, from shapes alone (the backbone is on the meta device), and what the method has
+    to say about it; see `Method.notes`."""
     backbone = checked.task.backbone(checked.model, meta=True, trust_remote_code=place.trust_remote_code)
     data = _Undrawn(len(checked.splits.train))
-    return method.start(backbone, sweep.train, data, torch.Generator().manual_seed(0)).parameter_count()
-
-
-def notes(method: Method, checked: CheckedTask, sweep: Sweep, place: Place) -> list[str]:
-    """What the method has to say about a run of it before it is made; see `Method.notes`."""
-    backbone = checked.task.backbone(checked.model, meta=True, trust_remote_code=place.trust_remote_code)
-    return method.notes(backbone, sweep.train, len(checked.splits.train))
+    notes = method.notes(backbone, sweep.train, data.size)
+    adaptation = method.start(backbone, sweep.train, data, torch.Generator().manual_seed(0))
+    return adaptation.parameter_count(), notes
 
 
 class _Undrawn:

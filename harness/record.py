@@ -9,9 +9,8 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -64,6 +63,13 @@ class RunRecord(Parameters):
             mode="json",
             exclude={"seconds": True, "peak_bytes": True, "environment": True, "started": True, "spec": {"place"}},
         )
+
+
+class Found(NamedTuple):
+    """What a store holds: the readable records, and the names of the run folders without one."""
+
+    records: list[RunRecord]
+    damaged: list[str]
 
 
 class RecordStore:
@@ -148,16 +154,18 @@ class RecordStore:
         with (self.folder(run_id) / "history.jsonl").open() as stream:
             return [json.loads(line) for line in stream]
 
-    def records(self) -> Iterator[RunRecord]:
-        """Every readable record, oldest run_id first. Damaged ones are left out: `damaged` names them."""
-        for path in self._folders():
-            record = self.read(path.name)
-            if record is not None:
-                yield record
+    def read_all(self) -> Found:
+        """Every run folder read once, by run_id."""
+        read = {path.name: self.read(path.name) for path in self._folders()}
+        return Found([record for record in read.values() if record], [name for name in read if read[name] is None])
+
+    def records(self) -> list[RunRecord]:
+        """Every readable record, by run_id."""
+        return self.read_all().records
 
     def damaged(self) -> list[str]:
         """Run folders whose record cannot be read."""
-        return [path.name for path in self._folders() if self.read(path.name) is None]
+        return self.read_all().damaged
 
     def _folders(self) -> list[Path]:
         if not self.runs.is_dir():
@@ -170,6 +178,6 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass
+    except PermissionError:  # another user's
+        return True
     return True

@@ -89,19 +89,18 @@ class _Run:
     known: dict[str, Any] = field(default_factory=dict)  # fields of the record
     evaluation_seconds: float = 0.0
     earlier_seconds: float = 0.0  # of the run before it was interrupted
-    memory: PeakMemory | None = None
     error: str | None = None
     trace: str | None = None
 
     def __post_init__(self) -> None:
         self.device = device_of(self.spec.place)
+        self.memory = PeakMemory(self.device)
         self.task = registry.make_task(self.spec.task, self.spec.task_parameters)
         self.files = self.store.draft(self.spec.run_id)
 
     def outcome(self) -> Status:
         """Run, and say how it went."""
         torch.set_num_threads(self.spec.threads)
-        self.memory = PeakMemory(self.device)
         try:
             return self._attempt()
         except Diverged as error:
@@ -140,7 +139,7 @@ class _Run:
                 evaluation=self.evaluation_seconds,
                 total=self.earlier_seconds + time.perf_counter() - self.started,
             ),
-            peak_bytes=self.memory.bytes() if self.memory else None,
+            peak_bytes=self.memory.bytes(),
             environment=environment(str(self.device)),
             started=self.date,
             error=self.error,
@@ -241,9 +240,9 @@ class _Run:
         self.evaluation_seconds += time.perf_counter() - started
 
     def _tell(self, training: Training) -> None:
-        last = training.history[-1] if training.history else {}
         if training.index % 10 and training.used < training.budget:
             return
+        last = training.history[-1] if training.history else {}
         holdout = self.known.get("holdout", {}).get(self.task.headline)
         numbers = training.adaptation.adapter_numbers()
         self.watch(Progress(self.spec, training.used, training.budget, last.get("loss"), holdout, numbers))

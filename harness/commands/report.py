@@ -8,7 +8,7 @@ from typing import Any
 
 from harness import registry
 from harness.errors import InputError, unknown
-from harness.record import RecordStore, RunRecord
+from harness.record import Found, RecordStore, RunRecord
 
 FAILED = ("failed", "diverged", "out_of_memory")
 
@@ -21,14 +21,14 @@ def command(results: Path, methods: Sequence[str] | None, tasks: Sequence[str] |
     if not results.is_dir():
         raise InputError(f"--results '{results}' is not a folder; runs are made by `python -m harness run`")
     store = RecordStore(results)
-    records = list(store.records())
+    records, damaged = store.read_all()
     if methods and records:
         _check("method", methods, {record.spec.method for record in records})
         records = [record for record in records if record.spec.method in methods]
     if tasks and records:
         _check("task", tasks, {record.spec.task for record in records} | {r.spec.task.split("/")[0] for r in records})
         records = [r for r in records if r.spec.task in tasks or r.spec.task.split("/")[0] in tasks]
-    _show(store, records, records)
+    _show(store, records, Found(records, damaged))
     return 0
 
 
@@ -37,24 +37,24 @@ def show_sweep(store: RecordStore, run_ids: Sequence[str]) -> int:
 
     Returns the exit code: 1 where a run of the sweep failed, diverged or ran out of memory.
     """
-    every = list(store.records())
+    found = store.read_all()
     wanted = set(run_ids)
-    chosen = [record for record in every if record.run_id in wanted]
-    _show(store, chosen, every)
+    chosen = [record for record in found.records if record.run_id in wanted]
+    _show(store, chosen, found)
     return int(any(record.status in FAILED for record in chosen))
 
 
-def _show(store: RecordStore, shown: list[RunRecord], written: list[RunRecord]) -> None:
+def _show(store: RecordStore, shown: list[RunRecord], written: Found) -> None:
+    """Print the boards of `shown`; the files are made of `written`."""
     from harness.report.build import build_report
     from harness.report.frame import to_frame
     from harness.report.leaderboard import leaderboards
     from harness.report.text import console
 
-    defaults = _defaults({record.spec.method for record in written})
+    defaults = _defaults({record.spec.method for record in written.records})
     paths = build_report(store, written, defaults)
-    damaged = store.damaged()
     for board in leaderboards(to_frame(shown, defaults)):
-        print(f"\n{console(board, damaged)}")
+        print(f"\n{console(board, written.damaged)}")
     print(f"\nrecords   {store.runs}")
     for path in paths:
         print(f"{'table' if path.parent.name == 'tables' else 'picture':<10}{path}")

@@ -54,7 +54,8 @@ def sweep_of(options: argparse.Namespace) -> Sweep:
     given = {name: value for name, value in given.items() if value is not None}
     train = {name: _parsed(getattr(options, name)) for name in TrainSpec.model_fields}
     train = {name: value for name, value in train.items() if value is not None}
-    Sweep.of(given, "--"), TrainSpec.of(train, "--")
+    Sweep.of(given, "--")
+    TrainSpec.of(train, "--")
     _overlay(values, given | {"train": train})
     return Sweep.of(values, "sweep")
 
@@ -150,25 +151,26 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     specs = plan(sweep, [task.fingerprints for task in checked], place)
     store = RecordStore(results)
     finished = sum(store.read(run_id) is not None for run_id in _ids(specs))
+    methods = method_cells(sweep)
     rows, notes = [], []
     for column, task in enumerate(checked):
-        for row, (name, method) in enumerate(method_cells(sweep)):
+        for row, (name, method) in enumerate(methods):
             shown = _label(name, method)
             batches = sweep.train.budget(len(task.splits.train))
             if (row, column) in reasons:
                 rows.append([shown, task.name, "unsupported", "", "", batches])
                 continue
-            count = preflight.count_parameters(method, task, sweep, place)
+            count, said = preflight.preview(method, task, sweep, place)
             rows.append(
                 [shown, task.name, *(f"{n:,}" for n in (count.adapter_initial, count.head, count.total)), batches]
             )
-            notes += [f"{shown} on {task.name}: {line}" for line in preflight.notes(method, task, sweep, place)]
+            notes += [f"{shown} on {task.name}: {line}" for line in said]
     headers = ["method", "task", "adapter at start", "head", "total", "batches"]
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4)))
     for note in notes:
         print(note)
     for row, column in reasons:
-        print(f"{method_cells(sweep)[row][0]} on {checked[column].name}: {reasons[row, column]}")
+        print(f"{methods[row][0]} on {checked[column].name}: {reasons[row, column]}")
     seeds = ", ".join(map(str, sweep.seeds))
     print(f"{len(specs)} runs (seeds {seeds}), {finished} of them finished. Nothing was trained.")
     return 0

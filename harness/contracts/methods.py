@@ -11,7 +11,7 @@ from harness import checkpoint
 from harness.contracts.subject import Started, Subject, spec_of, start
 from harness.method import in_modules
 from harness.plan import Fingerprints, Sweep
-from harness.preflight import CheckedTask, count_parameters
+from harness.preflight import CheckedTask, preview
 from harness.record import RecordStore
 from harness.run import run_one
 from harness.task import make_splits
@@ -74,7 +74,7 @@ def counts_are_right(subject: Subject) -> None:
     model = place.model or started.task.default_model
     splits = make_splits(started.task, place.data_root, None)
     checked = CheckedTask(subject.task, started.task, model, splits, Fingerprints("", ""))
-    assert count_parameters(started.method, checked, Sweep(), place) == count
+    assert preview(started.method, checked, Sweep(), place)[0] == count
     started.training.run(lambda training: None)
     count = started.adaptation.parameter_count()
     assert 0 <= count.adapter_final <= count.adapter_peak

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
 from harness.errors import InputError
-from harness.record import RecordStore, RunRecord
+from harness.record import Found, RecordStore
 from harness.report.frame import Defaults, to_frame
 from harness.report.latex import latex
 from harness.report.leaderboard import Board, leaderboards
@@ -20,19 +20,16 @@ from harness.report.text import markdown, tidy
 PICTURE = "score_vs_parameters"
 
 
-def build_report(
-    store: RecordStore, records: Iterable[RunRecord] | None = None, defaults: Defaults | None = None
-) -> list[Path]:
+def build_report(store: RecordStore, found: Found | None = None, defaults: Defaults | None = None) -> list[Path]:
     """Write tables/leaderboard.{md,tex,csv} and pictures/score_vs_parameters.{png,pdf} below `store.results`.
 
-    `records`: those to report on; None for all of the store. `defaults`: see `to_frame`. Several settings become
+    `found`: what to report on; None for all of the store. `defaults`: see `to_frame`. Several settings become
     sections of the same tables, and a picture each, its name ending in the setting's key. Each file is replaced whole
     or stays as it was; pictures of an earlier report that this one does not make are removed.
 
     Returns the paths of the files. Raises InputError where there is no record to report on.
     """
-    chosen = list(store.records() if records is None else records)
-    damaged = store.damaged()
+    chosen, damaged = store.read_all() if found is None else found
     if not chosen:
         left_out = f" (unreadable: {', '.join(damaged)})" if damaged else ""
         raise InputError(f"no records in {store.runs}{left_out}: run `python -m harness run ...` first")

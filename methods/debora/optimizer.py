@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.method import decay_groups
 from methods.debora import manifolds
 
 
@@ -24,7 +25,7 @@ class ManifoldAdamW(torch.optim.AdamW):
         """Replace the gradients of constrained parameters by Riemannian ones."""
         for manifold, parameters in self._constrained():
             points = torch.stack([p.detach() for p in parameters])
-            gradients = torch.stack([_gradient(p) for p in parameters])
+            gradients = torch.stack([gradient_of(p) for p in parameters])
             for parameter, gradient in zip(
                 parameters, manifolds.project_tangent(manifold, points, gradients), strict=True
             ):
@@ -67,13 +68,9 @@ def manifold_adamw(
         if manifold != "euclidean":
             by_manifold.setdefault(manifold, []).append(parameter)
     on_manifold = {id(p) for parameters in by_manifold.values() for p in parameters}
-    free = [p for p in model.parameters() if p.requires_grad and id(p) not in on_manifold]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in free if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in free if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    groups = decay_groups((p for p in model.parameters() if id(p) not in on_manifold), weight_decay)
     groups += [{"params": p, "weight_decay": 0.0, "manifold": manifold} for manifold, p in by_manifold.items()]
-    return ManifoldAdamW([group for group in groups if group["params"]], lr=learning_rate)
+    return ManifoldAdamW(groups, lr=learning_rate)
 
 
 def keep_optimizer_columns(optimizer: torch.optim.Optimizer, parameter: Tensor, columns: Tensor) -> None:
@@ -86,6 +83,6 @@ def keep_optimizer_columns(optimizer: torch.optim.Optimizer, parameter: Tensor, 
             state[key] = value.index_select(1, columns)
 
 
-def _gradient(tensor: Tensor) -> Tensor:
+def gradient_of(tensor: Tensor) -> Tensor:
     """The gradient, zeros for a tensor that the loss does not depend on."""
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad

@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from methods.debora.layer import DeboraLayer
-
-PREFIX = "base_model.model."  # what PEFT puts before the base model's own names
+from methods.lora import PREFIX
 
 
 def lora_pair(layer: DeboraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from harness.method import Indices, Step, TrainData
 from methods.debora import hypergradient, manifolds
 from methods.debora.layer import DeboraLayer
+from methods.debora.optimizer import gradient_of
 
 if TYPE_CHECKING:
     from methods.debora.method import Debora
@@ -41,8 +42,8 @@ def upper_gradient(
     batch = data.draw("upper")
     with _differentiable_s(layers):
         loss = step.backward(batch)
-        grad_s = torch.cat([_gradient(layer.debora_s[ADAPTER]) for layer in layers])
-        grads = [[_gradient(factor) for factor in layer.factors(ADAPTER)] for layer in layers]
+        grad_s = torch.cat([gradient_of(layer.debora_s[ADAPTER]) for layer in layers])
+        grads = [[gradient_of(factor) for factor in layer.factors(ADAPTER)] for layer in layers]
         residual = 0.0
         if method.hypergradient == "implicit":
             optimizer.zero_grad(set_to_none=True)
@@ -140,8 +141,3 @@ def _differentiable_s(layers: Sequence[DeboraLayer]) -> Iterator[None]:
         for s in buffers:
             s.requires_grad_(False)
             s.grad = None
-
-
-def _gradient(tensor: Tensor) -> Tensor:
-    """The gradient, zeros for a tensor that the loss does not depend on."""
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad

@@ -6,17 +6,9 @@ import pytest
 import torch
 
 from methods.debora import frank_wolfe
+from tests.debora.draws import normal
 
 TAU, EPS = 3.0, 0.1
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
-def normal(generator, *shape):
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def random_weights(generator, simplices, components):

@@ -10,18 +10,10 @@ from harness.method import Indices
 from methods.debora import manifolds
 from methods.debora.hypergradient import closed_form, implicit, minres
 from methods.debora.upper_level import LowerSystem, upper_gradient
+from tests.debora.draws import normal
 from tests.debora.runs import adaptation_of, started
 
 SIZES, RANK = (5, 4), 3
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
-def normal(generator, *shape):
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def symmetric(generator, n):

@@ -10,18 +10,10 @@ from torch import nn
 
 from methods.debora import manifolds
 from methods.debora.optimizer import keep_optimizer_columns, manifold_adamw
+from tests.debora.draws import normal
 
 CONSTRAINED = ["oblique", "stiefel"]
 SHAPES = [(7, 3), (4, 4), (2, 6, 3), (5, 1)]
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
-def normal(generator, *shape):
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def tangent_residual(manifold, point, vector):
