@@ -280,11 +280,12 @@ def test_a_rank_above_a_layer_s_size():
 
 
 def test_a_dry_run_says_when_the_ranks_fall_and_what_does_not_fit(tmp_path, capsys):
-    options = ["--tasks", "synthetic", "--dry-run", "--batches", "100", "--results", str(tmp_path / "results")]
-    assert main(["run", "--methods", "adalora", *options]) == 0
+    options = ["--tasks", "synthetic", "--batches", "100", "--results", str(tmp_path / "results")]
+    assert main(["run", "--methods", "adalora", *options, "--dry-run"]) == 0
     assert "adalora on synthetic: ranks fall from update 11 to 50 of 100, every 1" in capsys.readouterr().out
-    assert main(["run", "--methods", "adalora[tfinal=100]", *options]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: tinit = 0.1 and tfinal = 100 are 10 and 100 of 100 updates")
-    assert said.count("\n") == 1
-    assert not (tmp_path / "results").exists()
+    for dry in (["--dry-run"], []):
+        assert main(["run", "--methods", "adalora[tfinal=100]", *options, *dry]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: tinit = 0.1 and tfinal = 100 are 10 and 100 of 100 updates")
+        assert said.count("\n") == 1
+        assert not (tmp_path / "results").exists()
