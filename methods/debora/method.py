@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -84,13 +84,14 @@ class Debora(Method):
     search_fraction: float = Field(0.3, gt=0, le=1, description="share of the budget after which s is frozen at latest")
     target_modules: tuple[str, ...] | None = Field(None, min_length=1, description="ends of layer names; all if unset")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_of_the_geometry(cls, values: Any) -> Any:
+    @model_validator(mode="after")
+    def _defaults_of_the_geometry(self) -> Debora:
         """Columns of norm 1 cannot grow: s alone is an update's size there, and a step turns them less."""
-        if isinstance(values, dict) and values.get("geometry", "matrix") != "matrix":
-            return {"tau": 8.0, "learning_rate": 3e-3} | values
-        return values
+        if self.geometry != "matrix":
+            for name, value in (("tau", 8.0), ("learning_rate", 3e-3)):
+                if name not in self.model_fields_set:
+                    object.__setattr__(self, name, value)
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Debora:

@@ -259,6 +259,8 @@ def test_a_manifold_has_defaults_of_its_own():
     assert (Debora().tau, Debora().learning_rate) == (16.0, 1e-3)
     assert (Debora(geometry="oblique").tau, Debora(geometry="stiefel").learning_rate) == (8.0, 3e-3)
     assert (Debora(geometry="oblique", tau=4).tau, Debora.of({"geometry": "oblique"}, "debora").tau) == (4.0, 8.0)
+    targets = Debora.of({"geometry": "oblique", "target_modules": ["query"]}, "debora").target_modules
+    assert targets == ("query",)
 
 
 def test_a_dry_run_says_what_is_reachable():
