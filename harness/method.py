@@ -304,10 +304,7 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.
 
 
 def can_fuse(groups: Iterable[dict[str, Any]]) -> bool:
-    """Whether torch's fused AdamW takes these parameters: it has no kernel for the meta device of a dry run.
-
-    One kernel a parameter instead of a dozen: for the many small matrices of an adapter, 20 times as fast on a CPU.
-    """
+    """Whether torch has its fused AdamW, on a CPU 20 times as fast for small matrices, for these: on meta it has none."""
     return all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
 
 
