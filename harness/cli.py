@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from harness.errors import InputError, unknown
 from harness.parameters import Parameters
-from harness.spec import Place, TrainSpec
+from harness.spec import Execution, Place, TrainSpec
 
 DESCRIPTION = """\
 Compare fine-tuning methods on equal terms: same data order, same budget in batches, several seeds, honest
@@ -33,7 +33,7 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 where runs failed, 2 for bad input, 130 after an interrupt."""
-    _quiet_environment()
+    quiet_environment()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is an interrupt
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _quiet_environment() -> None:
+def quiet_environment() -> None:
     """Threads that wait must not spin (measured: sevenfold slower on busy cores); libraries speak only of errors.
 
     Set before torch is imported; a user's own settings win.
@@ -139,7 +139,7 @@ def _add_run(commands: Any) -> None:
     )
     what.add_argument("--model", metavar="PATH|ID", help="model folder or Hub id, for the tasks that take one")
     what.add_argument("--limit", metavar="N", help="most training rows, and most rows of each evaluation split")
-    what.add_argument("--threads", metavar="N", help="CPU threads of each run (default 1)")
+    what.add_argument("--threads", "--cpus-per-run", metavar="N", help="CPUs of each run, a thread on each (default 1)")
     what.add_argument("--preset", metavar="NAME", help="a comparison that comes with the program: see list")
     what.add_argument(
         "--config", type=Path, metavar="FILE", help="a comparison in TOML; options given here win over it"
@@ -147,6 +147,7 @@ def _add_run(commands: Any) -> None:
     _add_fields(run.add_argument_group("training, the same for every method ([train] in TOML)"), TrainSpec)
     place = run.add_argument_group("where and how (no part of a run's identity)")
     _add_fields(place, Place, leave_out=("model",))
+    _add_fields(place, Execution)
     _add_results(place)
     place.add_argument(
         "--dry-run", action="store_true", help="show the cells with their parameter counts; train nothing"

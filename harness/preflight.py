@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from harness.data import Data, data_of
 from harness.errors import InputError
 from harness.method import Method, ParameterCount
 from harness.plan import Fingerprints, Sweep, method_cells, model_of, task_cells
-from harness.run import device_of, splits_of
+from harness.run import device_of
 from harness.spec import Place
 from harness.task import Splits, Task
 
@@ -22,8 +23,13 @@ class CheckedTask:
     name: str
     task: Task
     model: str | None
-    splits: Splits
+    data: Data
     fingerprints: Fingerprints
+
+    @property
+    def splits(self) -> Splits:
+        """The task's rows."""
+        return self.data.splits
 
 
 def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
@@ -33,11 +39,11 @@ def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
     for name, task in task_cells(sweep):
         model = model_of(sweep, task)
         try:
-            splits = splits_of(task, place.data_root, sweep.limit)
+            data = data_of(task, place.data_root, sweep.limit, model)
         except InputError as error:
             raise InputError(f"task '{name}': {error}", error.mention) from None
-        fingerprints = Fingerprints(splits.fingerprint, task.model_fingerprint(model))
-        checked.append(CheckedTask(name, task, model, splits, fingerprints))
+        fingerprints = Fingerprints(data.splits.fingerprint, task.model_fingerprint(model))
+        checked.append(CheckedTask(name, task, model, data, fingerprints))
     return checked
 
 
@@ -62,7 +68,7 @@ def check_models(tasks: Sequence[CheckedTask], place: Place) -> None:
     """Load every task's model and encode its holdout once, so that missing weights or tokenizer files are found
     before the first run. Raises InputError."""
     for checked in tasks:
-        checked.task.encode(checked.splits.holdout, checked.model)
+        checked.data.encoded("holdout")
         checked.task.backbone(checked.model, trust_remote_code=place.trust_remote_code)
 
 

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import shutil
-import socket
 import uuid
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,12 +17,11 @@ from harness.environment import Environment
 from harness.errors import InputError
 from harness.method import ParameterCount
 from harness.parameters import Parameters
+from harness.running import HOST, is_alive
 from harness.spec import RunSpec
 
 Status = Literal["done", "unsupported", "diverged", "out_of_memory", "failed"]
 RETRIED: tuple[Status, ...] = ("failed", "out_of_memory")  # what --retry-failed runs again
-
-_HOST = socket.gethostname().replace("-", "_")
 
 
 class Seconds(Parameters):
@@ -80,28 +78,34 @@ class RecordStore:
         self.results = results
         self.runs = results / "runs"
         self.checkpoints = results / "checkpoints"
+        self.running = results / "running"
 
     def make_ready(self) -> None:
         """Create the folder and clear what killed processes of this machine left in it. Raises InputError where it
         cannot be written."""
         try:
-            self.runs.mkdir(parents=True, exist_ok=True)
+            for folder in (self.runs, self.running):
+                folder.mkdir(parents=True, exist_ok=True)
             self.draft("probe").rmdir()
-            for path in self.runs.glob(f".draft-*-{_HOST}-*"):
-                if not _alive(int(path.name.rsplit("-", 2)[1])):
+            for path in self.runs.glob(f".draft-*-{HOST}-*"):
+                if not is_alive(int(path.name.rsplit("-", 2)[1])):
                     shutil.rmtree(path, ignore_errors=True)
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise self.unwritable(error) from None
 
     def draft(self, run_id: str) -> Path:
         """A new folder for a run's files, which `write` moves into place."""
-        path = self.runs / f".draft-{run_id}-{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        path = self.runs / f".draft-{run_id}-{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         path.mkdir()
         return path
 
     def folder(self, run_id: str) -> Path:
         """Where a run's files are, or will be."""
         return self.runs / run_id
+
+    def stack(self, run_id: str) -> Path:
+        """Where a hanging run leaves its stack."""
+        return self.running / f"{run_id}.stack"
 
     def read(self, run_id: str) -> RunRecord | None:
         """The run's record; None where there is none or it does not hold together (it is then made again)."""
@@ -124,7 +128,7 @@ class RecordStore:
                 os.fsync(stream.fileno())
             self._place(draft, self.folder(record.run_id))
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise self.unwritable(error) from None
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -144,7 +148,8 @@ class RecordStore:
                 place.rename(old)
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
 
-    def _unwritable(self, error: OSError) -> InputError:
+    def unwritable(self, error: OSError) -> InputError:
+        """The one line that says why nothing can be kept here."""
         return InputError(
             f"--results '{self.results}' cannot be written ({error.strerror}); give a folder that you may write to"
         )
@@ -171,13 +176,3 @@ class RecordStore:
         if not self.runs.is_dir():
             return []
         return sorted(path for path in self.runs.iterdir() if not path.name.startswith("."))
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True

@@ -58,6 +58,33 @@ class Place(Parameters):
     save_adapter: bool = Field(False, description="keep the trained adapter and head in the run's folder")
 
 
+class Execution(Parameters):
+    """How the runs of a sweep are carried out. Nothing here changes a record, but for times and places."""
+
+    executor: Literal["ray", "serial"] = Field("ray", description="Ray Tune's workers, or one run after the other")
+    gpus_per_run: float | None = Field(
+        None, ge=0, description="GPUs of each run, or a share of one: 0.5; unset: 1 where there are any, else 0"
+    )
+    address: str | None = Field(None, description="Ray cluster to join, auto or HOST:PORT; unset: this machine")
+    max_retries: int = Field(
+        2, ge=0, description="times that a failed run is taken up again before it counts as failed"
+    )
+    run_timeout: float | None = Field(None, gt=0, description="seconds after which a run counts as hanging")
+    show_logs: bool = Field(False, description="show the logs of Ray and of its workers")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Execution:
+        changed = [name for name in ("gpus_per_run", "address", "run_timeout") if getattr(self, name) is not None]
+        if self.executor == "serial" and changed:
+            option = f"--{changed[0].replace('_', '-')}"
+            raise ValueError(f"{option} = {getattr(self, changed[0])} needs --executor ray")
+        if self.gpus_per_run is not None and self.gpus_per_run > 1:
+            raise ValueError(
+                f"--gpus-per-run = {self.gpus_per_run:g} is not allowed: a run uses one GPU or a share of it"
+            )
+        return self
+
+
 def label(name: str, parameters: dict[str, Any]) -> str:
     """A method or task with some of its parameters, as the command line takes it: "debora[tau=8,rank=4]"."""
     values = ",".join(f"{key}={value_text(value)}" for key, value in parameters.items())

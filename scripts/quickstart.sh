@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 bash scripts/install.sh
-.venv/bin/python -m harness run --preset quickstart "$@"
+.venv/bin/python -m harness run --preset quickstart --executor serial "$@"
 cat <<'NEXT'
 
 next, for example: where does dEBORA's budget tau pay?

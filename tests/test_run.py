@@ -9,17 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.numpy import load_file
 
-from harness import checkpoint, registry, run
+from harness import checkpoint, registry, run, training
 from harness.contracts import Subject, spec_of, start
 from harness.errors import InputError
 from harness.executors import serial
 from harness.memory import PeakMemory
 from harness.method import Adaptation
+from harness.progress import View
 from harness.record import RecordStore, RunRecord
 from harness.run import run_one
-from harness.spec import Place
+from harness.spec import Execution, Place
 from methods.head import Head
 from tasks.synthetic import Synthetic
 
@@ -55,13 +57,18 @@ def test_what_a_finished_run_leaves(store, tmp_path):
 
 
 def test_the_evaluation_split_is_read_once_at_the_end(store, tmp_path, monkeypatch):
-    encoded, counted = [], []
-    monkeypatch.setattr(Synthetic, "encode", lambda self, examples, model: encoded.append(len(examples)) or examples)
-    monkeypatch.setattr(Adaptation, "finish", lambda self, step: counted.append(list(encoded)))
+    predicted, counted = [], []
+
+    def predict(adaptation, task, encoded, references, *rest):
+        predicted.append(len(references))
+        return training.predict(adaptation, task, encoded, references, *rest)
+
+    monkeypatch.setattr(run, "predict", predict)
+    monkeypatch.setattr(Adaptation, "finish", lambda self, step: counted.append(list(predicted)))
     several = spec(tmp_path).model_copy(update={"train": spec(tmp_path).train.model_copy(update={"holdout_points": 4})})
     record = run_one(several, store)
-    assert counted == [[144, 16, 16, 16]]  # before the method finished: no evaluation, and three of the holdout's
-    assert encoded[4:] == [16, 40]
+    assert counted == [[16, 16, 16]]  # before the method finished: no evaluation, and three of the holdout's
+    assert predicted[3:] == [16, 40]
     assert sum("holdout_accuracy" in row for row in store.history(record.run_id)) == 4
 
 
@@ -85,14 +92,15 @@ def start_that(error):
 def test_an_error_becomes_a_record_and_the_sweep_goes_on(store, tmp_path, monkeypatch, error, status, message):
     monkeypatch.setattr(Head, "start", start_that(error))
     specs = [spec(tmp_path), spec(tmp_path, "full")]
-    first, second = serial.execute(specs, store, lambda progress: None)
+    with serial.session(Execution(executor="serial")) as execute:
+        execute(specs, store, View(specs, Console(quiet=True)))
+    first, second = (store.read(each.run_id) for each in specs)
     assert first.status == status
     assert first.error.startswith(message)
     assert "\n" not in first.error
     assert "Traceback" in first.traceback
     assert first.score is None
     assert second.status == "done"
-    assert store.read(first.run_id) == first
 
 
 def test_a_diverging_run_keeps_its_history(store, tmp_path):

@@ -11,7 +11,7 @@ from harness import sweep_file
 from harness.errors import InputError
 from harness.method import Method
 from harness.plan import Sweep, method_cells, parse_value, plan, split_list, task_cells
-from harness.spec import Place, RunSpec, TrainSpec, label
+from harness.spec import Execution, Place, RunSpec, TrainSpec, label
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,10 +24,10 @@ MOST_SEEDS = 100_000
 
 def command(options: argparse.Namespace) -> int:
     """Carry out `run`. Returns 0, or 1 where a run failed, diverged or ran out of memory."""
-    sweep, place = sweep_of(options), place_of(options)
+    sweep, place, execution = sweep_of(options), place_of(options), execution_of(options)
     try:
         method_cells(sweep), task_cells(sweep)  # names and values are checked before anything heavy is imported
-        return _dry_run(sweep, place, options.results) if options.dry_run else _run(sweep, place, options)
+        return _dry_run(sweep, place, options.results) if options.dry_run else _run(sweep, place, execution, options)
     except InputError as error:
         raise (sweep_file.located(error, options.config) if options.config else None) or error from None
 
@@ -68,6 +68,13 @@ def place_of(options: argparse.Namespace) -> Place:
     return Place.of({name: value for name, value in given.items() if value is not None}, "--")
 
 
+def execution_of(options: argparse.Namespace) -> Execution:
+    """How the runs are carried out. Raises InputError."""
+    given = {name: getattr(options, name) for name in Execution.model_fields}
+    given |= {name: _parsed(given[name]) for name in ("gpus_per_run", "max_retries", "run_timeout")}
+    return Execution.of({name: value for name, value in given.items() if value is not None}, "--")
+
+
 def _parsed(text: str | None) -> Any:
     """An option's value with its type: 4, 0.5, or the word itself."""
     return None if text is None else parse_value(text)
@@ -106,12 +113,11 @@ def _grid(texts: list[str]) -> dict[str, list[Any]]:
     return axes
 
 
-def _run(sweep: Sweep, place: Place, options: argparse.Namespace) -> int:
+def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from harness import preflight, progress
+    from harness import executors, preflight, progress
     from harness.commands.report import show_sweep
-    from harness.executors import serial
     from harness.record import RETRIED, RecordStore
 
     console = Console()
@@ -130,9 +136,12 @@ def _run(sweep: Sweep, place: Place, options: argparse.Namespace) -> int:
     console.print(
         f"{len(specs)} runs: {len(specs) - len(missing)} finished before, {len(missing)} to do", highlight=False
     )
-    with progress.view(len(missing), console) as view:
-        for record in serial.execute(missing, store, view.step):
-            view.ended(record)
+    if missing:
+        with (
+            executors.session(execution, sweep.threads, place.device) as execute,
+            progress.view(missing, console) as view,
+        ):
+            execute(missing, store, view)
     return show_sweep(store, _ids(specs))
 
 

@@ -9,6 +9,7 @@ import torch
 
 from harness import checkpoint
 from harness.contracts.subject import Started, Subject, spec_of, start
+from harness.data import Data
 from harness.method import in_modules
 from harness.plan import Fingerprints, Sweep
 from harness.preflight import CheckedTask, preview
@@ -73,7 +74,7 @@ def counts_are_right(subject: Subject) -> None:
     place = subject.place
     model = place.model or started.task.default_model
     splits = make_splits(started.task, place.data_root, None)
-    checked = CheckedTask(subject.task, started.task, model, splits, Fingerprints("", ""))
+    checked = CheckedTask(subject.task, started.task, model, Data(started.task, splits, model), Fingerprints("", ""))
     assert preview(started.method, checked, Sweep(), place)[0] == count
     started.training.run(lambda training: None)
     count = started.adaptation.parameter_count()
