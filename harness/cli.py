@@ -46,7 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; finished runs are kept: give the same command again to go on", file=sys.stderr)
+        print(
+            "\nstopped; finished runs are kept, unfinished ones go on from their last checkpoint, if --checkpoint-every "
+            "had them make any: give the same command again to go on",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -93,6 +93,12 @@ def failed_record(spec: RunSpec, error: str, trace: str) -> RunRecord:
     )
 
 
+def _origin(spec: RunSpec) -> dict[str, Any]:
+    """What a checkpoint belongs to: a run, and the versions that would carry it on."""
+    made = environment("cpu")
+    return {"spec": spec.model_dump(mode="json", exclude={"place"}), "harness": made.harness, "version": made.packages}
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -205,7 +211,8 @@ class _Run:
         assert training is not None
         folder = self.store.checkpoints / self.spec.run_id
         seed_everything(derived_seed(self.spec.seed, "training"))
-        saved = checkpoint.load_newest(folder)
+        origin = _origin(self.spec)
+        saved = checkpoint.load_newest(folder, origin)
         if saved is not None:
             training.load_state_dict(saved)
             self.earlier_seconds, self.evaluation_seconds = saved["seconds_total"], saved["seconds_evaluation"]
@@ -225,7 +232,7 @@ class _Run:
                 next_checkpoint = training.used + place.checkpoint_every
                 total = self.earlier_seconds + time.perf_counter() - self.started
                 seconds = {"seconds_total": total, "seconds_evaluation": self.evaluation_seconds}
-                checkpoint.save(folder, training.used, training.state_dict() | seconds)
+                checkpoint.save(folder, training.used, training.state_dict() | seconds, origin)
             self._tell(training)
 
         training.run(after_update)

@@ -32,7 +32,7 @@ def environment(tmp_path_factory):
 
 def beside(site):
     """This environment with the packages of `site` before its own."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 def run(environment, *arguments, **options):

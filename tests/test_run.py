@@ -292,8 +292,8 @@ def test_checkpoints_are_read_back_exactly(tmp_path):
         "optimizer": {0: {"step": torch.tensor(3.0)}, 1: {}},
         "json": {"a": None, "b": [1, "x", True, 0.1], "tuple": (1, 2)},
     }
-    checkpoint.save(tmp_path / "c", 5, state)
-    loaded = checkpoint.load_newest(tmp_path / "c")
+    checkpoint.save(tmp_path / "c", 5, state, {})
+    loaded = checkpoint.load_newest(tmp_path / "c", {})
     for one, two in zip(state["tensors"], loaded["tensors"], strict=True):
         assert torch.equal(one, two)
     assert loaded["optimizer"][0]["step"] == 3.0
@@ -301,15 +301,54 @@ def test_checkpoints_are_read_back_exactly(tmp_path):
     assert loaded["json"] == {"a": None, "b": [1, "x", True, 0.1], "tuple": [1, 2]}
 
 
-def test_only_the_newest_checkpoints_are_kept_and_a_damaged_one_is_told(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for batches in (1, 2, 10):
-        checkpoint.save(tmp_path, batches, {"at": batches})
+        checkpoint.save(tmp_path, batches, {"at": batches}, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000002", "000000010"]
-    assert checkpoint.load_newest(tmp_path) == {"at": 10}
-    (tmp_path / "000000010" / "state.json").write_text("{")
-    with pytest.raises(InputError, match="000000010' cannot be read"):
-        checkpoint.load_newest(tmp_path)
-    assert checkpoint.load_newest(tmp_path / "nowhere") is None
+    assert checkpoint.load_newest(tmp_path, {}) == {"at": 10}
+    assert checkpoint.load_newest(tmp_path / "nowhere", {}) is None
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "origin.json", "sums.json"])
+@pytest.mark.parametrize("how", ["missing", "truncated", "flipped"])
+def test_a_garbled_checkpoint_gives_way_to_the_one_before(tmp_path, name, how):
+    for batches in (1, 2):
+        checkpoint.save(tmp_path, batches, {"at": batches, "tensor": torch.arange(9.0)}, {"spec": "mine"})
+    path = tmp_path / "000000002" / name
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    content[-2] ^= 1
+    if how != "missing":
+        path.write_bytes(content if how == "flipped" else content[:-3])
+    assert checkpoint.load_newest(tmp_path, {"spec": "mine"})["at"] == 1
+
+
+def test_a_checkpoint_of_another_run_or_version_is_refused_with_the_difference(store, tmp_path):
+    mine = spec(tmp_path, batches=20, checkpoint_every=4)
+    interrupt_at(10, mine, store)
+    folder = store.checkpoints / mine.run_id
+    other = mine.model_copy(update={"seed": 5})
+    folder.rename(store.checkpoints / other.run_id)
+    record = run_one(other, store)
+    assert record.status == "failed"
+    assert "was made with spec.seed = 0, this run has 5: delete" in record.error
+    assert len(list((store.checkpoints / other.run_id).iterdir())) == 2  # still there: nothing began anew
+    (store.checkpoints / other.run_id).rename(folder)
+    for path in folder.iterdir():
+        origin = json.loads((path / "origin.json").read_text())
+        origin["version"]["torch"] = "1.0"
+        (path / "origin.json").write_text(json.dumps(origin))
+        (path / "sums.json").write_text(json.dumps(checkpoint._sums(path)))
+    assert f"was made with version.torch = 1.0, this run has {torch.__version__}" in run_one(mine, store).error
+
+
+def interrupt_at(batches, wanted, store):
+    def interrupt(progress):
+        if progress.batches == batches:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_one(wanted, store, interrupt)
 
 
 def test_records_with_unknown_fields_or_versions_are_refused(store, tmp_path):
