@@ -1,4 +1,4 @@
-"""The command line: run, list, validate, report."""
+"""The command line: run, status, list, validate, report."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            "\nstopped; finished runs are kept, unfinished ones go on from their last checkpoint, if --checkpoint-every "
-            "had them make any: give the same command again to go on",
+            "\nstopped; finished runs are kept, and unfinished ones go on from their last checkpoint "
+            "(--checkpoint-every): give the same command again to go on",
             file=sys.stderr,
         )
         return 130
@@ -111,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_run(commands)
+    _add_results(
+        _command(commands, "status", "how far the last sweep is: its cells, what is running, time to go", _status)
+    )
     listing = _command(commands, "list", "methods, tasks and presets; with a name, its parameters", _list)
     listing.add_argument("name", nargs="?", help="a method, a task or a preset")
     validation = _command(commands, "validate", "check a sweep file (.toml) or a record (record.json)", _validate)
@@ -192,6 +195,12 @@ def _run(options: argparse.Namespace) -> int:
     from harness.commands import run
 
     return run.command(options)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from harness.commands import status
+
+    return status.command(options.results)
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from harness import registry
 from harness.record import RunRecord
-from harness.running import Progress
+from harness.running import Progress, duration
 from harness.spec import RunSpec
 
 PLAIN_EVERY_SECONDS = 20.0
@@ -35,7 +36,7 @@ class View:
             self._last = time.monotonic()
             self.note(self.summary())
             for each in self.at_work.values():
-                self.note(f"  {self.titles[each.run_id]}: batch {each.batches} of {each.budget}, {_details(each)}")
+                self.note(f"  {self.titles[each.run_id]}: batch {each.batches} of {each.budget}, {each.text()}")
 
     def retried(self, spec: RunSpec, reason: str, attempt: int, most: int) -> None:
         """A run failed and is taken up again."""
@@ -77,7 +78,7 @@ class LiveView(View):
         if run_id not in self.rows and len(self.rows) < SHOWN:
             self.rows[run_id] = self.bars.add_task(self.titles[run_id], total=progress.budget, note="")
         if run_id in self.rows:
-            self.bars.update(self.rows[run_id], completed=progress.batches, note=_details(progress))
+            self.bars.update(self.rows[run_id], completed=progress.batches, note=progress.text())
         self._refresh()
 
     def retried(self, spec: RunSpec, reason: str, attempt: int, most: int) -> None:
@@ -118,7 +119,7 @@ def view(specs: Iterable[RunSpec], console: Console) -> Iterator[View]:
 
 def title(spec: RunSpec) -> str:
     """A run in a few words."""
-    return f"{spec.method} · {spec.task} · seed {spec.seed}"
+    return f"{registry.label_of(spec.method, spec.method_parameters)} · {spec.task} · seed {spec.seed}"
 
 
 def outcome(record: RunRecord) -> str:
@@ -128,21 +129,3 @@ def outcome(record: RunRecord) -> str:
         return f"{head}: {record.status.replace('_', ' ')}: {record.error}"
     count = record.parameters.adapter_final if record.parameters else 0
     return f"{head}: {record.headline} {record.score:.4f}, {count:,} adapter numbers, {record.seconds.total:.0f} s"
-
-
-def duration(seconds: float) -> str:
-    """12 s, 3.1 min, 5.2 h, 4.0 days."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def _details(progress: Progress) -> str:
-    parts = [
-        ("loss {:.3f}", progress.loss),
-        ("holdout {:.3f}", progress.holdout),
-        ("rank {}", progress.rank),
-        ("{:,} adapter numbers", progress.adapter_numbers),
-    ]
-    return ", ".join(form.format(value) for form, value in parts if value is not None)

@@ -79,12 +79,13 @@ class RecordStore:
         self.runs = results / "runs"
         self.checkpoints = results / "checkpoints"
         self.running = results / "running"
+        self.sweeps = results / "sweeps"
 
     def make_ready(self) -> None:
         """Create the folder and clear what killed processes of this machine left in it. Raises InputError where it
         cannot be written."""
         try:
-            for folder in (self.runs, self.running):
+            for folder in (self.runs, self.running, self.sweeps):
                 folder.mkdir(parents=True, exist_ok=True)
             self.draft("probe").rmdir()
             for path in self.runs.glob(f".draft-*-{HOST}-*"):

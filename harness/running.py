@@ -45,6 +45,16 @@ class Progress(Parameters):
         """Of the budget that is used, 0 to 1."""
         return self.batches / self.budget if self.budget else 0.0
 
+    def text(self) -> str:
+        """Loss, score and size, as far as they are known."""
+        parts = [
+            ("loss {:.3f}", self.loss),
+            ("holdout {:.3f}", self.holdout),
+            ("rank {}", self.rank),
+            ("{:,} adapter numbers", self.adapter_numbers),
+        ]
+        return ", ".join(form.format(value) for form, value in parts if value is not None)
+
 
 class _Claimed(Parameters):
     """The content of a claim's file."""
@@ -131,7 +141,10 @@ def _take(path: Path) -> bool:
                     return False
                 old = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}")
                 path.rename(old)
-                old.unlink()
+                if _is_abandoned(old):
+                    old.unlink()
+                else:  # another process took it over since we looked
+                    old.rename(path)
 
 
 def _is_abandoned(path: Path) -> bool:
@@ -159,3 +172,11 @@ def is_alive(process: int) -> bool:
     except PermissionError:  # another user's
         return True
     return True
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3.1 min, 5.2 h, 4.0 days."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

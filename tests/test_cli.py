@@ -20,7 +20,7 @@ def test_run_makes_records_tables_and_pictures_and_says_where(tmp_path, capsys):
     assert main(sweep(tmp_path, "--methods", "head,lora[rank=2]", "--seeds", "2")) == 0
     output = capsys.readouterr().out
     assert "4 runs: 0 finished before, 4 to do" in output
-    assert "lora · synthetic · seed 1" in output
+    assert "lora[rank=2] · synthetic · seed 1" in output
     for name in ("leaderboard.md", "leaderboard.tex", "leaderboard.csv", "score_vs_parameters.png"):
         assert name in output
     results = tmp_path / "results"

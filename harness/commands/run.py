@@ -116,7 +116,7 @@ def _grid(texts: list[str]) -> dict[str, list[Any]]:
 def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from harness import executors, preflight, progress
+    from harness import executors, preflight, progress, sweeps
     from harness.commands.report import show_sweep
     from harness.record import RETRIED, RecordStore
 
@@ -128,6 +128,7 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
     specs = plan(sweep, [task.fingerprints for task in checked], place)
     store = RecordStore(options.results)
     store.make_ready()
+    sweeps.write(store, specs)
     retried = RETRIED if options.retry_failed else ()
     finished = {record.run_id for record in map(store.read, _ids(specs)) if record and record.status not in retried}
     missing = [spec for spec in specs if spec.run_id not in finished]
