@@ -7,17 +7,16 @@ import errno
 import json
 import os
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
+from harness import running
 from harness.environment import Environment
 from harness.errors import InputError
 from harness.method import ParameterCount
 from harness.parameters import Parameters
-from harness.running import HOST, is_alive
 from harness.spec import RunSpec
 
 Status = Literal["done", "unsupported", "diverged", "out_of_memory", "failed"]
@@ -88,25 +87,24 @@ class RecordStore:
             for folder in (self.runs, self.running, self.sweeps):
                 folder.mkdir(parents=True, exist_ok=True)
             self.draft("probe").rmdir()
-            for path in self.runs.glob(f".draft-*-{HOST}-*"):
-                if not is_alive(int(path.name.rsplit("-", 2)[1])):
-                    shutil.rmtree(path, ignore_errors=True)
+            running.clear_abandoned(self.running)
         except OSError as error:
             raise self.unwritable(error) from None
 
     def draft(self, run_id: str) -> Path:
         """A new folder for a run's files, which `write` moves into place."""
-        path = self.runs / f".draft-{run_id}-{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        path = self.running / running.own_name(run_id, "draft")
         path.mkdir()
         return path
+
+    def clear(self, run_id: str) -> None:
+        """Remove what dead processes have left of a run that nobody is at; for the holder of its claim."""
+        for path in self.running.glob(f"{run_id}-*-draft"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def folder(self, run_id: str) -> Path:
         """Where a run's files are, or will be."""
         return self.runs / run_id
-
-    def stack(self, run_id: str) -> Path:
-        """Where a hanging run leaves its stack."""
-        return self.running / f"{run_id}.stack"
 
     def read(self, run_id: str) -> RunRecord | None:
         """The run's record; None where there is none or it does not hold together (it is then made again)."""
@@ -176,4 +174,4 @@ class RecordStore:
     def _folders(self) -> list[Path]:
         if not self.runs.is_dir():
             return []
-        return sorted(path for path in self.runs.iterdir() if not path.name.startswith("."))
+        return sorted(self.runs.iterdir())

@@ -54,6 +54,7 @@ def run_once(spec: RunSpec, store: RecordStore, watch: Watch = lambda progress: 
         with running.claimed(store.running, spec.run_id) as claim:
             if claim is None:
                 return None
+            store.clear(spec.run_id)
             found = store.read(spec.run_id)
             if found is not None and found.status not in RETRIED:
                 return found

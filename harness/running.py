@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -76,7 +77,7 @@ class Claim:
         if time.monotonic() - self._told < TELL_SECONDS:
             return
         self._told = time.monotonic()
-        draft = self.path.with_name(f".{self.path.stem}-{uuid.uuid4().hex[:8]}")
+        draft = self.path.with_name(own_name(self.path.stem, "told"))
         with contextlib.suppress(OSError):
             draft.write_text(_Claimed(host=HOST, process=os.getpid(), progress=progress).model_dump_json())
             draft.replace(self.path)
@@ -121,9 +122,26 @@ def release(folder: Path, run_id: str) -> None:
     (folder / f"{run_id}.json").unlink(missing_ok=True)
 
 
+def own_name(subject: str, kind: str) -> str:
+    """The name of a file or folder of this process that is of no use without it; see `clear_abandoned`."""
+    return f"{subject}-{HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{kind}"
+
+
+def clear_abandoned(folder: Path) -> None:
+    """Remove what dead processes have left: their claims, and of this machine's everything under its `own_name`."""
+    for path in folder.iterdir():
+        parts = path.name.split("-")
+        with contextlib.suppress(OSError):
+            if path.suffix == ".json":
+                if _is_abandoned(path):
+                    path.unlink()
+            elif len(parts) == 5 and parts[1] == HOST and not is_alive(int(parts[2])):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def everything(folder: Path) -> dict[str, Progress]:
     """`progress` of every run that somebody is at, by run_id."""
-    found = {path.stem: progress(folder, path.stem) for path in folder.glob("[!.]*.json")}
+    found = {path.stem: progress(folder, path.stem) for path in folder.glob("*.json")}
     return {run_id: told for run_id, told in found.items() if told is not None}
 
 
@@ -139,7 +157,7 @@ def _take(path: Path) -> bool:
             with contextlib.suppress(FileNotFoundError):  # another process was faster, or it has just ended
                 if not _is_abandoned(path):
                     return False
-                old = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:8]}")
+                old = path.with_name(own_name(path.stem, "old"))
                 path.rename(old)
                 if _is_abandoned(old):
                     old.unlink()

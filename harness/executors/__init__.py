@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from harness.record import RecordStore
 
 WAIT_SECONDS = 2.0  # between looks at runs that another process is at
+RAY = {"RAY_USAGE_STATS_ENABLED": "0"}
+RAY_OF_OUR_OWN = {  # for a cluster that is started here
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its servers bind to localhost alone
+    "RAY_worker_niceness": "0",  # 15 would starve the workers wherever anything else runs
+}
 
 
 class Execute(Protocol):
@@ -40,9 +45,8 @@ def session(execution: Execution, threads: int, device: str) -> AbstractContextM
         from harness.executors import serial
 
         return serial.session(execution)
-    if execution.address is None:
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's servers bind to localhost alone
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in (RAY if execution.address else RAY | RAY_OF_OUR_OWN).items():
+        os.environ.setdefault(name, value)
     from harness.executors import ray  # takes seconds, and reads the environment
 
     return ray.session(execution, threads, device)

@@ -7,7 +7,6 @@ import logging
 import math
 import signal
 import socket
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from harness import running
 from harness.errors import InputError
 from harness.record import RecordStore
 from harness.spec import Execution
@@ -90,7 +90,7 @@ def slots(bundle: dict[str, float]) -> int:
 @contextmanager
 def marker(store: RecordStore) -> Iterator[Path]:
     """A file in the results folder by which a machine knows that it sees it. Raises InputError where one does not."""
-    path = (store.running / f".marker-{uuid.uuid4().hex}").resolve()
+    path = (store.running / running.own_name("sweep", "marker")).resolve()
     path.touch()
     try:
         blind = _blind(path)

@@ -111,10 +111,10 @@ class _Observer(tune.Callback):
 
     def _reason(self, spec: RunSpec, trial: Trial) -> tuple[str, str]:
         """Why the last attempt failed: one line, and the traceback."""
-        stack = self.store.stack(spec.run_id)
-        if stack.exists() and (text := stack.read_text()):
-            stack.unlink()
-            return f"it did not end within --run-timeout {self.execution.run_timeout:g} s", text
+        for stack in self.store.running.glob(f"{spec.run_id}-*-stack"):
+            if hanging := stack.read_text():
+                stack.unlink()
+                return f"it did not end within --run-timeout {self.execution.run_timeout:g} s", hanging
         text = Path(trial.error_file).read_text().rpartition("Failure # ")[2]
         lines = [line for line in text.splitlines()[1:] if line.strip()]
         record = self.store.read(spec.run_id)

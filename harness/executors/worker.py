@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import tune
 
+from harness import running
 from harness.executors.cluster import unseen
 from harness.record import RecordStore
 from harness.spec import RunSpec
@@ -60,7 +61,7 @@ class Worker(tune.Trainable):
         if not self.marker.exists():
             raise unseen(self.store.results, [socket.gethostname()])
         self._take_data()
-        with _watched(self.store.stack(self.spec.run_id), self.run_timeout):
+        with _watched(self.store.running / running.own_name(self.spec.run_id, "stack"), self.run_timeout):
             record = run_once(self.spec, self.store)
         if record is not None and record.status == "failed":
             raise RunFailed(record.error)
