@@ -147,6 +147,9 @@ def _add_run(commands: Any) -> None:
     what.add_argument("--model", metavar="PATH|ID", help="model folder or Hub id, for the tasks that take one")
     what.add_argument("--limit", metavar="N", help="most training rows, and most rows of each evaluation split")
     what.add_argument("--threads", "--cpus-per-run", metavar="N", help="CPUs of each run, a thread on each (default 1)")
+    what.add_argument(
+        "--tune", metavar="K", help="search each method's hyperparameters on each task with K trials, on the holdout"
+    )
     what.add_argument("--preset", metavar="NAME", help="a comparison that comes with the program: see list")
     what.add_argument(
         "--config", type=Path, metavar="FILE", help="a comparison in TOML; options given here win over it"

@@ -11,10 +11,10 @@ functions), so that `python -m harness list` stays fast.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import Field
 
@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 
 Stream = Literal["all", "lower", "upper"]
 Indices = tuple[int, ...]  # one batch: positions in the training split
+
+
+class Range(NamedTuple):
+    """The values that a search tries for a hyperparameter: between `low` and `high`, whole numbers for an int."""
+
+    low: float
+    high: float
+    log: bool = False  # evenly spread over orders of magnitude
 
 
 class ParameterCount(Parameters):
@@ -141,6 +149,8 @@ class Method(Parameters, ABC):
     version: ClassVar[int] = 1  # raise it when the method's results change, so that its runs are made again
     data_rule: ClassVar[Literal["all", "halves"]] = "all"  # which streams it draws from
     capabilities: ClassVar[tuple[str, ...]] = ()  # words for `list`: "linear", "conv2d", "rank-adaptive"
+    # What `--tune` searches over, the learning rate always among it: a range, or a tuple of choices, by hyperparameter.
+    search_space: ClassVar[Mapping[str, Range | tuple[Any, ...]]] = {"learning_rate": Range(1e-5, 1e-2, log=True)}
     identity_at_start: ClassVar[bool] = True  # the adapted model computes what the backbone computes, before training
 
     learning_rate: float = Field(gt=0, description="peak learning rate")

@@ -29,6 +29,7 @@ class Sweep(Parameters):
     model: str | None = Field(None, description="model folder or Hub id, for the tasks that take one")
     limit: int | None = Field(None, ge=2, description="most training rows, and most rows of each evaluation split")
     threads: int = Field(1, ge=1, description="CPU threads of each run")
+    tune: int | None = Field(None, ge=1, description="trials of the search that each method gets on each task")
     train: TrainSpec = TrainSpec()
 
     @field_validator("seeds")

@@ -128,4 +128,6 @@ def outcome(record: RunRecord) -> str:
     if record.status != "done":
         return f"{head}: {record.status.replace('_', ' ')}: {record.error}"
     count = record.parameters.adapter_final if record.parameters else 0
-    return f"{head}: {record.headline} {record.score:.4f}, {count:,} adapter numbers, {record.seconds.total:.0f} s"
+    score = record.score if record.score is not None else record.holdout[record.headline]
+    where = " on the holdout" if record.spec.is_trial else ""
+    return f"{head}: {record.headline} {score:.4f}{where}, {count:,} adapter numbers, {record.seconds.total:.0f} s"

@@ -189,7 +189,8 @@ class _Run:
         backbone.module.to(self.device)
         adaptation = self._start(method, backbone, data)
         self._train(adaptation, data)
-        self._evaluate(adaptation, data)
+        if not spec.is_trial:
+            self._evaluate(adaptation, data)
         if place.save_adapter:
             adaptation.export(self.files / "adapter")
         return "done"
@@ -218,7 +219,7 @@ class _Run:
             training.load_state_dict(saved)
             self.earlier_seconds, self.evaluation_seconds = saved["seconds_total"], saved["seconds_evaluation"]
         self.task.set_training(adaptation.model)
-        points = self.spec.train.holdout_points
+        points = max(self.spec.train.holdout_points, int(self.spec.is_trial))  # a trial is scored at its end
         due = [math.ceil(training.budget * (i + 1) / points) for i in range(points)]
         due = [batches for batches in due if batches > training.used]
         next_checkpoint = training.used + place.checkpoint_every

@@ -98,6 +98,15 @@ def value_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
+class Search(Parameters):
+    """What a run has to do with a search for hyperparameters. A trial is scored on the holdout and never sees the
+    evaluation splits; a run of the chosen setting names the trials that it was chosen by."""
+
+    role: Literal["trial", "chosen"]
+    parameters: tuple[str, ...] = Field(description="hyperparameters that are searched over")
+    trials: tuple[str, ...] = Field((), description="run_ids of the trials, of a chosen setting")
+
+
 class RunSpec(Parameters):
     """One cell of a comparison: one method on one task with one seed.
 
@@ -117,10 +126,16 @@ class RunSpec(Parameters):
     seed: int = Field(ge=0)
     threads: int = Field(1, ge=1, description="CPU threads: results are bit-identical only at the same number")
     train: TrainSpec = TrainSpec()
+    search: Search | None = Field(None, description="None: the hyperparameters are the user's, or the defaults")
     place: Place = Place()
 
     @property
+    def is_trial(self) -> bool:
+        """Whether the run is one of a search's."""
+        return self.search is not None and self.search.role == "trial"
+
+    @property
     def run_id(self) -> str:
-        """16 hexadecimal digits: the SHA-256 of everything above but `place`."""
-        identity = self.model_dump(mode="json", exclude={"place"})
+        """16 hexadecimal digits: the SHA-256 of everything above but `place`, and `search` where there is one."""
+        identity = self.model_dump(mode="json", exclude={"place"} if self.search else {"place", "search"})
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from harness.method import Adaptation, Backbone, Method, TrainData, adamw
+from harness.method import Adaptation, Backbone, Method, Range, TrainData, adamw
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,7 @@ class Full(Method):
     """Full fine-tuning: every number of the backbone trains."""
 
     capabilities = ("any layer",)
+    search_space = {"learning_rate": Range(1e-6, 1e-3, log=True)}
 
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate")
 

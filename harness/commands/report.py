@@ -40,7 +40,8 @@ def show_sweep(store: RecordStore, run_ids: Sequence[str]) -> int:
     found = store.read_all()
     wanted = set(run_ids)
     chosen = [record for record in found.records if record.run_id in wanted]
-    _show(store, chosen, found)
+    trials = {run_id for record in chosen if record.spec.search for run_id in record.spec.search.trials}
+    _show(store, [record for record in found.records if record.run_id in wanted | trials], found)
     return int(any(record.status in FAILED for record in chosen))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +48,7 @@ def sweep_of(options: argparse.Namespace) -> Sweep:
         if path is not None:
             _overlay(values, sweep_file.read(path))
     given = {name: getattr(options, name) for name in ("methods", "tasks", "model")}
-    given |= {name: _parsed(getattr(options, name)) for name in ("limit", "threads")}
+    given |= {name: _parsed(getattr(options, name)) for name in ("limit", "threads", "tune")}
     if options.seeds is not None:
         given["seeds"] = _seeds(options.seeds)
     if options.grid:
@@ -116,33 +118,43 @@ def _grid(texts: list[str]) -> dict[str, list[Any]]:
 def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from harness import executors, preflight, progress, sweeps
+    from harness import executors, preflight, progress, sweeps, tuning
     from harness.commands.report import show_sweep
     from harness.record import RETRIED, RecordStore
 
     console = Console()
     with console.status("checking data, models and methods"):
         checked = preflight.check_tasks(sweep, place)
-        preflight.check_methods(sweep, checked, place)
+        reasons = preflight.check_methods(sweep, checked, place)
         preflight.check_models(checked, place)
     specs = plan(sweep, [task.fingerprints for task in checked], place)
+    searches = tuning.searches_of(sweep, specs, reasons) if sweep.tune else []
     store = RecordStore(options.results)
     store.make_ready()
-    sweeps.write(store, specs)
     retried = RETRIED if options.retry_failed else ()
-    finished = {record.run_id for record in map(store.read, _ids(specs)) if record and record.status not in retried}
-    missing = [spec for spec in specs if spec.run_id not in finished]
-    if place.save_adapter:
-        _check_adapters(store, finished, console)
-    console.print(
-        f"{len(specs)} runs: {len(specs) - len(missing)} finished before, {len(missing)} to do", highlight=False
-    )
-    if missing:
-        with (
-            executors.session(execution, sweep.threads, place.device) as execute,
-            progress.view(missing, console) as view,
-        ):
-            execute(missing, store, view)
+    with contextlib.ExitStack() as stack:
+        start = functools.cache(lambda: stack.enter_context(executors.session(execution, sweep.threads, place.device)))
+
+        def carry_out(specs: list[RunSpec]) -> None:
+            """Make the records that are missing."""
+            sweeps.write(store, specs)
+            read = map(store.read, _ids(specs))
+            finished = {record.run_id for record in read if record and record.status not in retried}
+            missing = [spec for spec in specs if spec.run_id not in finished]
+            if place.save_adapter:
+                _check_adapters(store, finished, console)
+            done = len(specs) - len(missing)
+            console.print(f"{len(specs)} runs: {done} finished before, {len(missing)} to do", highlight=False)
+            if missing:
+                execute = start()
+                with progress.view(missing, console) as view:
+                    execute(missing, store, view)
+
+        if sweep.tune:
+            console.print(f"tuning: {sweep.tune} trials for each of {len(searches)} method-task pairs", highlight=False)
+            tuning.tune(searches, sweep.tune, carry_out, store)
+            specs = tuning.chosen(searches, specs)
+        carry_out(specs)
     return show_sweep(store, _ids(specs))
 
 
@@ -182,7 +194,8 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     for row, column in reasons:
         print(f"{methods[row][0]} on {checked[column].name}: {reasons[row, column]}")
     seeds = ", ".join(map(str, sweep.seeds))
-    print(f"{len(specs)} runs (seeds {seeds}), {finished} of them finished. Nothing was trained.")
+    trials = f" after {sweep.tune} trials for each method and task" if sweep.tune else ""
+    print(f"{len(specs)} runs (seeds {seeds}){trials}, {finished} of them finished. Nothing was trained.")
     return 0
 
 

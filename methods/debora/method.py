@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import Adaptation, Backbone, Method, TrainData
+from harness.method import Adaptation, Backbone, Method, Range, TrainData
 from methods.debora import reach
 
 if TYPE_CHECKING:
@@ -31,6 +31,11 @@ class Debora(Method):
     version: ClassVar[int] = 2
     data_rule: ClassVar[Literal["all", "halves"]] = "halves"
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
+    search_space = {
+        "learning_rate": Range(1e-4, 1e-2, log=True),
+        "tau": Range(1.0, 64.0, log=True),
+        "step_size": Range(0.02, 0.5, log=True),
+    }
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of the lower level")
     weight_decay: float = Field(
