@@ -1,6 +1,9 @@
 """Sweeps with real Ray processes: equal to serial ones, whatever happens to workers, machines and drivers."""
 
+import contextlib
+import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import running
 from harness.cli import main
 from harness.record import RecordStore
 
@@ -46,7 +50,7 @@ def started(environment, arguments):
 
 def ended(process):
     try:
-        output, errors = process.communicate(timeout=300)
+        output, errors = process.communicate(timeout=600)
     finally:
         process.kill()
     assert "Traceback" not in errors, errors
@@ -68,7 +72,7 @@ def results_of(folder):
     }
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=300):
     """What `condition` gives as soon as it gives something. The time bounds a broken test, nothing else."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -141,6 +145,38 @@ def test_a_cluster_whose_machine_leaves_and_whose_driver_is_stopped_and_killed(t
     for record in first + second:
         assert store.read(record.run_id) == record  # made once, seconds and all
     assert main([*command(tmp_path / "serial", METHODS, batches=30, seeds=3)[3:], *SERIAL]) == 0
+    assert results_of(store.results) == results_of(tmp_path / "serial")
+
+
+def holders(store):
+    """Processes that are at a run."""
+    found = []
+    for path in store.running.glob("*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text())["process"])
+    return [process for process in found if running.is_alive(process)]
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_and_a_killed_driver(tmp_path, environment):
+    chance = random.Random(0)
+    store = RecordStore(tmp_path / "ray")
+    sweep = command(store.results, METHODS, "--max-retries", "30", batches=300, seeds=3)
+    driver, seen = started(environment, sweep), {}
+    for kill in range(1, 21):
+        time.sleep(chance.uniform(0.5, 4))
+        os.kill(chance.choice(wait_for(lambda: holders(store))), signal.SIGKILL)
+        seen |= {record.run_id: record for record in store.records()}
+        if kill == 10:
+            driver.kill()
+            driver.communicate()
+            driver = started(environment, sweep)
+    code, output, _ = ended(driver)
+    assert code == 0, output
+    assert len(seen) < 12, "the kills came after the sweep"
+    for record in seen.values():
+        assert store.read(record.run_id) == record  # made once, seconds and all
+    assert main([*command(tmp_path / "serial", METHODS, batches=300, seeds=3)[3:], *SERIAL]) == 0
     assert results_of(store.results) == results_of(tmp_path / "serial")
 
 

@@ -77,10 +77,8 @@ def test_tables_say_how_a_row_was_tuned_and_count_the_search(results, tmp_path, 
     assert "lora[rank=2] (tuned 2)" in output
     table = pd.read_csv(tmp_path / "tables" / "leaderboard.csv")
     assert set(table["batches"]) == {3 * 12}
-    main(
-        ["run", "--methods", "head,full[weight_decay=0.1]", "--tasks", "synthetic", "--batches", "12", "--executor"]
-        + ["serial", "--results", str(tmp_path)]
-    )
+    what = ["--methods", "head,full[weight_decay=0.1]", "--tasks", "synthetic", "--batches", "12"]
+    main(["run", *what, "--executor", "serial", "--results", str(tmp_path)])
     labels = pd.read_csv(tmp_path / "tables" / "leaderboard.csv").set_index("label")
     assert labels.loc["head (default)", "batches"] == 12
     assert "full[weight_decay=0.1] (as given)" in labels.index

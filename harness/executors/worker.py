@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import socket
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import tune
 
-from harness import running
+from harness import data, registry, running
 from harness.executors.cluster import unseen
 from harness.record import RecordStore
 from harness.spec import RunSpec
@@ -41,13 +42,21 @@ class Worker(tune.Trainable):
         from harness.cli import quiet_environment
 
         quiet_environment()
-        import harness.run  # noqa: F401 - torch's import is not the first run's time
-
         self.store = RecordStore(Path(results))
         self.marker = Path(marker)
         self.run_timeout = run_timeout
         self.shared = shared or {}
         self.reset_config(config)
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Import what a run needs, which is not the first run's time. What is wrong, the run itself tells."""
+        import harness.run  # noqa: F401
+
+        with contextlib.suppress(Exception):
+            registry.method_class(self.spec.method)
+            task = registry.make_task(self.spec.task, self.spec.task_parameters)
+            task.backbone(self.spec.place.model, meta=True, trust_remote_code=self.spec.place.trust_remote_code)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next run."""
@@ -69,8 +78,6 @@ class Worker(tune.Trainable):
 
     def _take_data(self) -> None:
         """The task's data from the object store, where this process does not have it."""
-        from harness import data, registry
-
         place = self.spec.place
         task = registry.make_task(self.spec.task, self.spec.task_parameters)
         key = data.key_of(task, place.data_root, self.spec.limit, place.model)
