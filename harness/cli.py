@@ -160,7 +160,7 @@ def _add_run(commands: Any) -> None:
     _add_fields(place, Execution)
     _add_results(place)
     place.add_argument(
-        "--dry-run", action="store_true", help="show the cells with their parameter counts; train nothing"
+        "--dry-run", action="store_true", help="show the cells with their parameter counts and the time they take"
     )
     place.add_argument("--retry-failed", action="store_true", help="run failed and out-of-memory cells again")
 

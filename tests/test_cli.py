@@ -67,6 +67,25 @@ def test_dry_run_counts_and_trains_nothing(tmp_path, capsys):
     assert not (tmp_path / "results").exists()
 
 
+def test_dry_run_tells_the_time_from_finished_runs_or_else_from_a_timing(tmp_path, capsys, monkeypatch):
+    main(sweep(tmp_path, "--methods", "head"))
+    capsys.readouterr()
+    timed = []
+    with monkeypatch.context() as clock:
+        clock.setattr("harness.estimate._timed", lambda spec: timed.append(spec.method) or 30.0)
+        assert main(sweep(tmp_path, "--methods", "full,lora", "--seeds", "3", "--tune", "5", "--dry-run")) == 0
+    assert timed == ["full", "lora"]
+    output = capsys.readouterr().out
+    assert "training takes about 32.0 min in all, one run at a time" in output  # (6 + 10 runs) x 4 batches x 30 s
+    assert main(sweep(tmp_path, "--methods", "head", "--seeds", "2", "--dry-run")) == 0
+    assert "s a batch (finished runs: 1)" in capsys.readouterr().out
+    assert main(sweep(tmp_path, "--methods", "full", "--dry-run")) == 0
+    assert "s a batch (timed: 3 updates)" in capsys.readouterr().out
+    assert main(sweep(tmp_path, "--methods", "head", "--dry-run")) == 0
+    assert "in all" not in capsys.readouterr().out
+    assert len(list((tmp_path / "results" / "runs").iterdir())) == 1
+
+
 SIDES = 2 * [16 + 16] * 4 + 2 * [16 + 32] * 2  # rows and columns of the twelve linear layers of the task's BERT
 
 

@@ -165,7 +165,7 @@ def _ids(specs: list[RunSpec]) -> list[str]:
 def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     from tabulate import tabulate
 
-    from harness import preflight
+    from harness import estimate, preflight
     from harness.record import RecordStore
 
     checked = preflight.check_tasks(sweep, place)
@@ -193,10 +193,18 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
         print(note)
     for row, column in reasons:
         print(f"{methods[row][0]} on {checked[column].name}: {reasons[row, column]}")
+    supported = [spec for number, spec in enumerate(specs) if _cell(number, len(methods), len(checked)) not in reasons]
+    for line in estimate.lines(supported, store, sweep.tune or 0):
+        print(line)
     seeds = ", ".join(map(str, sweep.seeds))
     trials = f" after {sweep.tune} trials for each method and task" if sweep.tune else ""
-    print(f"{len(specs)} runs (seeds {seeds}){trials}, {finished} of them finished. Nothing was trained.")
+    print(f"{len(specs)} runs (seeds {seeds}){trials}, {finished} of them finished. Nothing was kept.")
     return 0
+
+
+def _cell(number: int, num_methods: int, num_tasks: int) -> tuple[int, int]:
+    """(method, task) of a plan's run, by position: a seed has all tasks, a task all methods."""
+    return number % num_methods, number // num_methods % num_tasks
 
 
 def _label(name: str, method: Method) -> str:
