@@ -8,6 +8,7 @@ progress go through the results folder, which every machine must see; Tune's own
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -92,6 +93,7 @@ class _Observer(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A run failed for the last time."""
+        from harness.progress import title
         from harness.run import failed_record
 
         spec = self._spec(trial)
@@ -102,8 +104,9 @@ class _Observer(tune.Callback):
             record = failed_record(spec, reason, trace)
             try:
                 self.store.write(record, [], self.store.draft(spec.run_id))
-            except (InputError, OSError) as error:
-                self.view.note(f"no record of {spec.run_id}: {error}")
+            except (InputError, OSError):  # most likely the reason itself
+                self.view.note(f"{title(spec)}: {reason}; no record could be kept of it")
+                return
         self.view.ended(record)
 
     def _spec(self, trial: Trial) -> RunSpec:
@@ -120,7 +123,9 @@ class _Observer(tune.Callback):
         record = self.store.read(spec.run_id)
         if RunFailed.__name__ in lines[-1] and record is not None and record.error:
             return record.error, record.traceback or text
-        return (DIED if "died" in lines[0] or "unavailable" in lines[0] else lines[-1].strip()), text
+        if "died" in lines[0] or "unavailable" in lines[0]:
+            return DIED, text
+        return re.sub(r"^[\w.]+\.(\w+:)", r"\1", lines[-1].strip()), text  # the error's name without its module
 
 
 class _Session:
