@@ -72,7 +72,7 @@ def test_dry_run_tells_the_time_from_finished_runs_or_else_from_a_timing(tmp_pat
     capsys.readouterr()
     timed = []
     with monkeypatch.context() as clock:
-        clock.setattr("harness.estimate._timed", lambda spec: timed.append(spec.method) or 30.0)
+        clock.setattr("harness.estimate._seconds_a_batch", lambda spec: timed.append(spec.method) or 30.0)
         assert main(sweep(tmp_path, "--methods", "full,lora", "--seeds", "3", "--tune", "5", "--dry-run")) == 0
     assert timed == ["full", "lora"]
     output = capsys.readouterr().out
@@ -81,6 +81,11 @@ def test_dry_run_tells_the_time_from_finished_runs_or_else_from_a_timing(tmp_pat
     assert "s a batch (finished runs: 1)" in capsys.readouterr().out
     assert main(sweep(tmp_path, "--methods", "full", "--dry-run")) == 0
     assert "s a batch (timed: 3 updates)" in capsys.readouterr().out
+    monkeypatch.setattr("harness.estimate._seconds_a_batch", lambda spec: 1 / 0)
+    assert main(sweep(tmp_path, "--methods", "lora", "--dry-run")) == 0
+    output = capsys.readouterr().out
+    assert "time: lora on synthetic: unknown (not timed: division by zero)" in output
+    assert "in all" not in output
     assert main(sweep(tmp_path, "--methods", "head", "--dry-run")) == 0
     assert "in all" not in capsys.readouterr().out
     assert len(list((tmp_path / "results" / "runs").iterdir())) == 1
@@ -100,7 +105,7 @@ def test_config_file_and_options_over_it(tmp_path, capsys):
     assert main(["run", "--config", str(path), "--seeds", "5,", "--batches", "3", "--dry-run"]) == 0
     output = capsys.readouterr().out
     assert "3 runs (seeds 5)" in output
-    assert {line.split()[-1] for line in output.splitlines() if "synthetic" in line} == {"3"}
+    assert {line.split()[-1] for line in output.splitlines() if line.startswith(("head", "lora"))} == {"3"}
 
 
 def test_validate_a_record(tmp_path, capsys):
