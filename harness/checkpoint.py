@@ -19,7 +19,7 @@ KEPT = 2  # the newest checkpoints of a run that stay on disk
 TENSORS, STATE, ORIGIN, SUMS = "tensors.safetensors", "state.json", "origin.json", "sums.json"
 
 
-def save(folder: Path, batches: int, state: dict[str, Any], origin: dict[str, Any]) -> None:
+def save(folder: Path, batches: int, state: dict[str, Any], origin: dict[str, Any] | None = None) -> None:
     """Write `folder/<batches>/` in one rename and drop all but the newest KEPT.
 
     `origin`: nested JSON values that say what the state belongs to; `load_newest` refuses any other. Where another
@@ -32,7 +32,7 @@ def save(folder: Path, batches: int, state: dict[str, Any], origin: dict[str, An
         structure = _flatten(state, tensors)
         save_file(tensors, draft / TENSORS)
         (draft / STATE).write_text(json.dumps(structure))
-        (draft / ORIGIN).write_text(json.dumps(origin))
+        (draft / ORIGIN).write_text(json.dumps(origin or {}))
         (draft / SUMS).write_text(json.dumps(_sums(draft)))
         place = folder / f"{batches:09d}"
         shutil.rmtree(place, ignore_errors=True)
@@ -45,14 +45,14 @@ def save(folder: Path, batches: int, state: dict[str, Any], origin: dict[str, An
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_newest(folder: Path, origin: dict[str, Any]) -> dict[str, Any] | None:
+def load_newest(folder: Path, origin: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """The state of the newest checkpoint that is whole; None where there is none.
 
     Raises InputError, naming the difference, for a checkpoint of another origin.
     """
     for path in reversed(_folders(folder)):
         if _is_whole(path):
-            _check(path, json.loads((path / ORIGIN).read_bytes()), json.loads(json.dumps(origin)))
+            _check(path, json.loads((path / ORIGIN).read_bytes()), json.loads(json.dumps(origin or {})))
             state = _unflatten(json.loads((path / STATE).read_bytes()), load_file(path / TENSORS))
             assert isinstance(state, dict)
             return state

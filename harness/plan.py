@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import tomllib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -157,6 +158,11 @@ def plan(sweep: Sweep, fingerprints: Sequence[Fingerprints], place: Place) -> li
     ]
 
 
+def cell_of(spec: RunSpec) -> str:
+    """A method with its parameters on a task with its own, whatever the seed."""
+    return json.dumps([spec.method, spec.method_parameters, spec.task, spec.task_parameters], sort_keys=True)
+
+
 def model_of(sweep: Sweep, task: Task) -> str | None:
     """The model folder or Hub id that a task of this sweep starts from; None where the task builds its own."""
     return None if task.default_model is None else sweep.model or task.default_model
@@ -170,9 +176,6 @@ def _grid(sweep: Sweep, methods: set[str]) -> dict[tuple[str, str], tuple[Any, .
             raise InputError(f"grid '{key}' cannot be read; write method.parameter=value,value", key)
         if method not in methods:
             raise unknown("method in the grid", method, methods)
-        fields = registry.method_class(method).model_fields
-        if parameter not in fields:
-            raise unknown(f"parameter of {method}", parameter, fields)
         if not values:
             raise InputError(f"grid '{key}' has no values; write {key}=value,value", key)
         grid[method, parameter] = values

@@ -9,12 +9,12 @@ report.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from harness.errors import InputError
 from harness.method import Method, Range
-from harness.plan import Sweep, method_cells
+from harness.plan import Sweep, cell_of
 from harness.record import RecordStore
 from harness.spec import RunSpec, Search
 
@@ -97,33 +97,20 @@ def tune(
             search.tell(specs, store)
 
 
-def searches_of(sweep: Sweep, specs: Sequence[RunSpec], unsupported: Container[tuple[int, int]]) -> list[MethodSearch]:
-    """A search for each method on each task that it supports. `specs`: the plan of the sweep, its first seed first;
-    `unsupported`: (method, task) pairs by position.
+def searches_of(sweep: Sweep, cells: Sequence[tuple[Method, RunSpec]]) -> list[MethodSearch]:
+    """A search for each method on each task, given with one of its runs.
 
     Raises InputError where a seed of the report is that of the trials.
     """
     if SEED in sweep.seeds:
         raise InputError(f"--seeds {SEED} is the seed of the trials of --tune: give another", str(SEED))
-    methods = method_cells(sweep)
-    num_tasks = len(specs) // len(sweep.seeds) // len(methods)
-    return [
-        MethodSearch(method, specs[column * len(methods) + row])
-        for column in range(num_tasks)
-        for row, (_, method) in enumerate(methods)
-        if (row, column) not in unsupported
-    ]
+    return [MethodSearch(method, template) for method, template in cells]
 
 
 def chosen(searches: Sequence[MethodSearch], specs: Sequence[RunSpec]) -> list[RunSpec]:
     """The plan with the chosen setting in every run that was searched for."""
-    found = {_cell(search.template): search for search in searches}
-    return [found[_cell(spec)].chosen(spec.seed) if _cell(spec) in found else spec for spec in specs]
-
-
-def _cell(spec: RunSpec) -> str:
-    """A method on a task, whatever the seed."""
-    return spec.model_copy(update={"seed": 0}).run_id
+    found = {cell_of(search.template): search for search in searches}
+    return [found[cell].chosen(spec.seed) if (cell := cell_of(spec)) in found else spec for spec in specs]
 
 
 def _space(name: str, method: Method) -> dict[str, Range | tuple[Any, ...]]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Full(Method):
     """Full fine-tuning: every number of the backbone trains."""
 
+    version = 2
     capabilities = ("any layer",)
     search_space = {"learning_rate": Range(1e-6, 1e-3, log=True)}
 

@@ -292,8 +292,8 @@ def test_checkpoints_are_read_back_exactly(tmp_path):
         "optimizer": {0: {"step": torch.tensor(3.0)}, 1: {}},
         "json": {"a": None, "b": [1, "x", True, 0.1], "tuple": (1, 2)},
     }
-    checkpoint.save(tmp_path / "c", 5, state, {})
-    loaded = checkpoint.load_newest(tmp_path / "c", {})
+    checkpoint.save(tmp_path / "c", 5, state)
+    loaded = checkpoint.load_newest(tmp_path / "c")
     for one, two in zip(state["tensors"], loaded["tensors"], strict=True):
         assert torch.equal(one, two)
     assert loaded["optimizer"][0]["step"] == 3.0
@@ -303,10 +303,10 @@ def test_checkpoints_are_read_back_exactly(tmp_path):
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for batches in (1, 2, 10):
-        checkpoint.save(tmp_path, batches, {"at": batches}, {})
+        checkpoint.save(tmp_path, batches, {"at": batches})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000002", "000000010"]
-    assert checkpoint.load_newest(tmp_path, {}) == {"at": 10}
-    assert checkpoint.load_newest(tmp_path / "nowhere", {}) is None
+    assert checkpoint.load_newest(tmp_path) == {"at": 10}
+    assert checkpoint.load_newest(tmp_path / "nowhere") is None
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "origin.json", "sums.json"])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from harness import sweep_file
 from harness.errors import InputError
 from harness.method import Method
-from harness.plan import Sweep, method_cells, parse_value, plan, split_list, task_cells
+from harness.plan import Sweep, cell_of, method_cells, parse_value, split_list, task_cells
 from harness.spec import Execution, Place, RunSpec, TrainSpec, label
 
 if TYPE_CHECKING:
@@ -122,14 +122,13 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
     from harness.commands.report import show_sweep
     from harness.record import RETRIED, RecordStore
 
-    console = Console()
+    console, store = Console(), RecordStore(options.results)
     with console.status("checking data, models and methods"):
         checked = preflight.check_tasks(sweep, place)
-        reasons = preflight.check_methods(sweep, checked, place)
+        cells = preflight.check_methods(sweep, checked, place, store.find)
         preflight.check_models(checked, place)
-    specs = plan(sweep, [task.fingerprints for task in checked], place)
-    searches = tuning.searches_of(sweep, specs, reasons) if sweep.tune else []
-    store = RecordStore(options.results)
+    specs = preflight.plan_checked(sweep, checked, cells, place)
+    searches = tuning.searches_of(sweep, preflight.supported(specs, checked, cells)) if sweep.tune else []
     store.make_ready()
     retried = RETRIED if options.retry_failed else ()
     with contextlib.ExitStack() as stack:
@@ -169,20 +168,20 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     from harness.record import RecordStore
 
     checked = preflight.check_tasks(sweep, place)
-    reasons = preflight.check_methods(sweep, checked, place)
-    specs = plan(sweep, [task.fingerprints for task in checked], place)
     store = RecordStore(results)
+    cells = preflight.check_methods(sweep, checked, place, store.find)
+    specs = preflight.plan_checked(sweep, checked, cells, place)
     finished = sum(store.read(run_id) is not None for run_id in _ids(specs))
-    methods = method_cells(sweep)
     rows, notes = [], []
-    for column, task in enumerate(checked):
-        for row, (name, method) in enumerate(methods):
+    for task, column in zip(checked, cells, strict=True):
+        for name, method, reason, said in column:
             shown = _label(name, method)
             batches = sweep.train.budget(len(task.splits.train))
-            if (row, column) in reasons:
+            if reason is not None:
                 rows.append([shown, task.name, "unsupported", "", "", batches])
+                notes.append(f"{shown} on {task.name}: {reason}")
                 continue
-            count, said = preflight.preview(method, task, sweep, place)
+            count = preflight.preview(method, task, sweep, place)
             rows.append(
                 [shown, task.name, *(f"{n:,}" for n in (count.adapter_initial, count.head, count.total)), batches]
             )
@@ -191,20 +190,13 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4)))
     for note in notes:
         print(note)
-    for row, column in reasons:
-        print(f"{methods[row][0]} on {checked[column].name}: {reasons[row, column]}")
-    supported = [spec for number, spec in enumerate(specs) if _cell(number, len(methods), len(checked)) not in reasons]
-    for line in estimate.lines(supported, store, sweep.tune or 0):
+    possible = {cell_of(spec) for _, spec in preflight.supported(specs, checked, cells)}
+    for line in estimate.lines([spec for spec in specs if cell_of(spec) in possible], store, sweep.tune or 0):
         print(line)
     seeds = ", ".join(map(str, sweep.seeds))
     trials = f" after {sweep.tune} trials for each method and task" if sweep.tune else ""
     print(f"{len(specs)} runs (seeds {seeds}){trials}, {finished} of them finished. Nothing was kept.")
     return 0
-
-
-def _cell(number: int, num_methods: int, num_tasks: int) -> tuple[int, int]:
-    """(method, task) of a plan's run, by position: a seed has all tasks, a task all methods."""
-    return number % num_methods, number // num_methods % num_tasks
 
 
 def _label(name: str, method: Method) -> str:

@@ -76,7 +76,7 @@ def counts_are_right(subject: Subject) -> None:
     model = place.model or started.task.default_model
     splits = make_splits(started.task, place.data_root, None)
     checked = CheckedTask(subject.task, started.task, model, Data(started.task, splits, model), Fingerprints("", ""))
-    assert preview(started.method, checked, Sweep(), place)[0] == count
+    assert preview(started.method, checked, Sweep(), place) == count
     started.training.run(lambda training: None)
     count = started.adaptation.parameter_count()
     assert 0 <= count.adapter_final <= count.adapter_peak
@@ -109,9 +109,9 @@ def a_run_interrupted_after_every_update_equals_the_uninterrupted_one(subject: S
     interrupted = start(subject)
     while interrupted.training.used < subject.batches:
         _one_update(interrupted.training)
-        checkpoint.save(subject.folder, interrupted.training.used, interrupted.training.state_dict(), {})
+        checkpoint.save(subject.folder, interrupted.training.used, interrupted.training.state_dict())
         if interrupted.training.used < subject.batches:
-            state = checkpoint.load_newest(subject.folder, {})
+            state = checkpoint.load_newest(subject.folder)
             assert state is not None
             interrupted = start(subject)
             interrupted.training.load_state_dict(state)
@@ -159,7 +159,7 @@ def nothing_is_pickled(subject: Subject) -> None:
     """Checkpoints and exports are safetensors, JSON and text."""
     started = start(subject)
     started.training.run(lambda training: None)
-    checkpoint.save(subject.folder / "checkpoint", started.training.used, started.training.state_dict(), {})
+    checkpoint.save(subject.folder / "checkpoint", started.training.used, started.training.state_dict())
     started.adaptation.export(subject.folder / "export")
     files = [path for path in subject.folder.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".txt"}, files
