@@ -11,15 +11,15 @@ functions), so that `python -m harness list` stays fast.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
 from harness.errors import InputError, unknown
-from harness.parameters import Parameters
+from harness.parameters import Parameters, Range, SearchSpace
 
 if TYPE_CHECKING:
     import torch
@@ -31,14 +31,6 @@ if TYPE_CHECKING:
 Stream = Literal["all", "lower", "upper"]
 Indices = tuple[int, ...]  # one batch: positions in the training split
 FinishedRun = Callable[[str], "RunRecord"]  # by run_id; raises InputError, with the nearest match, where there is none
-
-
-class Range(NamedTuple):
-    """The values that a search tries for a hyperparameter: between `low` and `high`, whole numbers for an int."""
-
-    low: float
-    high: float
-    log: bool = False  # evenly spread over orders of magnitude
 
 
 class ParameterCount(Parameters):
@@ -109,8 +101,8 @@ class TrainData(Protocol):
     size: int
 
     def draw(self, stream: Stream) -> Indices:
-        """The next batch of a stream. "all": the training split in this seed's order; "lower" and "upper": two
-        random halves of equal size. Every draw is counted and is part of a checkpoint."""
+        """The next batch of a stream. "all": the training split in this seed's order; "lower" and "upper": two random
+        halves of equal size. Every draw is counted and is part of a checkpoint."""
 
 
 class Step(Protocol):
@@ -123,17 +115,15 @@ class Step(Protocol):
     def backward(self, batch: Indices) -> Tensor:
         """Forward and backward of one batch, adding to the gradients (autocast and accumulation included).
 
-        Returns the detached mean loss (a scalar tensor). Uses one batch of the budget; raises RuntimeError when
-        none is left, so look at `used` first.
-        """
+        Returns the detached mean loss (a scalar tensor). Uses one batch of the budget; raises RuntimeError when none is
+        left, so look at `used` first."""
 
     def loss(self, batch: Indices) -> Tensor:
         """Forward of one batch: its mean loss, a scalar tensor, with a graph except under torch.no_grad.
 
         The random numbers (dropout, noise) are those of the last `backward`, so that losses at two points can be
         compared; call it after one. Nothing is kept of it, so it is for derivatives that `backward` does not give and
-        for trial points. Uses one batch of the budget, with or without derivatives; raises RuntimeError as `backward`.
-        """
+        for trial points. Uses one batch of the budget, with or without derivatives; RuntimeError as in `backward`."""
 
     def spend(self, batches: int) -> None:
         """Count passes that a method makes through a graph of `loss` (products with second derivatives) as batches of
@@ -152,8 +142,7 @@ class Method(Parameters, ABC):
     version: ClassVar[int] = 1  # raise it when the method's results change, so that its runs are made again
     data_rule: ClassVar[Literal["all", "halves"]] = "all"  # which streams it draws from
     capabilities: ClassVar[tuple[str, ...]] = ()  # words for `list`: "linear", "conv2d", "rank-adaptive"
-    # What `--tune` searches over, the learning rate always among it: a range, or a tuple of choices, by hyperparameter.
-    search_space: ClassVar[Mapping[str, Range | tuple[Any, ...]]] = {"learning_rate": Range(1e-5, 1e-2, log=True)}
+    search_space: ClassVar[SearchSpace] = {"learning_rate": Range(1e-5, 1e-2, log=True)}  # of `--tune`
     identity_at_start: ClassVar[bool] = True  # the adapted model computes what the backbone computes, before training
 
     learning_rate: float = Field(gt=0, description="peak learning rate")

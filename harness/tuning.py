@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from harness.errors import InputError
-from harness.method import Method, Range
+from harness.method import Method
+from harness.parameters import Range, SearchSpace
 from harness.plan import Sweep, cell_of
 from harness.record import RecordStore
 from harness.spec import RunSpec, Search
@@ -113,7 +114,7 @@ def chosen(searches: Sequence[MethodSearch], specs: Sequence[RunSpec]) -> list[R
     return [found[cell].chosen(spec.seed) if (cell := cell_of(spec)) in found else spec for spec in specs]
 
 
-def _space(name: str, method: Method) -> dict[str, Range | tuple[Any, ...]]:
+def _space(name: str, method: Method) -> SearchSpace:
     """The hyperparameters to search over: those of the method's space that the user has not fixed."""
     space = dict(method.search_space)
     if "learning_rate" not in space or not space.keys() <= type(method).model_fields.keys():

@@ -51,18 +51,9 @@ def test_keeps_the_contracts(environment, tmp_path):
 
 
 def test_runs_beside_the_others_and_reports_what_it_does_not_support(environment, tmp_path):
-    options = [
-        "--methods",
-        "head,norm_tuning",
-        "--tasks",
-        "synthetic,digits",
-        "--batches",
-        "4",
-        "--executor",
-        "serial",
-        "--results",
-    ]
-    done = run(environment, "-m", "harness", "run", *options, str(tmp_path))
+    what = ["--methods", "head,norm_tuning", "--tasks", "synthetic,digits", "--batches", "4"]
+    where = ["--executor", "serial", "--results", str(tmp_path)]
+    done = run(environment, "-m", "harness", "run", *what, *where)
     assert done.returncode == 0, done.stderr
     assert "norm_tuning · digits · seed 0" in done.stdout
     assert "unsupported: the backbone has no LayerNorm" in done.stdout

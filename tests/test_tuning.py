@@ -7,8 +7,9 @@ from harness import registry, tuning
 from harness.cli import main
 from harness.contracts import Subject, spec_of
 from harness.contracts.subject import method_of
-from harness.method import Range
+from harness.parameters import Range
 from harness.record import RecordStore
+from tests.test_contracts import PARAMETERS
 
 
 def tuned(results, *extra, trials=6, seeds=2):
@@ -105,18 +106,17 @@ def test_proposals_are_the_same_every_time(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(registry.registered(registry.METHODS)))
 def test_every_search_space_holds_the_defaults(name):
-    method = registry.method_class(name)
-    defaults = method.defaults()
+    method = method_of(PARAMETERS.get(name, name))
+    given = method.model_dump(mode="json")
     assert "learning_rate" in method.search_space
     for parameter, values in method.search_space.items():
+        default = type(method).model_fields[parameter].default
         if isinstance(values, Range):
-            assert values.low <= defaults[parameter] <= values.high
-            ends = (values.low, values.high)
+            assert values.low <= default <= values.high
         else:
-            assert defaults[parameter] in values
-            ends = values
-        for value in ends:
-            method.of({parameter: value}, name)
+            assert default in values
+        for value in (values.low, values.high) if isinstance(values, Range) else values:
+            registry.make_method(name, given | {parameter: value})
 
 
 @pytest.mark.parametrize(

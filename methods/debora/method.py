@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import Adaptation, Backbone, Method, Range, TrainData
+from harness.method import Adaptation, Backbone, Method, TrainData
+from harness.parameters import Range
 from methods.debora import reach
 
 if TYPE_CHECKING:
