@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import os
 import shutil
+import uuid
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +16,78 @@ from safetensors.torch import load_file, save_file
 from harness.errors import InputError
 
 KEPT = 2  # the newest checkpoints of a run that stay on disk
+TENSORS, STATE, ORIGIN, SUMS = "tensors.safetensors", "state.json", "origin.json", "sums.json"
 
 
-def save(folder: Path, batches: int, state: dict[str, Any]) -> None:
-    """Write `folder/<batches>/` in one rename and drop all but the newest KEPT."""
-    draft = folder / f".draft-{os.getpid()}"
-    shutil.rmtree(draft, ignore_errors=True)
+def save(folder: Path, batches: int, state: dict[str, Any], origin: dict[str, Any] | None = None) -> None:
+    """Write `folder/<batches>/` in one rename and drop all but the newest KEPT.
+
+    `origin`: nested JSON values that say what the state belongs to; `load_newest` refuses any other. Where another
+    process was faster, its checkpoint stays: of one run, all are equal.
+    """
+    draft = folder / f".draft-{uuid.uuid4().hex}"
     draft.mkdir(parents=True)
-    tensors: dict[str, torch.Tensor] = {}
-    structure = _flatten(state, tensors)
-    save_file(tensors, draft / "tensors.safetensors")
-    (draft / "state.json").write_text(json.dumps(structure))
-    place = folder / f"{batches:09d}"
-    shutil.rmtree(place, ignore_errors=True)
-    draft.rename(place)
-    for old in _folders(folder)[:-KEPT]:
-        shutil.rmtree(old)
-
-
-def load_newest(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint's state, or None where there is none. Raises InputError for a damaged one."""
-    folders = _folders(folder)
-    if not folders:
-        return None
-    path = folders[-1]
     try:
-        structure = json.loads((path / "state.json").read_text())
-        state = _unflatten(structure, load_file(path / "tensors.safetensors"))
-    except Exception as error:
-        raise InputError(
-            f"checkpoint '{path}' cannot be read ({error}): delete it to start from the one before"
-        ) from error
-    assert isinstance(state, dict)
-    return state
+        tensors: dict[str, torch.Tensor] = {}
+        structure = _flatten(state, tensors)
+        save_file(tensors, draft / TENSORS)
+        (draft / STATE).write_text(json.dumps(structure))
+        (draft / ORIGIN).write_text(json.dumps(origin or {}))
+        (draft / SUMS).write_text(json.dumps(_sums(draft)))
+        place = folder / f"{batches:09d}"
+        shutil.rmtree(place, ignore_errors=True)
+        draft.rename(place)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    for old in _folders(folder)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_newest(folder: Path, origin: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """The state of the newest checkpoint that is whole; None where there is none.
+
+    Raises InputError, naming the difference, for a checkpoint of another origin.
+    """
+    for path in reversed(_folders(folder)):
+        if _is_whole(path):
+            _check(path, json.loads((path / ORIGIN).read_bytes()), json.loads(json.dumps(origin or {})))
+            state = _unflatten(json.loads((path / STATE).read_bytes()), load_file(path / TENSORS))
+            assert isinstance(state, dict)
+            return state
+    return None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether no file is missing or garbled; where one is, the checkpoint before will do."""
+    try:
+        return bool(_sums(path) == json.loads((path / SUMS).read_bytes()))
+    except (OSError, ValueError):
+        return False
+
+
+def _sums(path: Path) -> dict[str, int]:
+    """A checksum of each file: a flipped bit in a tensor would otherwise go into a result."""
+    return {name: zlib.crc32((path / name).read_bytes()) for name in (TENSORS, STATE, ORIGIN)}
+
+
+def _check(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    found, wanted = _flat(theirs), _flat(ours)
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise InputError(
+                f"checkpoint '{path}' was made with {name} = {found.get(name)}, this run has {wanted.get(name)}: "
+                f"delete '{path.parent}' to begin the run anew"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one: {"train.batches": 4}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def delete(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: run, list, validate, report."""
+"""The command line: run, status, list, validate, report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from harness.errors import InputError, unknown
 from harness.parameters import Parameters
-from harness.spec import Place, TrainSpec
+from harness.spec import Execution, Place, TrainSpec
 
 DESCRIPTION = """\
 Compare fine-tuning methods on equal terms: same data order, same budget in batches, several seeds, honest
@@ -33,7 +33,7 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 where runs failed, 2 for bad input, 130 after an interrupt."""
-    _quiet_environment()
+    quiet_environment()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is an interrupt
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -46,14 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; finished runs are kept: give the same command again to go on", file=sys.stderr)
+        print(
+            "\nstopped; finished runs are kept, and unfinished ones go on from their last checkpoint "
+            "(--checkpoint-every): give the same command again to go on",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
-def _quiet_environment() -> None:
+def quiet_environment() -> None:
     """Threads that wait must not spin (measured: sevenfold slower on busy cores); libraries speak only of errors.
 
     Set before torch is imported; a user's own settings win.
@@ -107,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_run(commands)
+    _add_results(
+        _command(commands, "status", "how far the last sweep is: its cells, what is running, time to go", _status)
+    )
     listing = _command(commands, "list", "methods, tasks and presets; with a name, its parameters", _list)
     listing.add_argument("name", nargs="?", help="a method, a task or a preset")
     validation = _command(commands, "validate", "check a sweep file (.toml) or a record (record.json)", _validate)
@@ -139,7 +146,10 @@ def _add_run(commands: Any) -> None:
     )
     what.add_argument("--model", metavar="PATH|ID", help="model folder or Hub id, for the tasks that take one")
     what.add_argument("--limit", metavar="N", help="most training rows, and most rows of each evaluation split")
-    what.add_argument("--threads", metavar="N", help="CPU threads of each run (default 1)")
+    what.add_argument("--threads", "--cpus-per-run", metavar="N", help="CPUs of each run, a thread on each (default 1)")
+    what.add_argument(
+        "--tune", metavar="K", help="search each method's hyperparameters on each task with K trials, on the holdout"
+    )
     what.add_argument("--preset", metavar="NAME", help="a comparison that comes with the program: see list")
     what.add_argument(
         "--config", type=Path, metavar="FILE", help="a comparison in TOML; options given here win over it"
@@ -147,9 +157,10 @@ def _add_run(commands: Any) -> None:
     _add_fields(run.add_argument_group("training, the same for every method ([train] in TOML)"), TrainSpec)
     place = run.add_argument_group("where and how (no part of a run's identity)")
     _add_fields(place, Place, leave_out=("model",))
+    _add_fields(place, Execution)
     _add_results(place)
     place.add_argument(
-        "--dry-run", action="store_true", help="show the cells with their parameter counts; train nothing"
+        "--dry-run", action="store_true", help="show the cells with their parameter counts and the time they take"
     )
     place.add_argument("--retry-failed", action="store_true", help="run failed and out-of-memory cells again")
 
@@ -187,6 +198,12 @@ def _run(options: argparse.Namespace) -> int:
     from harness.commands import run
 
     return run.command(options)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from harness.commands import status
+
+    return status.command(options.results)
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from pydantic import Field
 
 from harness.errors import InputError, unknown
-from harness.parameters import Parameters
+from harness.parameters import Parameters, Range, SearchSpace
 
 if TYPE_CHECKING:
     import torch
@@ -101,8 +101,8 @@ class TrainData(Protocol):
     size: int
 
     def draw(self, stream: Stream) -> Indices:
-        """The next batch of a stream. "all": the training split in this seed's order; "lower" and "upper": two
-        random halves of equal size. Every draw is counted and is part of a checkpoint."""
+        """The next batch of a stream. "all": the training split in this seed's order; "lower" and "upper": two random
+        halves of equal size. Every draw is counted and is part of a checkpoint."""
 
 
 class Step(Protocol):
@@ -115,17 +115,15 @@ class Step(Protocol):
     def backward(self, batch: Indices) -> Tensor:
         """Forward and backward of one batch, adding to the gradients (autocast and accumulation included).
 
-        Returns the detached mean loss (a scalar tensor). Uses one batch of the budget; raises RuntimeError when
-        none is left, so look at `used` first.
-        """
+        Returns the detached mean loss (a scalar tensor). Uses one batch of the budget; raises RuntimeError when none is
+        left, so look at `used` first."""
 
     def loss(self, batch: Indices) -> Tensor:
         """Forward of one batch: its mean loss, a scalar tensor, with a graph except under torch.no_grad.
 
         The random numbers (dropout, noise) are those of the last `backward`, so that losses at two points can be
         compared; call it after one. Nothing is kept of it, so it is for derivatives that `backward` does not give and
-        for trial points. Uses one batch of the budget, with or without derivatives; raises RuntimeError as `backward`.
-        """
+        for trial points. Uses one batch of the budget, with or without derivatives; RuntimeError as in `backward`."""
 
     def spend(self, batches: int) -> None:
         """Count passes that a method makes through a graph of `loss` (products with second derivatives) as batches of
@@ -144,6 +142,7 @@ class Method(Parameters, ABC):
     version: ClassVar[int] = 1  # raise it when the method's results change, so that its runs are made again
     data_rule: ClassVar[Literal["all", "halves"]] = "all"  # which streams it draws from
     capabilities: ClassVar[tuple[str, ...]] = ()  # words for `list`: "linear", "conv2d", "rank-adaptive"
+    search_space: ClassVar[SearchSpace] = {"learning_rate": Range(1e-5, 1e-2, log=True)}  # of `--tune`
     identity_at_start: ClassVar[bool] = True  # the adapted model computes what the backbone computes, before training
 
     learning_rate: float = Field(gt=0, description="peak learning rate")

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from harness.errors import InputError, unknown
+
+
+class Range(NamedTuple):
+    """The values that a search tries for a hyperparameter: between `low` and `high`, whole numbers for an int."""
+
+    low: float
+    high: float
+    log: bool = False  # evenly spread over orders of magnitude
+
+
+# What a search tries, by hyperparameter: a range, or a tuple of choices. The learning rate is always among it.
+SearchSpace = Mapping[str, Range | tuple[Any, ...]]
 
 
 class Parameters(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import tomllib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ class Sweep(Parameters):
     model: str | None = Field(None, description="model folder or Hub id, for the tasks that take one")
     limit: int | None = Field(None, ge=2, description="most training rows, and most rows of each evaluation split")
     threads: int = Field(1, ge=1, description="CPU threads of each run")
+    tune: int | None = Field(None, ge=1, description="trials of the search that each method gets on each task")
     train: TrainSpec = TrainSpec()
 
     @field_validator("seeds")
@@ -154,6 +156,11 @@ def plan(sweep: Sweep, fingerprints: Sequence[Fingerprints], place: Place) -> li
     return [
         RunSpec(**method, **task, **shared, seed=seed) for seed in sweep.seeds for task in tasks for method in methods
     ]
+
+
+def cell_of(spec: RunSpec) -> str:
+    """A method with its parameters on a task with its own, whatever the seed."""
+    return json.dumps([spec.method, spec.method_parameters, spec.task, spec.task_parameters], sort_keys=True)
 
 
 def model_of(sweep: Sweep, task: Task) -> str | None:

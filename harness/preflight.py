@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import torch
 
+from harness import registry
+from harness.data import Data, data_of
 from harness.errors import InputError
 from harness.method import FinishedRun, Method, ParameterCount
-from harness.plan import Fingerprints, Sweep, method_cells, model_of, plan, task_cells
-from harness.run import device_of, splits_of
+from harness.plan import Fingerprints, Sweep, cell_of, method_cells, model_of, plan, task_cells
+from harness.run import device_of
 from harness.spec import Place, RunSpec
 from harness.task import Splits, Task
 
@@ -24,8 +26,13 @@ class CheckedTask:
     name: str
     task: Task
     model: str | None
-    splits: Splits
+    data: Data
     fingerprints: Fingerprints
+
+    @property
+    def splits(self) -> Splits:
+        """The task's rows."""
+        return self.data.splits
 
 
 def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
@@ -35,11 +42,11 @@ def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
     for name, task in task_cells(sweep):
         model = model_of(sweep, task)
         try:
-            splits = splits_of(task, place.data_root, sweep.limit)
+            data = data_of(task, place.data_root, sweep.limit, model)
         except InputError as error:
             raise InputError(f"task '{name}': {error}", error.mention) from None
-        fingerprints = Fingerprints(splits.fingerprint, task.model_fingerprint(model))
-        checked.append(CheckedTask(name, task, model, splits, fingerprints))
+        fingerprints = Fingerprints(data.splits.fingerprint, task.model_fingerprint(model))
+        checked.append(CheckedTask(name, task, model, data, fingerprints))
     return checked
 
 
@@ -91,11 +98,29 @@ def plan_checked(
     return list({spec.run_id: spec for spec in resolved}.values())
 
 
+def supported(
+    specs: Sequence[RunSpec], tasks: Sequence[CheckedTask], cells: Sequence[Sequence[CheckedMethod]]
+) -> list[tuple[Method, RunSpec]]:
+    """Every method that can work on its task, with the first of its runs in the plan."""
+    first: dict[str, RunSpec] = {}
+    for spec in specs:
+        first.setdefault(cell_of(spec), spec)
+    found: dict[str, tuple[Method, RunSpec]] = {}
+    for task, column in zip(tasks, cells, strict=True):
+        for cell in column:
+            parameters = {"method": cell.name, "method_parameters": cell.method.model_dump(mode="json")}
+            of_task = {"task": task.name, "task_parameters": registry.task_parameters(task.task)}
+            key = cell_of(specs[0].model_copy(update=parameters | of_task))
+            if cell.reason is None:
+                found.setdefault(key, (cell.method, first[key]))
+    return list(found.values())
+
+
 def check_models(tasks: Sequence[CheckedTask], place: Place) -> None:
     """Load every task's model and encode its holdout once, so that missing weights or tokenizer files are found
     before the first run. Raises InputError."""
     for checked in tasks:
-        checked.task.encode(checked.splits.holdout, checked.model)
+        checked.data.encoded("holdout")
         checked.task.backbone(checked.model, trust_remote_code=place.trust_remote_code)
 
 

@@ -7,13 +7,12 @@ import errno
 import json
 import os
 import shutil
-import socket
-import uuid
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
+from harness import running
 from harness.environment import Environment
 from harness.errors import InputError, unknown
 from harness.method import ParameterCount
@@ -22,8 +21,6 @@ from harness.spec import RunSpec
 
 Status = Literal["done", "unsupported", "diverged", "out_of_memory", "failed"]
 RETRIED: tuple[Status, ...] = ("failed", "out_of_memory")  # what --retry-failed runs again
-
-_HOST = socket.gethostname().replace("-", "_")
 
 
 class Seconds(Parameters):
@@ -80,24 +77,30 @@ class RecordStore:
         self.results = results
         self.runs = results / "runs"
         self.checkpoints = results / "checkpoints"
+        self.running = results / "running"
+        self.sweeps = results / "sweeps"
 
     def make_ready(self) -> None:
         """Create the folder and clear what killed processes of this machine left in it. Raises InputError where it
         cannot be written."""
         try:
-            self.runs.mkdir(parents=True, exist_ok=True)
+            for folder in (self.runs, self.running, self.sweeps):
+                folder.mkdir(parents=True, exist_ok=True)
             self.draft("probe").rmdir()
-            for path in self.runs.glob(f".draft-*-{_HOST}-*"):
-                if not _alive(int(path.name.rsplit("-", 2)[1])):
-                    shutil.rmtree(path, ignore_errors=True)
+            running.clear_abandoned(self.running)
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise self.unwritable(error) from None
 
     def draft(self, run_id: str) -> Path:
         """A new folder for a run's files, which `write` moves into place."""
-        path = self.runs / f".draft-{run_id}-{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        path = self.running / running.own_name(run_id, "draft")
         path.mkdir()
         return path
+
+    def clear(self, run_id: str) -> None:
+        """Remove what dead processes have left of a run that nobody is at; for the holder of its claim."""
+        for path in self.running.glob(f"{run_id}-*-draft"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def folder(self, run_id: str) -> Path:
         """Where a run's files are, or will be."""
@@ -132,7 +135,7 @@ class RecordStore:
                 os.fsync(stream.fileno())
             self._place(draft, self.folder(record.run_id))
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise self.unwritable(error) from None
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -152,7 +155,8 @@ class RecordStore:
                 place.rename(old)
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
 
-    def _unwritable(self, error: OSError) -> InputError:
+    def unwritable(self, error: OSError) -> InputError:
+        """The one line that says why nothing can be kept here."""
         return InputError(
             f"--results '{self.results}' cannot be written ({error.strerror}); give a folder that you may write to"
         )
@@ -178,14 +182,4 @@ class RecordStore:
     def _folders(self) -> list[Path]:
         if not self.runs.is_dir():
             return []
-        return sorted(path for path in self.runs.iterdir() if not path.name.startswith("."))
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
+        return sorted(self.runs.iterdir())

@@ -8,6 +8,7 @@ from typing import Any
 
 from harness.errors import InputError, unknown
 from harness.method import Method
+from harness.spec import label
 from harness.task import Task
 
 METHODS, TASKS = "harness.methods", "harness.tasks"
@@ -56,6 +57,12 @@ def task_names(name: str) -> list[str]:
 def make_method(name: str, parameters: dict[str, Any]) -> Method:
     """The method with these hyperparameters. Raises InputError for a wrong one."""
     return method_class(name).of(parameters, owner=name)
+
+
+def label_of(name: str, parameters: dict[str, Any]) -> str:
+    """A method with those of its parameters that are not at their default: "debora[tau=8]"."""
+    defaults = method_class(name).defaults()
+    return label(name, {key: value for key, value in parameters.items() if value != defaults.get(key)})
 
 
 def make_task(name: str, parameters: dict[str, Any]) -> Task:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import math
 import shutil
@@ -17,36 +16,18 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from harness import checkpoint, registry
+from harness import checkpoint, registry, running
+from harness.data import Data, data_of
 from harness.environment import environment
 from harness.errors import Diverged, InputError
 from harness.memory import PeakMemory
 from harness.method import Adaptation, Backbone, Method
 from harness.record import RETRIED, RecordStore, RunRecord, Seconds, Status
+from harness.running import Progress
 from harness.spec import Place, RunSpec
-from harness.task import Splits, Task, make_splits
 from harness.training import Training, TrainingData, derived_seed, predict, seed_everything
 
-
-@dataclass
-class Progress:
-    """Where a run is, for whoever watches it."""
-
-    spec: RunSpec
-    batches: int
-    budget: int
-    loss: float | None
-    holdout: float | None  # headline metric, last time it was taken
-    adapter_numbers: int
-
-
 Watch = Callable[[Progress], None]
-
-
-@functools.lru_cache(maxsize=8)
-def splits_of(task: Task, data_root: str | None, limit: int | None) -> Splits:
-    """The task's splits, kept for the next run of this process."""
-    return make_splits(task, data_root, limit)
 
 
 def device_of(place: Place) -> torch.device:
@@ -64,6 +45,29 @@ def device_of(place: Place) -> torch.device:
     return device
 
 
+def run_once(spec: RunSpec, store: RecordStore, watch: Watch = lambda progress: None) -> RunRecord | None:
+    """`run_one`, unless another process is at this run (None) or has finished it since it was planned.
+
+    Raises InputError where the results folder cannot be written.
+    """
+    try:
+        with running.claimed(store.running, spec.run_id) as claim:
+            if claim is None:
+                return None
+            store.clear(spec.run_id)
+            found = store.read(spec.run_id)
+            if found is not None and found.status not in RETRIED:
+                return found
+
+            def tell(progress: Progress) -> None:
+                claim.tell(progress)
+                watch(progress)
+
+            return run_one(spec, store, tell)
+    except OSError as error:
+        raise store.unwritable(error) from None
+
+
 def run_one(spec: RunSpec, store: RecordStore, watch: Watch = lambda progress: None) -> RunRecord:
     """Carry out one run and keep its record, also when it diverges, runs out of memory or fails.
 
@@ -76,6 +80,30 @@ def run_one(spec: RunSpec, store: RecordStore, watch: Watch = lambda progress: N
         shutil.rmtree(run.files, ignore_errors=True)  # moved into the run's folder by now, or of no use
 
 
+def failed_record(spec: RunSpec, error: str, trace: str) -> RunRecord:
+    """The record of a run whose process could not make it. `error`: one line."""
+    return RunRecord(
+        run_id=spec.run_id,
+        spec=spec,
+        status="failed",
+        headline=registry.make_task(spec.task, spec.task_parameters).headline,
+        environment=environment("unknown"),
+        started=_now(),
+        error=error,
+        traceback=trace,
+    )
+
+
+def _origin(spec: RunSpec) -> dict[str, Any]:
+    """What a checkpoint belongs to: a run, and the versions that would carry it on."""
+    made = environment("cpu")
+    return {"spec": spec.model_dump(mode="json", exclude={"place"}), "harness": made.harness, "version": made.packages}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 @dataclass
 class _Run:
     """What is known of a run so far; its record is made of it."""
@@ -84,7 +112,7 @@ class _Run:
     store: RecordStore
     watch: Watch
     started: float = field(default_factory=time.perf_counter)
-    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    date: str = field(default_factory=_now)
     training: Training | None = None
     known: dict[str, Any] = field(default_factory=dict)  # fields of the record
     evaluation_seconds: float = 0.0
@@ -149,8 +177,8 @@ class _Run:
 
     def _attempt(self) -> Status:
         spec, task, place = self.spec, self.task, self.spec.place
-        splits = splits_of(task, place.data_root, spec.limit)
-        if splits.fingerprint != spec.data_fingerprint:
+        data = data_of(task, place.data_root, spec.limit, place.model)
+        if data.splits.fingerprint != spec.data_fingerprint:
             raise InputError(f"the data of '{spec.task}' changed since the run was planned: plan again")
         method = registry.make_method(spec.method, spec.method_parameters)
         seed_everything(derived_seed(spec.seed, "backbone"))
@@ -159,38 +187,39 @@ class _Run:
         if self.error is not None:
             return "unsupported"
         backbone.module.to(self.device)
-        adaptation = self._start(method, backbone, splits)
-        self._train(adaptation, splits)
-        self._evaluate(adaptation, splits)
+        adaptation = self._start(method, backbone, data)
+        self._train(adaptation, data)
+        if not spec.is_trial:
+            self._evaluate(adaptation, data)
         if place.save_adapter:
             adaptation.export(self.files / "adapter")
         return "done"
 
-    def _start(self, method: Method, backbone: Backbone, splits: Splits) -> Adaptation:
-        spec = self.spec
-        data = TrainingData(len(splits.train), spec.train.batch_size, spec.seed)
+    def _start(self, method: Method, backbone: Backbone, data: Data) -> Adaptation:
+        spec, splits = self.spec, data.splits
+        drawn = TrainingData(len(splits.train), spec.train.batch_size, spec.seed)
         self.known["rows"] = {"train": len(splits.train), "holdout": len(splits.holdout)} | {
             name: len(examples) for name, examples in splits.evaluation.items()
         }
         seed_everything(derived_seed(spec.seed, "method"))
         rng = torch.Generator().manual_seed(derived_seed(spec.seed, "method"))
-        adaptation = method.start(backbone, spec.train, data, rng)
-        encoded = self.task.encode(splits.train, spec.place.model)
+        adaptation = method.start(backbone, spec.train, drawn, rng)
         budget = spec.train.budget(len(splits.train))
-        self.training = Training(adaptation, self.task, encoded, data, spec.train, self.device, budget)
+        self.training = Training(adaptation, self.task, data.encoded("train"), drawn, spec.train, self.device, budget)
         return adaptation
 
-    def _train(self, adaptation: Adaptation, splits: Splits) -> None:
+    def _train(self, adaptation: Adaptation, data: Data) -> None:
         training, place = self.training, self.spec.place
         assert training is not None
         folder = self.store.checkpoints / self.spec.run_id
         seed_everything(derived_seed(self.spec.seed, "training"))
-        saved = checkpoint.load_newest(folder)
+        origin = _origin(self.spec)
+        saved = checkpoint.load_newest(folder, origin)
         if saved is not None:
             training.load_state_dict(saved)
             self.earlier_seconds, self.evaluation_seconds = saved["seconds_total"], saved["seconds_evaluation"]
         self.task.set_training(adaptation.model)
-        points = self.spec.train.holdout_points
+        points = max(self.spec.train.holdout_points, int(self.spec.is_trial))  # a trial is scored at its end
         due = [math.ceil(training.budget * (i + 1) / points) for i in range(points)]
         due = [batches for batches in due if batches > training.used]
         next_checkpoint = training.used + place.checkpoint_every
@@ -200,34 +229,33 @@ class _Run:
             if due and training.used >= due[0]:
                 due[:] = [batches for batches in due if batches > training.used]
                 training.fetch()
-                training.history[-1] |= self._holdout(adaptation, splits)
+                training.history[-1] |= self._holdout(adaptation, data)
             if place.checkpoint_every and next_checkpoint <= training.used < training.budget:
                 next_checkpoint = training.used + place.checkpoint_every
                 total = self.earlier_seconds + time.perf_counter() - self.started
                 seconds = {"seconds_total": total, "seconds_evaluation": self.evaluation_seconds}
-                checkpoint.save(folder, training.used, training.state_dict() | seconds)
+                checkpoint.save(folder, training.used, training.state_dict() | seconds, origin)
             self._tell(training)
 
         training.run(after_update)
         self.known |= {"ranks": adaptation.ranks(), "parameters": adaptation.parameter_count()}
 
-    def _holdout(self, adaptation: Adaptation, splits: Splits) -> dict[str, float]:
+    def _holdout(self, adaptation: Adaptation, data: Data) -> dict[str, float]:
         """The holdout's metrics now; the last ones go into the record."""
         started = time.perf_counter()
-        encoded = self.task.encode(splits.holdout, self.spec.place.model)
-        references = splits.holdout.labels
-        predictions = predict(adaptation, self.task, encoded, references, self.spec.train, self.device)
+        references = data.splits.holdout.labels
+        predictions = predict(adaptation, self.task, data.encoded("holdout"), references, self.spec.train, self.device)
         self.known["holdout"] = _finite(self.task.metrics(predictions, references), "the holdout")
         self.evaluation_seconds += time.perf_counter() - started
         return {f"holdout_{name}": value for name, value in self.known["holdout"].items()}
 
-    def _evaluate(self, adaptation: Adaptation, splits: Splits) -> None:
+    def _evaluate(self, adaptation: Adaptation, data: Data) -> None:
         """The one time that the evaluation splits are read."""
         started = time.perf_counter()
         metrics: dict[str, float] = {}
         arrays: dict[str, np.ndarray] = {}
-        for name, examples in splits.evaluation.items():
-            encoded = self.task.encode(examples, self.spec.place.model)
+        for name, examples in data.splits.evaluation.items():
+            encoded = data.encoded(name)
             predictions = predict(adaptation, self.task, encoded, examples.labels, self.spec.train, self.device)
             prefix = f"{name}_" if metrics else ""
             found = _finite(self.task.metrics(predictions, examples.labels), f"split '{name}'")
@@ -243,9 +271,18 @@ class _Run:
         if training.index % 10 and training.used < training.budget:
             return
         last = training.history[-1] if training.history else {}
-        holdout = self.known.get("holdout", {}).get(self.task.headline)
-        numbers = training.adaptation.adapter_numbers()
-        self.watch(Progress(self.spec, training.used, training.budget, last.get("loss"), holdout, numbers))
+        ranks = training.adaptation.ranks()
+        self.watch(
+            Progress(
+                run_id=self.spec.run_id,
+                batches=training.used,
+                budget=training.budget,
+                loss=last.get("loss"),
+                holdout=self.known.get("holdout", {}).get(self.task.headline),
+                rank=sum(ranks.values()) if ranks else None,
+                adapter_numbers=training.adaptation.adapter_numbers(),
+            )
+        )
 
     def _keep(self, error: BaseException) -> None:
         lines = str(error).strip().splitlines()

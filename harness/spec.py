@@ -60,6 +60,33 @@ class Place(Parameters):
     save_adapter: bool = Field(False, description="keep the trained adapter and head in the run's folder")
 
 
+class Execution(Parameters):
+    """How the runs of a sweep are carried out. Nothing here changes a record, but for times and places."""
+
+    executor: Literal["ray", "serial"] = Field("ray", description="Ray Tune's workers, or one run after the other")
+    gpus_per_run: float | None = Field(
+        None, ge=0, description="GPUs of each run, or a share of one: 0.5; unset: 1 where there are any, else 0"
+    )
+    address: str | None = Field(None, description="Ray cluster to join, auto or HOST:PORT; unset: this machine")
+    max_retries: int = Field(
+        2, ge=0, description="times that a failed run is taken up again before it counts as failed"
+    )
+    run_timeout: float | None = Field(None, gt=0, description="seconds after which a run counts as hanging")
+    show_logs: bool = Field(False, description="show the logs of Ray and of its workers")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Execution:
+        changed = [name for name in ("gpus_per_run", "address", "run_timeout") if getattr(self, name) is not None]
+        if self.executor == "serial" and changed:
+            option = f"--{changed[0].replace('_', '-')}"
+            raise ValueError(f"{option} = {getattr(self, changed[0])} needs --executor ray")
+        if self.gpus_per_run is not None and self.gpus_per_run > 1:
+            raise ValueError(
+                f"--gpus-per-run = {self.gpus_per_run:g} is not allowed: a run uses one GPU or a share of it"
+            )
+        return self
+
+
 def label(name: str, parameters: dict[str, Any]) -> str:
     """A method or task with some of its parameters, as the command line takes it: "debora[tau=8,rank=4]"."""
     values = ",".join(f"{key}={value_text(value)}" for key, value in parameters.items())
@@ -73,6 +100,15 @@ def value_text(value: Any) -> str:
     if isinstance(value, dict) and len(value) > MOST_ENTRIES:
         return f"{{{len(value)} entries}}"
     return value if isinstance(value, str) else json.dumps(value, separators=(",", "="))
+
+
+class Search(Parameters):
+    """What a run has to do with a search for hyperparameters. A trial is scored on the holdout and never sees the
+    evaluation splits; a run of the chosen setting names the trials that it was chosen by."""
+
+    role: Literal["trial", "chosen"]
+    parameters: tuple[str, ...] = Field(description="hyperparameters that are searched over")
+    trials: tuple[str, ...] = Field((), description="run_ids of the trials, of a chosen setting")
 
 
 class RunSpec(Parameters):
@@ -94,10 +130,16 @@ class RunSpec(Parameters):
     seed: int = Field(ge=0)
     threads: int = Field(1, ge=1, description="CPU threads: results are bit-identical only at the same number")
     train: TrainSpec = TrainSpec()
+    search: Search | None = Field(None, description="None: the hyperparameters are the user's, or the defaults")
     place: Place = Place()
 
     @property
+    def is_trial(self) -> bool:
+        """Whether the run is one of a search's."""
+        return self.search is not None and self.search.role == "trial"
+
+    @property
     def run_id(self) -> str:
-        """16 hexadecimal digits: the SHA-256 of everything above but `place`."""
-        identity = self.model_dump(mode="json", exclude={"place"})
+        """16 hexadecimal digits: the SHA-256 of everything above but `place`, and `search` where there is one."""
+        identity = self.model_dump(mode="json", exclude={"place"} if self.search else {"place", "search"})
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

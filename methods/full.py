@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from harness.method import Adaptation, Backbone, Method, TrainData, adamw
+from harness.parameters import Range
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,7 @@ class Full(Method):
 
     version = 2
     capabilities = ("any layer",)
+    search_space = {"learning_rate": Range(1e-6, 1e-3, log=True)}
 
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate")
 

@@ -5,10 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 bash scripts/install.sh
-.venv/bin/python -m harness run --preset quickstart "$@"
+.venv/bin/python -m harness run --preset quickstart --executor serial "$@"
 cat <<'NEXT'
 
 next, for example: where does dEBORA's budget tau pay?
-  .venv/bin/python -m harness run --preset quickstart \
+  .venv/bin/python -m harness run --preset quickstart --executor serial \
       --methods debora --grid debora.tau=4,8,32
 NEXT

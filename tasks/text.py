@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from harness.errors import InputError
-from harness.task import Batch, Classification, Examples, fingerprint_of
+from harness.task import Batch, Classification, Examples
 from tasks import pretrained
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from harness.method import Backbone
 
 TOKENIZED_AT_ONCE = 4096  # rows handed to the tokenizer together: bounds the memory of a large split
-KEPT_SPLITS = 16  # encoded splits kept in the process
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,8 @@ class TextClassification(Classification):
         return backbone
 
     def encode(self, examples: Examples, model: str | None) -> EncodedTexts:
-        """Token ids of every row, cut to `max_length`; kept, so that the runs of one process share them."""
-        name = self._model(model)
-        key = (pretrained.fingerprint(name), self.max_length, fingerprint_of(texts=examples))
-        if key not in _ENCODED:
-            while len(_ENCODED) >= KEPT_SPLITS:
-                _ENCODED.pop(next(iter(_ENCODED)))
-            _ENCODED[key] = tokenized(examples, name, self.max_length)
-        return _ENCODED[key]
+        """Token ids of every row, cut to `max_length`."""
+        return tokenized(examples, self._model(model), self.max_length)
 
     def lengths(self, encoded: EncodedTexts) -> np.ndarray:
         """(rows,) number of tokens."""
@@ -126,9 +119,6 @@ class TextClassification(Classification):
         if name is None:
             raise InputError(f"{type(self).__name__} has no default model; give --model a folder or a Hub id")
         return name
-
-
-_ENCODED: dict[tuple[str, int, str], EncodedTexts] = {}
 
 
 def tokenized(examples: Examples, model: str, max_length: int) -> EncodedTexts:

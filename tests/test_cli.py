@@ -12,14 +12,15 @@ from harness.record import RecordStore
 
 
 def sweep(tmp_path, *extra):
-    return ["run", "--tasks", "synthetic", "--batches", "4", "--results", str(tmp_path / "results"), *extra]
+    where = ["--executor", "serial", "--results", str(tmp_path / "results")]
+    return ["run", "--tasks", "synthetic", "--batches", "4", *where, *extra]
 
 
 def test_run_makes_records_tables_and_pictures_and_says_where(tmp_path, capsys):
     assert main(sweep(tmp_path, "--methods", "head,lora[rank=2]", "--seeds", "2")) == 0
     output = capsys.readouterr().out
     assert "4 runs: 0 finished before, 4 to do" in output
-    assert "lora · synthetic · seed 1" in output
+    assert "lora[rank=2] · synthetic · seed 1" in output
     for name in ("leaderboard.md", "leaderboard.tex", "leaderboard.csv", "score_vs_parameters.png"):
         assert name in output
     results = tmp_path / "results"
@@ -66,6 +67,30 @@ def test_dry_run_counts_and_trains_nothing(tmp_path, capsys):
     assert not (tmp_path / "results").exists()
 
 
+def test_dry_run_tells_the_time_from_finished_runs_or_else_from_a_timing(tmp_path, capsys, monkeypatch):
+    main(sweep(tmp_path, "--methods", "head"))
+    capsys.readouterr()
+    timed = []
+    with monkeypatch.context() as clock:
+        clock.setattr("harness.estimate._seconds_a_batch", lambda spec: timed.append(spec.method) or 30.0)
+        assert main(sweep(tmp_path, "--methods", "full,lora", "--seeds", "3", "--tune", "5", "--dry-run")) == 0
+    assert timed == ["full", "lora"]
+    output = capsys.readouterr().out
+    assert "training takes about 32.0 min in all, one run at a time" in output  # (6 + 10 runs) x 4 batches x 30 s
+    assert main(sweep(tmp_path, "--methods", "head", "--seeds", "2", "--dry-run")) == 0
+    assert "s a batch (finished runs: 1)" in capsys.readouterr().out
+    assert main(sweep(tmp_path, "--methods", "full", "--dry-run")) == 0
+    assert "s a batch (timed: 3 updates)" in capsys.readouterr().out
+    monkeypatch.setattr("harness.estimate._seconds_a_batch", lambda spec: 1 / 0)
+    assert main(sweep(tmp_path, "--methods", "lora", "--dry-run")) == 0
+    output = capsys.readouterr().out
+    assert "time: lora on synthetic: unknown (not timed: division by zero)" in output
+    assert "in all" not in output
+    assert main(sweep(tmp_path, "--methods", "head", "--dry-run")) == 0
+    assert "in all" not in capsys.readouterr().out
+    assert len(list((tmp_path / "results" / "runs").iterdir())) == 1
+
+
 SIDES = 2 * [16 + 16] * 4 + 2 * [16 + 32] * 2  # rows and columns of the twelve linear layers of the task's BERT
 
 
@@ -80,7 +105,7 @@ def test_config_file_and_options_over_it(tmp_path, capsys):
     assert main(["run", "--config", str(path), "--seeds", "5,", "--batches", "3", "--dry-run"]) == 0
     output = capsys.readouterr().out
     assert "3 runs (seeds 5)" in output
-    assert {line.split()[-1] for line in output.splitlines() if "synthetic" in line} == {"3"}
+    assert {line.split()[-1] for line in output.splitlines() if line.startswith(("head", "lora"))} == {"3"}
 
 
 def test_validate_a_record(tmp_path, capsys):
@@ -116,6 +141,7 @@ def test_help_and_list_import_nothing_heavy():
         "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'peft', 'datasets', 'sklearn', 'rich', 'matplotlib'}\n"
+        "heavy.add('ray')\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     for arguments in (["--help"], ["run", "--help"], ["list"], ["list", "debora"], ["list", "glue"], ["list", "smoke"]):

@@ -7,6 +7,7 @@ import torch
 
 from harness import registry
 from harness.contracts import METHOD_CONTRACTS, TASK_CONTRACTS, Subject
+from harness.contracts.methods import a_run_interrupted_after_every_update_equals_the_uninterrupted_one
 from harness.method import Backbone
 
 PARAMETERS = {
@@ -24,6 +25,17 @@ METHODS = [PARAMETERS.get(name, name) for name in registry.registered(registry.M
 @pytest.mark.parametrize("method", METHODS)
 def test_method(method, contract, tmp_path: Path):
     contract(Subject(method, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "debora[rank=4,T_max=2,n0=3,step_rule=diminishing,step_size=1.0]",
+        "debora[rank=4,T_max=3,step_rule=backtracking,hypergradient=direct,geometry=oblique]",
+    ],
+)
+def test_state_that_only_some_settings_need_is_saved_too(method, tmp_path: Path):
+    a_run_interrupted_after_every_update_equals_the_uninterrupted_one(Subject(method, tmp_path))
 
 
 @pytest.mark.parametrize("method", ["lora", "debora"])

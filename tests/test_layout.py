@@ -38,7 +38,7 @@ def test_directions(path):
     names, place = of_project(path), path.relative_to(ROOT)
     top = place.parts[0]
     if top == "methods":
-        assert within(names, "harness.method", "harness.errors", "harness.spec", "methods")
+        assert within(names, "harness.method", "harness.errors", "harness.parameters", "harness.spec", "methods")
     elif top == "tasks":
         assert within(names, "harness.task", "harness.method", "harness.errors", "tasks")
     else:

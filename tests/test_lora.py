@@ -229,7 +229,7 @@ def test_convolutions(options):
 def run(folder, methods, *options):
     """Records of a comparison on the synthetic task."""
     arguments = ["run", "--tasks", "synthetic", "--batches", "6", "--results", str(folder), "--methods", methods]
-    assert main([*arguments, *options]) == 0
+    assert main([*arguments, "--executor", "serial", *options]) == 0
     return {record.run_id: record for record in RecordStore(folder).records()}
 
 

@@ -27,7 +27,12 @@ def environment(tmp_path_factory):
     site = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*command, "--target", str(site), str(PLUGIN)], check=True, capture_output=True)
-    return os.environ | {"PYTHONPATH": str(site)}
+    return beside(site)
+
+
+def beside(site):
+    """This environment with the packages of `site` before its own."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 def run(environment, *arguments, **options):
@@ -46,8 +51,9 @@ def test_keeps_the_contracts(environment, tmp_path):
 
 
 def test_runs_beside_the_others_and_reports_what_it_does_not_support(environment, tmp_path):
-    options = ["--methods", "head,norm_tuning", "--tasks", "synthetic,digits", "--batches", "4", "--results"]
-    done = run(environment, "-m", "harness", "run", *options, str(tmp_path))
+    what = ["--methods", "head,norm_tuning", "--tasks", "synthetic,digits", "--batches", "4"]
+    where = ["--executor", "serial", "--results", str(tmp_path)]
+    done = run(environment, "-m", "harness", "run", *what, *where)
     assert done.returncode == 0, done.stderr
     assert "norm_tuning · digits · seed 0" in done.stdout
     assert "unsupported: the backbone has no LayerNorm" in done.stdout
@@ -58,7 +64,7 @@ def test_a_plugin_that_does_not_import_is_named_and_harms_nothing(tmp_path):
     package.mkdir()
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text("[harness.methods]\nbroken = not_there:Method\n")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    environment = beside(tmp_path)
     listing = run(environment, "-m", "harness", "list")
     assert listing.returncode == 0
     assert "method 'broken' of package broken cannot be imported" in listing.stdout

@@ -14,7 +14,7 @@ present = all(importlib.util.find_spec(name) for name in PACKAGES)
 @pytest.mark.slow
 @pytest.mark.skipif(not present, reason=f"needs the packages {', '.join(PACKAGES)}: bash scripts/install.sh")
 def test_quickstart_twice(tmp_path, capsys):
-    command = ["run", "--preset", "quickstart", "--results", str(tmp_path)]
+    command = ["run", "--preset", "quickstart", "--executor", "serial", "--results", str(tmp_path)]
     assert main(command) == 0
     records = list(RecordStore(tmp_path).records())
     assert [record.status for record in records] == ["done"] * 8

@@ -20,7 +20,7 @@ def model(name: str) -> str:
 
 
 def run(tmp_path, *options) -> list:
-    assert main(["run", "--results", str(tmp_path), *options]) == 0
+    assert main(["run", "--executor", "serial", "--results", str(tmp_path), *options]) == 0
     return list(RecordStore(tmp_path).records())
 
 

@@ -9,17 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.numpy import load_file
 
-from harness import checkpoint, registry, run
+from harness import checkpoint, registry, run, training
 from harness.contracts import Subject, spec_of, start
 from harness.errors import InputError
 from harness.executors import serial
 from harness.memory import PeakMemory
 from harness.method import Adaptation
+from harness.progress import View
 from harness.record import RecordStore, RunRecord
 from harness.run import run_one
-from harness.spec import Place
+from harness.spec import Execution, Place
 from methods.head import Head
 from tasks.synthetic import Synthetic
 
@@ -55,13 +57,18 @@ def test_what_a_finished_run_leaves(store, tmp_path):
 
 
 def test_the_evaluation_split_is_read_once_at_the_end(store, tmp_path, monkeypatch):
-    encoded, counted = [], []
-    monkeypatch.setattr(Synthetic, "encode", lambda self, examples, model: encoded.append(len(examples)) or examples)
-    monkeypatch.setattr(Adaptation, "finish", lambda self, step: counted.append(list(encoded)))
+    predicted, counted = [], []
+
+    def predict(adaptation, task, encoded, references, *rest):
+        predicted.append(len(references))
+        return training.predict(adaptation, task, encoded, references, *rest)
+
+    monkeypatch.setattr(run, "predict", predict)
+    monkeypatch.setattr(Adaptation, "finish", lambda self, step: counted.append(list(predicted)))
     several = spec(tmp_path).model_copy(update={"train": spec(tmp_path).train.model_copy(update={"holdout_points": 4})})
     record = run_one(several, store)
-    assert counted == [[144, 16, 16, 16]]  # before the method finished: no evaluation, and three of the holdout's
-    assert encoded[4:] == [16, 40]
+    assert counted == [[16, 16, 16]]  # before the method finished: no evaluation, and three of the holdout's
+    assert predicted[3:] == [16, 40]
     assert sum("holdout_accuracy" in row for row in store.history(record.run_id)) == 4
 
 
@@ -85,14 +92,15 @@ def start_that(error):
 def test_an_error_becomes_a_record_and_the_sweep_goes_on(store, tmp_path, monkeypatch, error, status, message):
     monkeypatch.setattr(Head, "start", start_that(error))
     specs = [spec(tmp_path), spec(tmp_path, "full")]
-    first, second = serial.execute(specs, store, lambda progress: None)
+    with serial.session(Execution(executor="serial")) as execute:
+        execute(specs, store, View(specs, Console(quiet=True)))
+    first, second = (store.read(each.run_id) for each in specs)
     assert first.status == status
     assert first.error.startswith(message)
     assert "\n" not in first.error
     assert "Traceback" in first.traceback
     assert first.score is None
     assert second.status == "done"
-    assert store.read(first.run_id) == first
 
 
 def test_a_diverging_run_keeps_its_history(store, tmp_path):
@@ -293,15 +301,54 @@ def test_checkpoints_are_read_back_exactly(tmp_path):
     assert loaded["json"] == {"a": None, "b": [1, "x", True, 0.1], "tuple": [1, 2]}
 
 
-def test_only_the_newest_checkpoints_are_kept_and_a_damaged_one_is_told(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for batches in (1, 2, 10):
         checkpoint.save(tmp_path, batches, {"at": batches})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000002", "000000010"]
     assert checkpoint.load_newest(tmp_path) == {"at": 10}
-    (tmp_path / "000000010" / "state.json").write_text("{")
-    with pytest.raises(InputError, match="000000010' cannot be read"):
-        checkpoint.load_newest(tmp_path)
     assert checkpoint.load_newest(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "origin.json", "sums.json"])
+@pytest.mark.parametrize("how", ["missing", "truncated", "flipped"])
+def test_a_garbled_checkpoint_gives_way_to_the_one_before(tmp_path, name, how):
+    for batches in (1, 2):
+        checkpoint.save(tmp_path, batches, {"at": batches, "tensor": torch.arange(9.0)}, {"spec": "mine"})
+    path = tmp_path / "000000002" / name
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    content[-2] ^= 1
+    if how != "missing":
+        path.write_bytes(content if how == "flipped" else content[:-3])
+    assert checkpoint.load_newest(tmp_path, {"spec": "mine"})["at"] == 1
+
+
+def test_a_checkpoint_of_another_run_or_version_is_refused_with_the_difference(store, tmp_path):
+    mine = spec(tmp_path, batches=20, checkpoint_every=4)
+    interrupt_at(10, mine, store)
+    folder = store.checkpoints / mine.run_id
+    other = mine.model_copy(update={"seed": 5})
+    folder.rename(store.checkpoints / other.run_id)
+    record = run_one(other, store)
+    assert record.status == "failed"
+    assert "was made with spec.seed = 0, this run has 5: delete" in record.error
+    assert len(list((store.checkpoints / other.run_id).iterdir())) == 2  # still there: nothing began anew
+    (store.checkpoints / other.run_id).rename(folder)
+    for path in folder.iterdir():
+        origin = json.loads((path / "origin.json").read_text())
+        origin["version"]["torch"] = "1.0"
+        (path / "origin.json").write_text(json.dumps(origin))
+        (path / "sums.json").write_text(json.dumps(checkpoint._sums(path)))
+    assert f"was made with version.torch = 1.0, this run has {torch.__version__}" in run_one(mine, store).error
+
+
+def interrupt_at(batches, wanted, store):
+    def interrupt(progress):
+        if progress.batches == batches:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_one(wanted, store, interrupt)
 
 
 def test_records_with_unknown_fields_or_versions_are_refused(store, tmp_path):

@@ -35,13 +35,16 @@ def command(results: Path, methods: Sequence[str] | None, tasks: Sequence[str] |
 def show_sweep(store: RecordStore, run_ids: Sequence[str]) -> int:
     """Print the leaderboard of these runs; the files cover every record of the store.
 
-    Returns the exit code: 1 where a run of the sweep failed, diverged or ran out of memory.
+    Returns the exit code: 1 where a run of the sweep failed, diverged, ran out of memory or has no record.
     """
     found = store.read_all()
     wanted = set(run_ids)
     chosen = [record for record in found.records if record.run_id in wanted]
-    _show(store, chosen, found)
-    return int(any(record.status in FAILED for record in chosen))
+    trials = {run_id for record in chosen if record.spec.search for run_id in record.spec.search.trials}
+    _show(store, [record for record in found.records if record.run_id in wanted | trials], found)
+    if lacking := len(wanted) - len(chosen):
+        print(f"{lacking} of {len(wanted)} cells have no record: give the same command again")
+    return int(lacking > 0 or any(record.status in FAILED for record in chosen))
 
 
 def _show(store: RecordStore, shown: list[RunRecord], written: Found) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from harness import sweep_file
 from harness.errors import InputError
 from harness.method import Method
-from harness.plan import Sweep, method_cells, parse_value, split_list, task_cells
-from harness.spec import Place, RunSpec, TrainSpec, label
+from harness.plan import Sweep, cell_of, method_cells, parse_value, split_list, task_cells
+from harness.spec import Execution, Place, RunSpec, TrainSpec, label
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,10 +26,10 @@ MOST_SEEDS = 100_000
 
 def command(options: argparse.Namespace) -> int:
     """Carry out `run`. Returns 0, or 1 where a run failed, diverged or ran out of memory."""
-    sweep, place = sweep_of(options), place_of(options)
+    sweep, place, execution = sweep_of(options), place_of(options), execution_of(options)
     try:
         method_cells(sweep), task_cells(sweep)  # names and values are checked before anything heavy is imported
-        return _dry_run(sweep, place, options.results) if options.dry_run else _run(sweep, place, options)
+        return _dry_run(sweep, place, options.results) if options.dry_run else _run(sweep, place, execution, options)
     except InputError as error:
         raise (sweep_file.located(error, options.config) if options.config else None) or error from None
 
@@ -46,7 +48,7 @@ def sweep_of(options: argparse.Namespace) -> Sweep:
         if path is not None:
             _overlay(values, sweep_file.read(path))
     given = {name: getattr(options, name) for name in ("methods", "tasks", "model")}
-    given |= {name: _parsed(getattr(options, name)) for name in ("limit", "threads")}
+    given |= {name: _parsed(getattr(options, name)) for name in ("limit", "threads", "tune")}
     if options.seeds is not None:
         given["seeds"] = _seeds(options.seeds)
     if options.grid:
@@ -66,6 +68,13 @@ def place_of(options: argparse.Namespace) -> Place:
     given["checkpoint_every"] = _parsed(given["checkpoint_every"])
     given["data_root"] = given["data_root"] or os.environ.get(DATA_ROOT)
     return Place.of({name: value for name, value in given.items() if value is not None}, "--")
+
+
+def execution_of(options: argparse.Namespace) -> Execution:
+    """How the runs are carried out. Raises InputError."""
+    given = {name: getattr(options, name) for name in Execution.model_fields}
+    given |= {name: _parsed(given[name]) for name in ("gpus_per_run", "max_retries", "run_timeout")}
+    return Execution.of({name: value for name, value in given.items() if value is not None}, "--")
 
 
 def _parsed(text: str | None) -> Any:
@@ -106,12 +115,11 @@ def _grid(texts: list[str]) -> dict[str, list[Any]]:
     return axes
 
 
-def _run(sweep: Sweep, place: Place, options: argparse.Namespace) -> int:
+def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from harness import preflight, progress
+    from harness import executors, preflight, progress, sweeps, tuning
     from harness.commands.report import show_sweep
-    from harness.executors import serial
     from harness.record import RETRIED, RecordStore
 
     console, store = Console(), RecordStore(options.results)
@@ -120,18 +128,32 @@ def _run(sweep: Sweep, place: Place, options: argparse.Namespace) -> int:
         cells = preflight.check_methods(sweep, checked, place, store.find)
         preflight.check_models(checked, place)
     specs = preflight.plan_checked(sweep, checked, cells, place)
+    searches = tuning.searches_of(sweep, preflight.supported(specs, checked, cells)) if sweep.tune else []
     store.make_ready()
     retried = RETRIED if options.retry_failed else ()
-    finished = {record.run_id for record in map(store.read, _ids(specs)) if record and record.status not in retried}
-    missing = [spec for spec in specs if spec.run_id not in finished]
-    if place.save_adapter:
-        _check_adapters(store, finished, console)
-    console.print(
-        f"{len(specs)} runs: {len(specs) - len(missing)} finished before, {len(missing)} to do", highlight=False
-    )
-    with progress.view(len(missing), console) as view:
-        for record in serial.execute(missing, store, view.step):
-            view.ended(record)
+    with contextlib.ExitStack() as stack:
+        start = functools.cache(lambda: stack.enter_context(executors.session(execution, sweep.threads, place.device)))
+
+        def carry_out(specs: list[RunSpec]) -> None:
+            """Make the records that are missing."""
+            sweeps.write(store, specs)
+            read = map(store.read, _ids(specs))
+            finished = {record.run_id for record in read if record and record.status not in retried}
+            missing = [spec for spec in specs if spec.run_id not in finished]
+            if place.save_adapter:
+                _check_adapters(store, finished, console)
+            done = len(specs) - len(missing)
+            console.print(f"{len(specs)} runs: {done} finished before, {len(missing)} to do", highlight=False)
+            if missing:
+                execute = start()
+                with progress.view(missing, console) as view:
+                    execute(missing, store, view)
+
+        if sweep.tune:
+            console.print(f"tuning: {sweep.tune} trials for each of {len(searches)} method-task pairs", highlight=False)
+            tuning.tune(searches, sweep.tune, carry_out, store)
+            specs = tuning.chosen(searches, specs)
+        carry_out(specs)
     return show_sweep(store, _ids(specs))
 
 
@@ -142,7 +164,7 @@ def _ids(specs: list[RunSpec]) -> list[str]:
 def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     from tabulate import tabulate
 
-    from harness import preflight
+    from harness import estimate, preflight
     from harness.record import RecordStore
 
     checked = preflight.check_tasks(sweep, place)
@@ -168,8 +190,12 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4)))
     for note in notes:
         print(note)
+    possible = {cell_of(spec) for _, spec in preflight.supported(specs, checked, cells)}
+    for line in estimate.lines([spec for spec in specs if cell_of(spec) in possible], store, sweep.tune or 0):
+        print(line)
     seeds = ", ".join(map(str, sweep.seeds))
-    print(f"{len(specs)} runs (seeds {seeds}), {finished} of them finished. Nothing was trained.")
+    trials = f" after {sweep.tune} trials for each method and task" if sweep.tune else ""
+    print(f"{len(specs)} runs (seeds {seeds}){trials}, {finished} of them finished. Nothing was kept.")
     return 0
 
 

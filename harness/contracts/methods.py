@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from harness import checkpoint
 from harness.contracts.subject import Started, Subject, spec_of, start
+from harness.data import Data
 from harness.method import in_modules
 from harness.plan import Fingerprints, Sweep
 from harness.preflight import CheckedTask, preview
@@ -73,7 +75,7 @@ def counts_are_right(subject: Subject) -> None:
     place = subject.place
     model = place.model or started.task.default_model
     splits = make_splits(started.task, place.data_root, None)
-    checked = CheckedTask(subject.task, started.task, model, splits, Fingerprints("", ""))
+    checked = CheckedTask(subject.task, started.task, model, Data(started.task, splits, model), Fingerprints("", ""))
     assert preview(started.method, checked, Sweep(), place) == count
     started.training.run(lambda training: None)
     count = started.adaptation.parameter_count()
@@ -100,25 +102,32 @@ def the_budget_is_used_exactly(subject: Subject) -> None:
     assert rule == "halves" or started.training.data.drawn["lower"] == started.training.data.drawn["upper"] == 0
 
 
-def a_resumed_run_equals_the_uninterrupted_one(subject: Subject) -> None:
-    """Saved to disk after any of several updates and taken up in a new adaptation, training ends bit-equal."""
+def a_run_interrupted_after_every_update_equals_the_uninterrupted_one(subject: Subject) -> None:
+    """Saved to disk after each update and taken up in a new adaptation, again and again, training ends bit-equal."""
     whole = start(subject)
-    saved: list[int] = []
+    whole.training.run(lambda training: None)
+    interrupted = start(subject)
+    while interrupted.training.used < subject.batches:
+        _one_update(interrupted.training)
+        checkpoint.save(subject.folder, interrupted.training.used, interrupted.training.state_dict())
+        if interrupted.training.used < subject.batches:
+            state = checkpoint.load_newest(subject.folder)
+            assert state is not None
+            interrupted = start(subject)
+            interrupted.training.load_state_dict(state)
+    _assert_equal_runs(whole, interrupted)
 
-    def save(training: Training) -> None:
-        if training.index in (1, subject.batches // 3, subject.batches // 2, 3 * subject.batches // 4):
-            saved.append(training.index)
-            checkpoint.save(subject.folder / str(training.index), training.used, training.state_dict())
 
-    whole.training.run(save)
-    assert saved
-    for index in saved:
-        resumed = start(subject)
-        state = checkpoint.load_newest(subject.folder / str(index))
-        assert state is not None
-        resumed.training.load_state_dict(state)
-        resumed.training.run(lambda training: None)
-        _assert_equal_runs(whole, resumed)
+class _Interrupted(Exception):
+    """Raised between two updates."""
+
+
+def _one_update(training: Training) -> None:
+    def interrupt(training: Training) -> None:
+        raise _Interrupted
+
+    with contextlib.suppress(_Interrupted):
+        training.run(interrupt)
 
 
 def the_same_seed_gives_the_same_record(subject: Subject) -> None:
@@ -164,7 +173,7 @@ METHOD_CONTRACTS = (
     counts_are_right,
     ranks_name_layers_of_the_backbone,
     the_budget_is_used_exactly,
-    a_resumed_run_equals_the_uninterrupted_one,
+    a_run_interrupted_after_every_update_equals_the_uninterrupted_one,
     the_same_seed_gives_the_same_record,
     another_seed_gives_another_run,
     nothing_is_pickled,

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from harness.record import RecordStore, RunRecord
-from harness.run import Watch, run_one
-from harness.spec import RunSpec
+from harness.executors import Execute, wait_for_others
+from harness.record import RecordStore
+from harness.run import run_once
+from harness.spec import Execution, RunSpec
+
+if TYPE_CHECKING:
+    from harness.progress import View
 
 
-def execute(specs: Sequence[RunSpec], store: RecordStore, watch: Watch) -> Iterator[RunRecord]:
-    """Yield the record of each run as it ends; the records are on disk by then."""
-    for spec in specs:
-        yield run_one(spec, store, watch)
+@contextmanager
+def session(execution: Execution) -> Iterator[Execute]:
+    """See `harness.executors.Execute`."""
+
+    def execute(specs: Sequence[RunSpec], store: RecordStore, view: View) -> None:
+        missing = list(specs)
+        while missing:
+            busy = [spec for spec in missing if not _carried_out(spec, store, view, execution.max_retries)]
+            missing = wait_for_others(busy, store, view)
+
+    yield execute
+
+
+def _carried_out(spec: RunSpec, store: RecordStore, view: View, max_retries: int) -> bool:
+    """Make the run's record; False where another process is at it."""
+    for attempt in range(max_retries + 1):
+        record = run_once(spec, store, view.step)
+        if record is None:
+            return False
+        if record.status != "failed" or attempt == max_retries:
+            view.ended(record)
+            return True
+        view.retried(spec, record.error or "", attempt + 1, max_retries)
+    raise AssertionError("unreachable")

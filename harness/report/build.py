@@ -12,7 +12,7 @@ import pandas as pd
 
 from harness.errors import InputError
 from harness.record import Found, RecordStore
-from harness.report.frame import Defaults, to_frame
+from harness.report.frame import Defaults, to_frame, trials_frame
 from harness.report.latex import latex
 from harness.report.leaderboard import Board, leaderboards
 from harness.report.text import markdown, tidy
@@ -21,7 +21,8 @@ PICTURE = "score_vs_parameters"
 
 
 def build_report(store: RecordStore, found: Found | None = None, defaults: Defaults | None = None) -> list[Path]:
-    """Write tables/leaderboard.{md,tex,csv} and pictures/score_vs_parameters.{png,pdf} below `store.results`.
+    """Write tables/leaderboard.{md,tex,csv}, tables/trials.csv where there was a search, and
+    pictures/score_vs_parameters.{png,pdf} below `store.results`.
 
     `found`: what to report on; None for all of the store. `defaults`: see `to_frame`. Several settings become
     sections of the same tables, and a picture each, its name ending in the setting's key. Each file is replaced whole
@@ -30,7 +31,7 @@ def build_report(store: RecordStore, found: Found | None = None, defaults: Defau
     Returns the paths of the files. Raises InputError where there is no record to report on.
     """
     chosen, damaged = store.read_all() if found is None else found
-    if not chosen:
+    if all(record.spec.is_trial for record in chosen):
         left_out = f" (unreadable: {', '.join(damaged)})" if damaged else ""
         raise InputError(f"no records in {store.runs}{left_out}: run `python -m harness run ...` first")
     frame = to_frame(chosen, defaults)
@@ -40,6 +41,9 @@ def build_report(store: RecordStore, found: Found | None = None, defaults: Defau
         "leaderboard.tex": latex(boards, damaged),
         "leaderboard.csv": tidy(boards).to_csv(index=False, lineterminator="\n"),
     }
+    trials = trials_frame(chosen)
+    if len(trials):
+        texts["trials.csv"] = trials.to_csv(index=False, lineterminator="\n")
     paths = []
     for name, text in texts.items():
         path = store.results / "tables" / name

@@ -24,7 +24,7 @@ METRICS = "metrics."  # prefix of the columns of the evaluation's metrics
 HOLDOUT = "holdout."
 OF_METHOD = {"method", "method_version", "method_parameters"}
 OF_TASK = {"task", "task_version", "task_parameters", "data_fingerprint"}
-NOT_SETTING = OF_METHOD | OF_TASK | {"seed", "place"}
+NOT_SETTING = OF_METHOD | OF_TASK | {"seed", "place", "search"}
 
 
 class _Variant(NamedTuple):
@@ -34,6 +34,7 @@ class _Variant(NamedTuple):
     version: int
     parameters: str  # JSON, keys sorted
     data: str = ""
+    tuned: int = 0  # trials of the search; the hyperparameters searched over are then left out above
 
 
 def to_frame(records: Iterable[RunRecord], defaults: Defaults | None = None) -> pd.DataFrame:
@@ -47,9 +48,11 @@ def to_frame(records: Iterable[RunRecord], defaults: Defaults | None = None) -> 
     setting_text, method, method_version, method_parameters (JSON), task, task_version, task_parameters (JSON),
     model, model_fingerprint, data_fingerprint, seed, status, headline, score, metrics.*, holdout.*, parameters_initial,
     parameters_peak, parameters_final, head (numbers), stored_bytes, rank (mean live rank over the layers), batches,
-    updates, seconds_training, seconds_total, peak_bytes, device, started, error. Missing values are None or NaN.
+    updates, seconds_training, seconds_total (these four with the search that chose the setting), peak_bytes, device,
+    started, error. Trials of a search have no row of their own. Missing values are None or NaN.
     """
-    unique = {record.run_id: record for record in records}
+    every = {record.run_id: record for record in records}
+    unique = {run_id: record for run_id, record in every.items() if not record.spec.is_trial}
     methods = {run_id: _method(record.spec) for run_id, record in unique.items()}
     tasks = {run_id: _task(record.spec) for run_id, record in unique.items()}
     labels = _labels(set(methods.values()), defaults or {})
@@ -57,12 +60,37 @@ def to_frame(records: Iterable[RunRecord], defaults: Defaults | None = None) -> 
     rows = []
     for run_id, record in unique.items():
         names = {"run_id": run_id, "label": labels[methods[run_id]], "column": columns[tasks[run_id]]}
-        rows.append(names | _of_spec(record.spec, methods[run_id], tasks[run_id]) | _of_result(record))
+        row = names | _of_spec(record.spec, methods[run_id], tasks[run_id]) | _of_result(record)
+        rows.append(row | _with_search(record.spec, every, _costs(record)))
+    return pd.DataFrame(rows)
+
+
+def trials_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
+    """One row per trial and hyperparameter searched over: how the score on the holdout depends on it.
+
+    Columns: method, method_version, fixed (the other hyperparameters, JSON), task, data_fingerprint, setting,
+    parameter, value, headline, holdout (None where the trial gave no score), status, run_id.
+    """
+    trials = [record for record in records if record.spec.is_trial]
+    rows = []
+    for record in trials:
+        spec, method = record.spec, _method(record.spec)
+        row = _of_spec(spec, method, _task(spec))
+        kept = {name: row[name] for name in ("method", "method_version", "task", "data_fingerprint", "setting")}
+        score = record.holdout.get(record.headline) if record.status == "done" else None
+        assert spec.search is not None
+        for parameter in spec.search.parameters:
+            value = {"parameter": parameter, "value": value_text(spec.method_parameters[parameter])}
+            result = {"headline": record.headline, "holdout": score, "status": record.status, "run_id": record.run_id}
+            rows.append(kept | {"fixed": method.parameters} | value | result)
     return pd.DataFrame(rows)
 
 
 def _method(spec: RunSpec) -> _Variant:
-    return _Variant(spec.method, spec.method_version, json.dumps(spec.method_parameters, sort_keys=True))
+    searched = spec.search.parameters if spec.search else ()
+    fixed = {name: value for name, value in spec.method_parameters.items() if name not in searched}
+    tuned = len(spec.search.trials) if spec.search else 0
+    return _Variant(spec.method, spec.method_version, json.dumps(fixed, sort_keys=True), tuned=tuned)
 
 
 def _task(spec: RunSpec) -> _Variant:
@@ -77,7 +105,7 @@ def _of_spec(spec: RunSpec, method: _Variant, task: _Variant) -> dict[str, Any]:
         "setting_text": _setting_text(spec.train, setting),
         "method": method.name,
         "method_version": method.version,
-        "method_parameters": method.parameters,
+        "method_parameters": json.dumps(spec.method_parameters, sort_keys=True),
         "task": task.name,
         "task_version": task.version,
         "task_parameters": task.parameters,
@@ -100,16 +128,31 @@ def _of_result(record: RunRecord) -> dict[str, Any]:
         "head": count and count.head,
         "stored_bytes": count and count.stored_bytes,
         "rank": sum(record.ranks.values()) / len(record.ranks) if record.ranks else None,
-        "batches": record.batches,
-        "updates": record.updates,
-        "seconds_training": record.seconds.training,
-        "seconds_total": record.seconds.total,
+        **_costs(record),
         "peak_bytes": record.peak_bytes,
         "device": record.environment.device,
         "started": record.started,
         "error": record.error,
         **{f"{METRICS}{name}": value for name, value in record.metrics.items()},
         **{f"{HOLDOUT}{name}": value for name, value in record.holdout.items()},
+    }
+
+
+def _with_search(spec: RunSpec, every: Mapping[str, RunRecord], own: Mapping[str, float]) -> dict[str, float | None]:
+    """A run's costs with those of the trials that its setting was chosen by; None where a trial's record is gone."""
+    trials = [every.get(run_id) for run_id in (spec.search.trials if spec.search else ())]
+    known = [_costs(trial) for trial in trials if trial is not None]
+    if len(known) < len(trials):
+        return dict.fromkeys(own)
+    return {name: value + sum(costs[name] for costs in known) for name, value in own.items()}
+
+
+def _costs(record: RunRecord) -> dict[str, float]:
+    return {
+        "batches": record.batches,
+        "updates": record.updates,
+        "seconds_training": record.seconds.training,
+        "seconds_total": record.seconds.total,
     }
 
 
@@ -144,12 +187,16 @@ def _labels(variants: set[_Variant], defaults: Defaults) -> dict[_Variant, str]:
     for variant in sorted(variants):
         by_name[variant.name].append(variant)
     labels: dict[_Variant, str] = {}
+    some_tuned = any(variant.tuned for variant in variants)
     for name, group in by_name.items():
         parameters = {variant: json.loads(variant.parameters) for variant in group}
         shown = _shown(parameters, defaults[name]) if name in defaults else _varying(parameters)
         several_versions = len({variant.version for variant in group}) > 1
         for variant in group:
             labels[variant] = label(name, shown[variant]) + (f" (v{variant.version})" if several_versions else "")
+            if some_tuned:
+                untuned = "as given" if shown[variant] else "default"
+                labels[variant] += f" ({f'tuned {variant.tuned}' if variant.tuned else untuned})"
     return _told_apart(labels)
 
 

@@ -21,7 +21,8 @@ LEGEND = (
     "-: not run. Bold: the best mean of those cells in which every run gave a score. parameters: adapter numbers in "
     "effect after training, without the head. parameters, rank (live, over the adapted layers), batches (forward and "
     "backward) and seconds (of training) are means over the row's scored runs, memory is their peak. Rows are ordered "
-    "by the mean of their scores, those that lack a run's score last. average: of a row that lacks none."
+    "by the mean of their scores, those that lack a run's score last. average: of a row that lacks none. tuned K: the "
+    "setting was chosen by K trials on the holdout, and batches and seconds include them."
 )
 FAILURES = ("unsupported", "diverged", "out_of_memory", "failed")
 

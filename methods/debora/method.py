@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from harness.errors import InputError
 from harness.method import Adaptation, Backbone, Method, TrainData
+from harness.parameters import Range
 from methods.debora import reach
 
 if TYPE_CHECKING:
@@ -35,6 +36,11 @@ class Debora(Method):
     version: ClassVar[int] = 3
     data_rule: ClassVar[Literal["all", "halves"]] = "halves"
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
+    search_space = {
+        "learning_rate": Range(1e-4, 1e-2, log=True),
+        "tau": Range(1.0, 64.0, log=True),
+        "step_size": Range(0.02, 0.5, log=True),
+    }
 
     learning_rate: float = Field(
         1e-3, gt=0, description="peak learning rate of the lower level; unset: 3e-3 where geometry is not matrix"

@@ -1,0 +1,86 @@
+"""`status`: how far the sweep is that was started last. Imports no torch, and reads the cells one by one."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness import running, sweeps
+from harness.errors import InputError
+from harness.record import RecordStore
+from harness.running import Progress, duration
+from harness.sweeps import Cell
+
+
+@dataclass
+class Row:
+    """The cells of one method on one task."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    timed: int = 0  # runs that ended by themselves
+    seconds: float = 0.0  # of all of them
+    to_do: float = 0.0  # cells still to make, a running one by the share that is left
+
+    @property
+    def mean_seconds(self) -> float | None:
+        """Of a run; None where none has ended."""
+        return self.seconds / self.timed if self.timed else None
+
+
+def command(results: Path) -> int:
+    """Print the newest sweep's cells by method and task, and what is running. Raises InputError without a sweep."""
+    from tabulate import tabulate
+
+    if not results.is_dir():
+        raise InputError(f"--results '{results}' is not a folder; runs are made by `python -m harness run`")
+    store = RecordStore(results)
+    at_work = running.everything(store.running)
+    rows: dict[tuple[str, str], Row] = defaultdict(Row)
+    mine: list[tuple[Cell, Progress]] = []
+    for cell in sweeps.cells(sweeps.newest(store)):
+        progress = at_work.get(cell.run_id)
+        _count(rows[cell.method, cell.task], store, cell, progress)
+        if progress is not None:
+            mine.append((cell, progress))
+    total = sum((row.counts for row in rows.values()), Counter[str]())
+    others = sorted(total.keys() - {"done", "running", "waiting"})
+    names = ["done", *others, "running", "waiting"]
+    table = [[*key, *(row.counts[name] or "-" for name in names)] for key, row in rows.items()]
+    print(tabulate(table, ["method", "task", *(name.replace("_", " ") for name in names)], disable_numparse=True))
+    for cell, progress in mine:
+        print(f"running: {cell.method} · {cell.task} · seed {cell.seed}: {_details(progress)}")
+    print(_summary(rows, total, len(mine)))
+    return 0
+
+
+def _count(row: Row, store: RecordStore, cell: Cell, progress: Progress | None) -> None:
+    record = None if progress else store.read(cell.run_id)
+    status = "running" if progress else record.status if record else "waiting"
+    row.counts[status] += 1
+    if record is not None and record.status == "done":
+        row.timed += 1
+        row.seconds += record.seconds.total
+    if progress is not None:
+        row.to_do += 1 - progress.share
+    elif record is None:
+        row.to_do += 1
+
+
+def _summary(rows: dict[tuple[str, str], Row], total: Counter[str], num_running: int) -> str:
+    ended = total.total() - total["running"] - total["waiting"]
+    text = f"{total.total()} cells: {ended} ended, {total['running']} running, {total['waiting']} waiting"
+    if ended == total.total():
+        return text
+    if not num_running:
+        return f"{text}; no process is at them: give the command of the sweep again"
+    known = [row.mean_seconds for row in rows.values() if row.mean_seconds is not None]
+    if not known:
+        return f"{text}; the time to go is known when a run has ended"
+    mean = sum(known) / len(known)
+    seconds = sum(row.to_do * (row.mean_seconds or mean) for row in rows.values())
+    return f"{text}, about {duration(seconds / num_running)} to go"
+
+
+def _details(progress: Progress) -> str:
+    return f"batch {progress.batches} of {progress.budget}, {progress.text()}" if progress.budget else "starting"

@@ -1,0 +1,116 @@
+"""How long a plan will take: from finished runs, else from a few updates of one run a method."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from harness import registry
+from harness.data import data_of
+from harness.record import RecordStore
+from harness.run import device_of
+from harness.running import duration
+from harness.spec import RunSpec
+from harness.training import Training, TrainingData
+
+TIMED_UPDATES = 3  # after one that is not counted
+LONGEST_SECONDS = 10.0  # of a timing, but for an update that takes longer
+
+
+class Kind(NamedTuple):
+    """Runs that take about as long a batch."""
+
+    method: str
+    task: str
+    model: str
+    batch_size: int
+    threads: int
+
+
+def lines(specs: Sequence[RunSpec], store: RecordStore, trials: int = 0) -> list[str]:
+    """What to say of the time that these runs take, those that are finished left out.
+
+    `trials`: of a search, before the runs of each method on each task.
+    """
+    known, finished = _finished(store)
+    missing = [spec for spec in specs if spec.run_id not in finished]
+    seconds: dict[Kind, float | None] = {}
+    told = []
+    for spec in missing:
+        kind = _kind(spec)
+        if kind in seconds:
+            continue
+        like = [other for other in seconds if other._replace(task=kind.task) == kind]
+        if kind in known:
+            seconds[kind] = sum(known[kind]) / len(known[kind])
+            how = f"finished runs: {len(known[kind])}"
+        elif like:  # one timing a method: on another task it takes about as long a batch
+            seconds[kind] = seconds[like[0]]
+            continue
+        else:
+            seconds[kind], how = _timed(spec)
+        text = "unknown" if seconds[kind] is None else f"about {seconds[kind]:.3g} s a batch"
+        told.append(f"time: {kind.method} on {kind.task}: {text} ({how})")
+    searched = [spec for spec in missing if spec.seed == specs[0].seed] * trials
+    total = 0.0
+    for spec in [*missing, *searched]:
+        a_batch = seconds[_kind(spec)]
+        if a_batch is None:
+            return told
+        total += a_batch * _batches(spec)
+    return [*told, f"time: training takes about {duration(total)} in all, one run at a time"] if missing else []
+
+
+def _finished(store: RecordStore) -> tuple[dict[Kind, list[float]], set[str]]:
+    """Seconds a batch of the runs in the store, and their run_ids."""
+    known: dict[Kind, list[float]] = defaultdict(list)
+    run_ids = set()
+    for record in store.records():
+        run_ids.add(record.run_id)
+        if record.status == "done" and record.batches:
+            known[_kind(record.spec)].append(record.seconds.training / record.batches)
+    return known, run_ids
+
+
+def _kind(spec: RunSpec) -> Kind:
+    return Kind(spec.method, spec.task, spec.model_fingerprint, spec.train.batch_size, spec.threads)
+
+
+def _batches(spec: RunSpec) -> int:
+    task = registry.make_task(spec.task, spec.task_parameters)
+    place = spec.place
+    return spec.train.budget(len(data_of(task, place.data_root, spec.limit, place.model).splits.train))
+
+
+def _timed(spec: RunSpec) -> tuple[float | None, str]:
+    """Seconds a batch over a few updates of the run, and how they are known; None and why they are not."""
+    try:
+        return _seconds_a_batch(spec), f"timed: {TIMED_UPDATES} updates"
+    except Exception as error:  # no weights on this machine, too little memory: a dry run goes on
+        return None, " ".join(f"not timed: {error}".split())[:200]
+
+
+def _seconds_a_batch(spec: RunSpec) -> float:
+    """Of a few updates of the run, on its device."""
+    torch.set_num_threads(spec.threads)
+    task, place, device = registry.make_task(spec.task, spec.task_parameters), spec.place, device_of(spec.place)
+    data = data_of(task, place.data_root, spec.limit, place.model)
+    method = registry.make_method(spec.method, spec.method_parameters)
+    backbone = task.backbone(place.model, trust_remote_code=place.trust_remote_code)
+    backbone.module.to(device)
+    drawn = TrainingData(len(data.splits.train), spec.train.batch_size, spec.seed)
+    adaptation = method.start(backbone, spec.train, drawn, torch.Generator().manual_seed(spec.seed))
+    training = Training(adaptation, task, data.encoded("train"), drawn, spec.train, device, _batches(spec))
+    task.set_training(adaptation.model)
+    training.update()
+    training.fetch()  # waits for the device
+    began, first = time.perf_counter(), training.used
+    for _ in range(TIMED_UPDATES):
+        if training.used < training.budget and time.perf_counter() - began < LONGEST_SECONDS:
+            training.update()
+            training.fetch()
+    return (time.perf_counter() - began) / max(1, training.used - first)
