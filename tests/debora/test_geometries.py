@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from harness.contracts.methods import (
-    a_resumed_run_equals_the_uninterrupted_one,
+    a_run_interrupted_after_every_update_equals_the_uninterrupted_one,
     counts_are_right,
     loss_falls_on_a_batch_that_can_be_memorised,
     only_the_intended_parameters_train,
@@ -41,7 +41,7 @@ SETTINGS = {
 @pytest.mark.parametrize(
     "contract",
     [
-        a_resumed_run_equals_the_uninterrupted_one,
+        a_run_interrupted_after_every_update_equals_the_uninterrupted_one,
         the_same_seed_gives_the_same_record,
         counts_are_right,
         only_the_intended_parameters_train,

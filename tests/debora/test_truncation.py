@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from harness.contracts.methods import a_resumed_run_equals_the_uninterrupted_one
+from harness.contracts.methods import a_run_interrupted_after_every_update_equals_the_uninterrupted_one
 from harness.contracts.subject import Started, Subject
 from tests.debora.runs import FAST, adaptation_of, dense, logits, logits_without_adapter, numbers, started
 
@@ -96,7 +96,7 @@ def test_what_is_truncated_is_gone_from_counts_and_ranks():
 @pytest.mark.parametrize("settings", ["step_rule=diminishing", "budget_scope=global"])
 def test_resuming_amid_truncations_is_exact(tmp_path, settings):
     subject = Subject(f"debora[{FAST},search_fraction=0.8,{settings}]", tmp_path, batches=24)
-    a_resumed_run_equals_the_uninterrupted_one(subject)
+    a_run_interrupted_after_every_update_equals_the_uninterrupted_one(subject)
 
 
 def test_one_global_simplex_loses_at_most_one_component_a_step():
