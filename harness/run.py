@@ -24,7 +24,7 @@ from harness.memory import PeakMemory
 from harness.method import Adaptation, Backbone, Method
 from harness.record import RETRIED, RecordStore, RunRecord, Seconds, Status
 from harness.spec import Place, RunSpec
-from harness.task import Splits, Task, make_splits
+from harness.task import Examples, Splits, Task, make_splits
 from harness.training import Training, TrainingData, derived_seed, predict, seed_everything
 
 
@@ -95,7 +95,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.device = device_of(self.spec.place)
         self.memory = PeakMemory(self.device)
-        self.task = registry.make_task(self.spec.task, self.spec.task_parameters)
+        self.task = registry.task_of(self.spec)
         self.files = self.store.draft(self.spec.run_id)
 
     def outcome(self) -> Status:
@@ -168,17 +168,26 @@ class _Run:
 
     def _start(self, method: Method, backbone: Backbone, splits: Splits) -> Adaptation:
         spec = self.spec
-        data = TrainingData(len(splits.train), spec.train.batch_size, spec.seed)
+        encoded = self._encoded("train", splits.train)
+        lengths = self.task.lengths(encoded) if spec.train.group_by_length else None
+        data = TrainingData(len(splits.train), spec.train.batch_size, spec.seed, lengths)
         self.known["rows"] = {"train": len(splits.train), "holdout": len(splits.holdout)} | {
             name: len(examples) for name, examples in splits.evaluation.items()
         }
         seed_everything(derived_seed(spec.seed, "method"))
         rng = torch.Generator().manual_seed(derived_seed(spec.seed, "method"))
         adaptation = method.start(backbone, spec.train, data, rng)
-        encoded = self.task.encode(splits.train, spec.place.model)
         budget = spec.train.budget(len(splits.train))
         self.training = Training(adaptation, self.task, encoded, data, spec.train, self.device, budget)
         return adaptation
+
+    def _encoded(self, split: str, examples: Examples) -> Any:
+        """A split as `collate` reads it; what the task has to say of it goes into the record."""
+        encoded = self.task.encode(examples, self.spec.place.model)
+        facts = self.task.facts(encoded)
+        if facts:
+            self.known.setdefault("data", {})[split] = facts
+        return encoded
 
     def _train(self, adaptation: Adaptation, splits: Splits) -> None:
         training, place = self.training, self.spec.place
@@ -214,7 +223,7 @@ class _Run:
     def _holdout(self, adaptation: Adaptation, splits: Splits) -> dict[str, float]:
         """The holdout's metrics now; the last ones go into the record."""
         started = time.perf_counter()
-        encoded = self.task.encode(splits.holdout, self.spec.place.model)
+        encoded = self._encoded("holdout", splits.holdout)
         references = splits.holdout.labels
         predictions = predict(adaptation, self.task, encoded, references, self.spec.train, self.device)
         self.known["holdout"] = _finite(self.task.metrics(predictions, references), "the holdout")
@@ -227,12 +236,18 @@ class _Run:
         metrics: dict[str, float] = {}
         arrays: dict[str, np.ndarray] = {}
         for name, examples in splits.evaluation.items():
-            encoded = self.task.encode(examples, self.spec.place.model)
+            encoded = self._encoded(name, examples)
             predictions = predict(adaptation, self.task, encoded, examples.labels, self.spec.train, self.device)
             prefix = f"{name}_" if metrics else ""
             found = _finite(self.task.metrics(predictions, examples.labels), f"split '{name}'")
             metrics |= {f"{prefix}{key}": value for key, value in found.items()}
             arrays |= {f"{name}/predictions": predictions, f"{name}/references": examples.labels}
+        if self.spec.place.predict_test:
+            for name, examples in self.task.test(self.spec.place.data_root).items():
+                encoded = self._encoded(name, examples)
+                arrays[f"{name}/predictions"] = predict(
+                    adaptation, self.task, encoded, examples.labels, self.spec.train, self.device
+                )
         save_file(
             {key: np.ascontiguousarray(value) for key, value in arrays.items()}, self.files / "predictions.safetensors"
         )
