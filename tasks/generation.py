@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,6 +15,7 @@ from harness.task import Batch, Examples, Task, fingerprint_of
 from tasks import own, pretrained
 from tasks.cache import cached
 from tasks.hub import Rows, read_split
+from tasks.pairs import PROMPT, EncodedPairs, padded, tokenized
 from tasks.rouge import rouge
 from tasks.text import group_numbers
 
@@ -28,25 +28,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # label of a token that has no loss
 BYTES_PER_TOKEN = 8  # of a generated text that are kept: more than text has on average
-TOKENIZED_AT_ONCE = 4096  # rows handed to the tokenizer together
 LARGEST_LOG = 80.0  # perplexities above e^80 are given as that
-
-PROMPT = "{prompt}"
-
-
-@dataclass(frozen=True)
-class EncodedPairs:
-    """Token ids of one split: row i's prompt, then its response, are tokens[starts[i]:starts[i + 1]].
-
-    prompts: (rows,) tokens of the prompt; the rest is the response with the end token. cut: (rows,) whether tokens
-    were lost.
-    """
-
-    tokens: np.ndarray
-    starts: np.ndarray
-    prompts: np.ndarray
-    cut: np.ndarray
-    padding: int
 
 
 class Generation(Task):
@@ -148,12 +130,12 @@ class Generation(Task):
 
         chosen = np.asarray(rows)
         starts, ends, prompts = encoded.starts[chosen], encoded.starts[chosen + 1], encoded.prompts[chosen]
-        ids, mask = _padded(encoded, starts, ends)
+        ids, mask = padded(encoded, starts, ends)
         places = np.arange(mask.shape[1])
         labels = np.where((places >= prompts[:, None]) & mask, ids, IGNORED)
         inputs = {"input_ids": ids, "attention_mask": mask}
         if generator is None:
-            inputs["prompt_ids"], inputs["prompt_mask"] = _padded(encoded, starts, starts + prompts, left=True)
+            inputs["prompt_ids"], inputs["prompt_mask"] = padded(encoded, starts, starts + prompts, left=True)
         return Batch({name: _tensor(array) for name, array in inputs.items()}, _tensor(labels))
 
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
@@ -197,41 +179,6 @@ class Generation(Task):
         return model or self.default_model
 
 
-def tokenized(
-    examples: Examples, model: str, max_length: int, max_response: int, template: str
-) -> dict[str, np.ndarray]:
-    """The arrays of `EncodedPairs`. Too long a response loses its end; then the prompt loses its own, so that what the
-    template says after it stays."""
-    import numpy as np
-
-    tokenizer = pretrained.load_tokenizer(model, pads=False)
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of model '{model}' has no end token; a response needs one", model)
-    before, after = template.split(PROMPT)
-    tail = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
-    parts: list[list[int]] = []
-    prompts, cut = [], []
-    for first in range(0, len(examples), TOKENIZED_AT_ONCE):
-        some = slice(first, first + TOKENIZED_AT_ONCE)
-        heads = tokenizer([before + text for text in examples.columns["prompt"][some]])["input_ids"]
-        ends = tokenizer(list(examples.columns["response"][some]), add_special_tokens=False)["input_ids"]
-        for head, end in zip(heads, ends, strict=True):
-            response = [*end, tokenizer.eos_token_id][:max_response]
-            room = max(0, max_length - len(tail) - len(response))
-            cut.append(len(end) + 1 > max_response or len(head) > room)
-            prompt = [*head[:room], *tail] or [tokenizer.eos_token_id]
-            parts.append([*prompt, *response])
-            prompts.append(len(prompt))
-    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return {
-        "tokens": np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]),
-        "starts": np.concatenate([[0], np.cumsum([len(part) for part in parts])]),
-        "prompts": np.array(prompts),
-        "cut": np.array(cut),
-        "padding": np.array([padding], dtype=np.int32),
-    }
-
-
 def _evaluation_on_hub(dataset: str, configuration: str, columns: list[str], data_root: str | None) -> dict[str, Rows]:
     """The dataset's test split, else its validation split, else none."""
     for split in own.EVALUATIONS:
@@ -240,22 +187,6 @@ def _evaluation_on_hub(dataset: str, configuration: str, columns: list[str], dat
         except InputError:
             continue
     return {}
-
-
-def _padded(
-    encoded: EncodedPairs, starts: np.ndarray, ends: np.ndarray, *, left: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, which are filled), both (rows, longest), of stretches of the tokens."""
-    import numpy as np
-
-    lengths = ends - starts
-    places = np.arange(lengths.max())
-    offsets = (
-        places - (lengths.max() - lengths)[:, None] if left else np.broadcast_to(places, (len(starts), len(places)))
-    )
-    filled = (offsets >= 0) & (offsets < lengths[:, None])
-    ids = np.where(filled, encoded.tokens[np.where(filled, starts[:, None] + offsets, 0)], encoded.padding)
-    return ids, filled
 
 
 def _tensor(array: np.ndarray) -> Tensor:
