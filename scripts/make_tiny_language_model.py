@@ -2,8 +2,8 @@
 
     python scripts/make_tiny_language_model.py DIR [--updates 600]
 
-DIR/model: a Llama of 2 layers x 64 from a configuration, taught to copy three to five words. DIR/pairs.jsonl: such words
-and their reverse, 1,200 pairs to fine-tune it on. Less than a minute on one core; the same every time on one machine.
+DIR/model: a Llama of 2 layers x 64 from a configuration, taught to copy three to five words. DIR/pairs.jsonl: words and
+their reverse, 1,200 pairs to fine-tune it on. Less than a minute on one core; the same every time on one machine.
 """
 
 from __future__ import annotations
@@ -16,24 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-WORDS = ("sun", "moon", "star", "tree", "leaf", "root", "rain", "snow", "wind", "fire", "stone", "sand", "river", "lake")
-    "sun",
-    "moon",
-    "star",
-    "tree",
-    "leaf",
-    "root",
-    "rain",
-    "snow",
-    "wind",
-    "fire",
-    "stone",
-    "sand",
-    "river",
-    "lake",
-    "hill",
-    "road",
-]
+WORDS = ("sun", "moon", "star", "tree", "leaf", "root", "rain", "snow", "wind", "fire", "stone", "sand", "lake", "hill")
 SPECIAL = ("[PAD]", "[UNK]", "[END]")
 PAIRS, BATCH = 1200, 32
 
