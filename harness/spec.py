@@ -99,4 +99,6 @@ class RunSpec(Parameters):
     def run_id(self) -> str:
         """16 hexadecimal digits: the SHA-256 of everything above but `place`."""
         identity = self.model_dump(mode="json", exclude={"place"})
+        if not self.train.group_by_length:  # younger than the first records: at its default their ids stay
+            del identity["train"]["group_by_length"]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
