@@ -10,5 +10,5 @@ cat <<'NEXT'
 
 next, for example: where does dEBORA's budget tau pay?
   .venv/bin/python -m harness run --preset quickstart \
-      --methods "debora[T_max=4,n0=2,step_size=0.2]" --grid debora.tau=4,8,32
+      --methods debora --grid debora.tau=4,8,32
 NEXT
