@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, ValidationError
 
 from harness.environment import Environment
-from harness.errors import InputError
+from harness.errors import InputError, unknown
 from harness.method import ParameterCount
 from harness.parameters import Parameters
 from harness.spec import RunSpec
@@ -42,6 +42,7 @@ class RunRecord(Parameters):
     spec: RunSpec
     status: Status
     headline: str = Field(description="name of the metric that `score` is")
+    higher_is_better: bool = Field(True, description="whether a higher score is the better one")
     score: float | None = Field(None, description="headline metric on the first evaluation split")
     metrics: dict[str, float] = Field({}, description="on the evaluation splits; a second split's carry its name")
     holdout: dict[str, float] = Field({}, description="on the holdout, at the end of training")
@@ -109,6 +110,14 @@ class RecordStore:
             return RunRecord.model_validate_json((self.folder(run_id) / "record.json").read_bytes())
         except (OSError, ValidationError):
             return None
+
+    def find(self, run_id: str) -> RunRecord:
+        """The run's record. Raises InputError, with the nearest match, where there is none."""
+        names = [path.name for path in self._folders()]
+        record = self.read(run_id) if run_id in names else None
+        if record is None:
+            raise unknown(f"run in '{self.results}'", run_id, names)
+        return record
 
     def write(self, record: RunRecord, history: list[dict[str, Any]], draft: Path) -> None:
         """Put a finished run in place in one rename: the draft's files, its history and its record.

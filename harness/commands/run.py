@@ -133,7 +133,7 @@ def _run(sweep: Sweep, place: Place, options: argparse.Namespace) -> int:
     with progress.view(len(missing), console) as view:
         for record in serial.execute(missing, store, view.step):
             view.ended(record)
-    return show_sweep(store, _ids(specs))
+    return show_sweep(store, _ids(specs), options.tracking_uri)
 
 
 def _ids(specs: list[RunSpec]) -> list[str]:

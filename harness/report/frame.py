@@ -24,6 +24,7 @@ METRICS = "metrics."  # prefix of the columns of the evaluation's metrics
 HOLDOUT = "holdout."
 OF_METHOD = {"method", "method_version", "method_parameters"}
 OF_TASK = {"task", "task_version", "task_parameters", "data_fingerprint"}
+VERSIONED = ("torch", "peft", "transformers")  # packages whose versions the tables tell apart in a note
 NOT_SETTING = OF_METHOD | OF_TASK | {"seed", "place"}
 
 
@@ -45,9 +46,12 @@ def to_frame(records: Iterable[RunRecord], defaults: Defaults | None = None) -> 
 
     Columns: run_id, label, column, setting (the three explained above; `setting` is 8 hexadecimal digits),
     setting_text, method, method_version, method_parameters (JSON), task, task_version, task_parameters (JSON),
-    model, model_fingerprint, data_fingerprint, seed, status, headline, score, metrics.*, holdout.*, parameters_initial,
-    parameters_peak, parameters_final, head (numbers), stored_bytes, rank (mean live rank over the layers), batches,
-    updates, seconds_training, seconds_total, peak_bytes, device, started, error. Missing values are None or NaN.
+    model, model_fingerprint, data_fingerprint, limit, seed, status, headline, higher_is_better, score, metrics.*,
+    holdout.*, parameters_initial, parameters_peak, parameters_final, head (numbers), stored_bytes, rank (mean live
+    rank over the layers), batches, updates, seconds_training, seconds_total, peak_bytes, device, started, error, versions (of the
+    packages that results depend on), split (the evaluation split of the score), tuning ("tuned K" after K trials,
+    "default" where every parameter is at its default, else "as given"), search_batches, search_seconds (of the search,
+    0 without one). Missing values are None or NaN.
     """
     unique = {record.run_id: record for record in records}
     methods = {run_id: _method(record.spec) for run_id, record in unique.items()}
@@ -57,7 +61,8 @@ def to_frame(records: Iterable[RunRecord], defaults: Defaults | None = None) -> 
     rows = []
     for run_id, record in unique.items():
         names = {"run_id": run_id, "label": labels[methods[run_id]], "column": columns[tasks[run_id]]}
-        rows.append(names | _of_spec(record.spec, methods[run_id], tasks[run_id]) | _of_result(record))
+        of_spec = _of_spec(record.spec, methods[run_id], tasks[run_id])
+        rows.append(names | of_spec | _of_result(record) | _of_search(record, (defaults or {}).get(record.spec.method)))
     return pd.DataFrame(rows)
 
 
@@ -84,6 +89,7 @@ def _of_spec(spec: RunSpec, method: _Variant, task: _Variant) -> dict[str, Any]:
         "model": _model_name(spec.place.model),
         "model_fingerprint": spec.model_fingerprint,
         "data_fingerprint": spec.data_fingerprint,
+        "limit": spec.limit,
         "seed": spec.seed,
     }
 
@@ -93,6 +99,7 @@ def _of_result(record: RunRecord) -> dict[str, Any]:
     return {
         "status": record.status,
         "headline": record.headline,
+        "higher_is_better": record.higher_is_better,
         "score": record.score if record.status == "done" else None,
         "parameters_initial": count and count.adapter_initial,
         "parameters_peak": count and count.adapter_peak,
@@ -108,9 +115,29 @@ def _of_result(record: RunRecord) -> dict[str, Any]:
         "device": record.environment.device,
         "started": record.started,
         "error": record.error,
+        "versions": _versions(record),
+        "split": next((name for name in record.rows if name not in ("train", "holdout")), None),
         **{f"{METRICS}{name}": value for name, value in record.metrics.items()},
         **{f"{HOLDOUT}{name}": value for name, value in record.holdout.items()},
     }
+
+
+def _versions(record: RunRecord) -> str:
+    packages = record.environment.packages
+    named = [f"{name} {packages[name]}" for name in VERSIONED if name in packages]
+    return ", ".join([f"harness {record.environment.harness}", *named])
+
+
+def _of_search(record: RunRecord, defaults: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How the hyperparameters came about, and what finding them cost."""
+    found = getattr(record, "tuning", None)  # a record from before there was a search has none
+    if found is not None:
+        cost = {f"search_{name}": getattr(found, name, 0) or 0 for name in ("batches", "seconds")}
+        return {"tuning": f"tuned {found.trials}", **cost}
+    given = json.loads(json.dumps(record.spec.method_parameters))
+    plain = None if defaults is None else json.loads(json.dumps(dict(defaults), default=str))
+    is_default = plain is not None and all(given[name] == plain.get(name) for name in given)
+    return {"tuning": "default" if is_default else "as given", "search_batches": 0, "search_seconds": 0.0}
 
 
 def _setting_text(train: TrainSpec, setting: Mapping[str, Any]) -> str:
