@@ -104,7 +104,7 @@ class TestLeaderboard:
         assert cells[0] == heads
         # 0.1271 = 12.706, Student's t at one degree of freedom, times 0.01, the standard error.
         assert cells[2] == ["lora", "1.33M", "7.8", "**0.820 ± 0.127 (n=2)**", "default", "100", "60", "1.24GB"]
-        assert cells[3] == ["head", "0", "-", "<u>0.700 ± 0.000 (n=2)</u>", "default", "100", "60", "1.24GB"]
+        assert cells[3] == ["head", "0", "-", "<u>0.700 ± 0.000 (n=2)</u>", "as given", "100", "60", "1.24GB"]
         assert "Model 30de100000000000; 100 batches, batch size 32, all rows, 1 thread." in text
         assert f"- lora on digits: seed 0 `{record('lora', seed=0).run_id}`, seed 1" in text
 

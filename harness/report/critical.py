@@ -74,7 +74,7 @@ def draw(board: Board) -> Figure | None:
     found = mean_ranks(board)
     caption = (
         f"{board.caption} Mean ranks over {found.num_tasks} tasks, 1 is best; Friedman p = {found.p_value:.2g}; "
-        f"bars join configurations that differ by less than Nemenyi's critical difference of {found.critical_difference:.2f}."
+        f"bars join those that differ by less than Nemenyi's critical difference of {found.critical_difference:.2f}."
     )
     groups = cliques(found)
     height = 0.5 + 0.1 * len(groups) + 0.17 * math.ceil(len(found.labels) / 2)
