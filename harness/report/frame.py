@@ -49,9 +49,9 @@ def to_frame(records: Iterable[RunRecord], defaults: Defaults | None = None) -> 
     model, model_fingerprint, data_fingerprint, limit, seed, status, headline, higher_is_better, score, metrics.*,
     holdout.*, parameters_initial, parameters_peak, parameters_final, head (numbers), stored_bytes, rank (mean live
     rank over the layers), batches, updates, seconds_training, seconds_total, peak_bytes, device, started, error,
-    versions (of the packages that results depend on), split (the evaluation split of the score), tuning ("tuned K" after K trials,
-    "default" where every parameter is at its default, else "as given"), search_batches, search_seconds (of the search,
-    0 without one). Missing values are None or NaN.
+    versions (of the packages that results depend on), split (the evaluation split of the score), tuning ("tuned K"
+    after K trials, "default" where every parameter is at its default, else "as given"), search_batches,
+    search_seconds (of the search, 0 without one). Missing values are None or NaN.
     """
     unique = {record.run_id: record for record in records}
     methods = {run_id: _method(record.spec) for run_id, record in unique.items()}

@@ -17,13 +17,12 @@ NOTHING = "-"
 LEGEND = (
     "Scores: mean ± half-width of the 95 % interval (Student's t) over the n runs (seeds) that gave one; n/a: no "
     "interval from one run; -: not run. Bold: the best mean of those cells in which every run gave a score; "
-    "underlined: the second; ≈: a paired test over seeds and examples, Holm-corrected over the column, does not tell it "
-    "from the best. parameters: adapter numbers in effect after training, without the head. settings: tuned K: the best "
-    "of K trials on the holdout; default; as given. parameters, rank (live, over the adapted layers), batches (forward and "
-    "backward) and seconds (of training) are means over the row's scored runs, memory is their peak; search: what "
-    "the search for hyperparameters took. Rows are ordered by the mean of their scores, those that lack a run's score "
-    "last. "
-    "average: of a row that lacks none."
+    "underlined: the second; ≈: a paired test over seeds and examples, Holm-corrected over the column, does not "
+    "tell it from the best. parameters: adapter numbers in effect after training, without the head. settings: tuned "
+    "K: the best of K trials on the holdout; default; as given. parameters, rank (live, over the adapted layers), "
+    "batches (forward and backward) and seconds (of training) are means over the row's scored runs, memory is their "
+    "peak; search: what the search for hyperparameters took. Rows are ordered by the mean of their scores, those "
+    "that lack a run's score last. average: of a row that lacks none."
 )
 
 
