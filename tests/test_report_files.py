@@ -96,7 +96,7 @@ class TestBuild:
         store = stored(tmp_path, record(), record(seed=1), record("head", numbers=0))
         paths = build_report(store, defaults=DEFAULTS)
         names = [f"tables/leaderboard.{form}" for form in ("md", "tex", "csv", "json")]
-        names += ["tables/costs.csv", "tables/matched.csv"]
+        names += [f"tables/{name}.csv" for name in ("costs", "matched", "sweeps", "time_to_score")]
         names += ["pictures/score_vs_parameters.png", "pictures/score_vs_parameters.pdf", "report.html"]
         assert paths == [tmp_path / name for name in names]
         assert all(path.stat().st_size > 20 for path in paths)

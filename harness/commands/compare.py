@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def command(results: Path, first: str, second: str, tasks: Sequence[str] | None)
     from harness.report.compare import ExampleReader, compare, in_words, row_of
     from harness.report.frame import to_frame
     from harness.report.leaderboard import leaderboards
+    from harness.report.text import CONSOLE_WIDTH
 
     store, found = chosen(results, None, tasks)
     boards = leaderboards(to_frame(found.records, defaults_of(found.records)))
@@ -30,10 +32,13 @@ def command(results: Path, first: str, second: str, tasks: Sequence[str] | None)
         except InputError as error:
             failure = failure or error
             continue
+        if rows[0] is rows[1]:
+            raise InputError(f"'{first}' and '{second}' are the same row: give two")
         comparisons = compare(board, *rows, ExampleReader(store))
         if comparisons:
             known += 1
-            print(f"\n{rows[0].label} against {rows[1].label}. {board.caption}\n")
+            heading = f"{rows[0].label} against {rows[1].label}. {board.caption}"
+            print("\n" + textwrap.fill(heading, CONSOLE_WIDTH, break_on_hyphens=False) + "\n")
             print("\n".join(in_words(rows[0].label, rows[1].label, comparisons)))
     if not known:
         raise failure or InputError(f"'{first}' and '{second}' have no task in common")

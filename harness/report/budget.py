@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
-from harness.report.leaderboard import Board, Column, Row
+from harness.record import RecordStore
+from harness.report.histories import series, traced
+from harness.report.leaderboard import Board, Column, Row, over
 
 Point = tuple[float, float]  # adapter parameters, score
 
@@ -84,17 +88,7 @@ def matched(board: Board) -> pd.DataFrame:
         for count in counts:
             found = {method: at_parameters(of_method, count) for method, of_method in points.items()}
             if sum(each is not None for each in found.values()) > 1:
-                rows += [
-                    {
-                        "task": column.title,
-                        "parameters": count,
-                        "method": method,
-                        "score": each[0],
-                        "interpolated": each[1],
-                    }
-                    for method, each in found.items()
-                    if each is not None
-                ]
+                rows += [(column.title, count, method, *each) for method, each in found.items() if each is not None]
     return pd.DataFrame(rows, columns=["task", "parameters", "method", "score", "interpolated"])
 
 
@@ -104,12 +98,9 @@ def _points(board: Board, column: Column) -> dict[str, list[Point]]:
     for row in board.rows:
         cell = row.cells.get(column.title)
         if cell is not None and cell.score.mean is not None:
-            counts = [
-                run["parameters_final"] for run in cell.scored if run["parameters_final"] == run["parameters_final"]
-            ]
-            counts = [count for count in counts if count is not None]
-            if counts:
-                points[cell.runs[0]["method"]].append((math.fsum(counts) / len(counts), cell.score.mean))
+            count = over(cell.scored, "parameters_final")
+            if count is not None:
+                points[cell.runs[0]["method"]].append((count, cell.score.mean))
     return points
 
 
@@ -123,9 +114,6 @@ def costs(board: Board) -> pd.DataFrame:
 def _cost(row: Row) -> dict[str, Any]:
     runs = [run for cell in row.cells.values() for run in cell.runs]
     searched = [cell.runs[0] for cell in row.cells.values()]
-    peaks = [
-        run["peak_bytes"] for run in runs if run["peak_bytes"] is not None and run["peak_bytes"] == run["peak_bytes"]
-    ]
     return {
         "method": row.label,
         "runs": len(runs),
@@ -133,8 +121,71 @@ def _cost(row: Row) -> dict[str, Any]:
         "seconds": math.fsum(run["seconds_training"] for run in runs),
         "search_batches": sum(run["search_batches"] for run in searched),
         "search_seconds": math.fsum(run["search_seconds"] for run in searched),
-        "peak_bytes": max(peaks, default=None),
+        "peak_bytes": over(runs, "peak_bytes", max),
     }
+
+
+class Sweep(NamedTuple):
+    """Configurations of one method that differ in one number alone: `values` by rising number, with their labels."""
+
+    method: str
+    parameter: str
+    values: tuple[tuple[float, str], ...]
+
+
+def varied(configurations: Iterable[tuple[str, str, str]]) -> list[Sweep]:
+    """The sweeps among (method, label, parameters in JSON)."""
+    groups: dict[tuple[str, str, str], list[tuple[float, str]]] = defaultdict(list)
+    for method, label, parameters in configurations:
+        values = json.loads(parameters)
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                rest = json.dumps({key: other for key, other in values.items() if key != name}, sort_keys=True)
+                groups[method, name, rest].append((value, label))
+    return [Sweep(*key[:2], tuple(sorted(values))) for key, values in groups.items() if len(values) > 1]
+
+
+def sweeps(board: Board) -> pd.DataFrame:
+    """Scores along each sweep (of tau, of the learning rate): a row for each value and task.
+
+    Columns: method, parameter, value, label, task, metric, n, mean, interval_95 (half-width), parameters_final.
+    """
+    runs = {row.label: next(iter(row.cells.values())).runs[0] for row in board.rows}
+    found = varied((run["method"], label, run["method_parameters"]) for label, run in runs.items())
+    by_label = {row.label: row for row in board.rows}
+    rows = []
+    for sweep in found:
+        for value, label in sweep.values:
+            row = by_label[label]
+            for column in board.columns:
+                if column.title in row.cells:
+                    score = row.cells[column.title].score
+                    numbers = (score.n, score.mean, score.half_width, row.parameters)
+                    rows.append((sweep.method, sweep.parameter, value, label, column.title, column.headline, *numbers))
+    names = ["method", "parameter", "value", "label", "task", "metric", "n", "mean", "interval_95", "parameters_final"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def time_to_score(board: Board, store: RecordStore) -> pd.DataFrame:
+    """Batches until the holdout's metric first reached a target, the median of the runs' last ones, for the rows and
+    tasks that pictures show.
+
+    Columns: task, metric, target, method, seed, batches (None: never), seconds (of training, in proportion).
+    """
+    rows = []
+    found = traced(board, store)
+    for column in board.columns:
+        name = f"holdout_{column.headline}"
+        of_task = [each for each in found if each.title == column.title]
+        last = [values[-1] for each in of_task for history in each.histories if len(values := series(history, name)[1])]
+        if last:
+            target = float(np.median(last))
+            for each in of_task:
+                for run, history in zip(each.runs, each.histories, strict=True):
+                    batches = time_to(history, name, target, column.higher_is_better)
+                    seconds = None if batches is None else run["seconds_training"] * batches / run["batches"]
+                    rows.append((column.title, column.headline, target, each.label, run["seed"], batches, seconds))
+    return pd.DataFrame(rows, columns=["task", "metric", "target", "method", "seed", "batches", "seconds"])
 
 
 def time_to(history: Sequence[Mapping[str, Any]], name: str, score: float, higher_is_better: bool = True) -> int | None:

@@ -13,21 +13,21 @@ import pandas as pd
 
 from harness.errors import InputError
 from harness.record import Found, RecordStore
-from harness.report.budget import costs, matched
+from harness.report.budget import costs, matched, sweeps, time_to_score
 from harness.report.compare import ExampleReader, with_ties
 from harness.report.data import structured, tidy
 from harness.report.frame import Defaults, to_frame
 from harness.report.latex import latex
 from harness.report.leaderboard import Board, leaderboards
-from harness.report.page import page
+from harness.report.page import PICTURES, page
 from harness.report.text import markdown
 
 MOST_ILLUSTRATED = 6  # settings with pictures of their own
 
 
 def build_report(store: RecordStore, found: Found | None = None, defaults: Defaults | None = None) -> list[Path]:
-    """Write tables/leaderboard.{md,tex,csv,json}, tables/{costs,matched}.csv, pictures/*.{png,pdf} and report.html,
-    all below `store.results`.
+    """Write tables/leaderboard.{md,tex,csv,json}, tables/{costs,matched,sweeps,time_to_score}.csv,
+    pictures/*.{png,pdf} and report.html, all below `store.results`.
 
     `found`: what to report on; None for all of the store. `defaults`: see `to_frame`. Several settings become
     sections of the same tables, and the first ones have pictures each, their names ending in the setting's key. Each
@@ -49,6 +49,8 @@ def build_report(store: RecordStore, found: Found | None = None, defaults: Defau
         "leaderboard.json": json.dumps(structured(boards), indent=1, ensure_ascii=False) + "\n",
         "costs.csv": _csv(_by_setting(boards, costs)),
         "matched.csv": _csv(_by_setting(boards, matched)),
+        "sweeps.csv": _csv(_by_setting(boards, sweeps)),
+        "time_to_score.csv": _csv(_by_setting(boards, lambda board: time_to_score(board, store))),
     }
     paths = [_write(store.results / "tables" / name, text) for name, text in texts.items()]
     drawn = _pictures(frame, boards, store, Found(chosen, damaged))
@@ -74,7 +76,7 @@ def _by_setting(boards: Iterable[Board], table: Callable[[Board], pd.DataFrame])
 def _pictures(frame: pd.DataFrame, boards: list[Board], store: RecordStore, found: Found) -> dict[str, list[Path]]:
     """The pictures' paths by setting."""
     from harness.report.figures import save  # takes matplotlib a second to import
-    from harness.report.pictures import TITLES, pictures
+    from harness.report.pictures import pictures
 
     folder = store.results / "pictures"
     records = {record.run_id: record for record in found.records}
@@ -87,7 +89,7 @@ def _pictures(frame: pd.DataFrame, boards: list[Board], store: RecordStore, foun
             _replace(pair, functools.partial(save, figure))
             paths[board.key] += pair
     kept = {path for of_board in paths.values() for path in of_board}
-    for name in TITLES:
+    for name in PICTURES:
         for old in [*folder.glob(f"{name}.p*"), *folder.glob(f"{name}_????????.p*")]:
             if old not in kept and old.suffix in (".png", ".pdf"):
                 old.unlink()

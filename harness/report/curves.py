@@ -10,11 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from harness.report.figures import STYLE, Style, folded, panels, plain, styles
+from harness.report.figures import STYLE, Style, folded, log_if_wide, panels, plain, styles
 from harness.report.histories import History, Traced, excerpt, mean_series, series
 from harness.report.leaderboard import Board, Column
 
-SMOOTH = 0.04  # share of a run over which the training loss is averaged
+SMOOTH = 0.1  # share of a run over which the training loss is averaged
+MARKED = 12  # points: fewer are marked, more are a line
 LINES = ("-", "--", "-.", ":")
 OVER_TIME = (("rank", "rank, all layers"), ("gap", "Frank-Wolfe gap"), ("active_components", "active components"))
 
@@ -65,7 +66,7 @@ def over_time(board: Board, found: Sequence[Traced]) -> Figure | None:
                         _lines(panel, each, name, names)
                 _finish(panel, text)
                 if name == "gap":
-                    _log_if_positive(panel)
+                    log_if_wide(panel, [float(y) for line in panel.lines for y in np.asarray(line.get_ydata())])
                 if down == 0:
                     panel.set_title(title, fontsize=8)
                 if down == len(shown) - 1:
@@ -96,8 +97,8 @@ def _band(panel: Axes, each: Traced, name: str, names: Mapping[str, Style], smoo
     batches, means, halves = mean_series(each.histories, name, smooth)
     if len(batches):
         colour, marker = names[each.label]
-        # Few points are marked, many are a line.
-        panel.plot(batches, means, marker if len(batches) < 12 else "", ls="-", color=colour, lw=1.1, markersize=3)
+        mark = marker if len(batches) < MARKED else None
+        panel.plot(batches, means, color=colour, linewidth=1.1, marker=mark, markersize=3)
         panel.fill_between(batches, means - halves, means + halves, color=colour, alpha=0.18, linewidth=0)
 
 
@@ -105,12 +106,6 @@ def _finish(panel: Axes, text: str) -> None:
     panel.set_ylabel(text)
     panel.margins(x=0.02)
     plain(panel)
-
-
-def _log_if_positive(panel: Axes) -> None:
-    values = [value for line in panel.lines for value in np.asarray(line.get_ydata(), dtype=float)]
-    if values and min(values) > 0 and max(values) > 30 * min(values):
-        panel.set_yscale("log")
 
 
 def _holdout(each: Traced, column: Column) -> bool:

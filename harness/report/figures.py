@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from harness.report.text import human
 
@@ -76,6 +77,16 @@ def plain(panel: Axes) -> None:
     panel.grid(color="#dddddd", linewidth=0.5)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def log_if_wide(panel: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis upwards, its ticks plain numbers, where all `values` drawn are positive and span more than a
+    decade and a half."""
+    positive = [value for value in values if value > 0]
+    if positive and min(values) > 0 and max(positive) > 30 * min(positive):
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def folded(name: str, width: int = 44) -> str:

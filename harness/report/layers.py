@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from harness.record import RecordStore, RunRecord
-from harness.report.figures import PANELS_ACROSS, SEQUENTIAL, STYLE, folded, panels, plain
+from harness.report.figures import PANELS_ACROSS, SEQUENTIAL, STYLE, folded, log_if_wide, panels, plain
 from harness.report.histories import MOST_ROWS, excerpt
 from harness.report.leaderboard import Board
 
@@ -65,7 +65,7 @@ def _heat_map(board: Board, title: str, found: Mapping[str, Mapping[tuple[str, s
     across = min(PANELS_ACROSS, len(found))
     down = -(-len(found) // across)
     caption = f"{board.caption} Live rank on {title}, mean over seeds; blank: not adapted.{excerpt(board)}"
-    height = 0.9 + 0.16 * max(len(blocks), 2)
+    height = 1.3 + 0.16 * max(len(blocks), 3)
     with rc_context(STYLE):
         figure, axes = panels(down, across, caption, height=height)
         flat = [panel for row in axes for panel in row]
@@ -108,8 +108,12 @@ def _short(names: Sequence[str]) -> list[str]:
 
 
 def _short_modules(names: Sequence[str]) -> list[str]:
-    """The last two parts of each name."""
-    return [".".join(name.split(".")[-2:]) for name in names]
+    """The last two parts of each name, or as many more as tell it from the others."""
+    for parts in range(2, 10):
+        short = [".".join(name.split(".")[-parts:]) for name in names]
+        if len(set(short)) == len(names):
+            return short
+    return list(names)
 
 
 def singular_values(board: Board, store: RecordStore) -> Figure | None:
@@ -126,7 +130,10 @@ def singular_values(board: Board, store: RecordStore) -> Figure | None:
         return None
     across = min(PANELS_ACROSS, len(found))
     down = -(-len(found) // across)
-    caption = f"{board.caption} Singular values of each layer's update, largest first; one run each.{excerpt(board)}"
+    caption = (
+        f"{board.caption} Singular values of each layer's update, largest first, dark for the first layer; "
+        f"one run each.{excerpt(board)}"
+    )
     with rc_context(STYLE):
         figure, axes = panels(down, across, caption)
         flat = [panel for row in axes for panel in row]
@@ -145,10 +152,8 @@ def _draw_spectra(panel: Axes, spectra: Mapping[str, np.ndarray]) -> None:
     for place, values in enumerate(shown):
         colour = colormaps[SEQUENTIAL](0.9 * place / max(1, len(shown) - 1))
         panel.plot(range(1, len(values) + 1), values, "o-", color=colour, linewidth=0.8, markersize=2)
-    positive = [value for values in shown for value in values if value > 0]
-    if positive and max(positive) > 30 * min(positive):
-        panel.set_yscale("log")
-    panel.set_xlabel("component (dark: first layer)")
+    log_if_wide(panel, [float(value) for values in shown for value in values])
+    panel.set_xlabel("component")
     panel.set_ylabel("singular value")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     plain(panel)

@@ -13,6 +13,15 @@ from jinja2 import Environment, StrictUndefined, Template
 from harness.report.leaderboard import Board, Cell, Column, Row, score_text
 from harness.report.text import LEGEND, cell_text, decimal, human
 
+PICTURES = {  # by name: what a picture shows
+    "score_vs_parameters": "Score against adapter parameters",
+    "learning_curves": "Learning curves",
+    "over_time": "Ranks, gap and active set over time",
+    "rank_heat_map": "Rank per layer and module",
+    "singular_values": "Singular values of the updates",
+    "critical_difference": "Mean ranks over tasks",
+}
+
 
 def page(boards: Sequence[Board], damaged: Iterable[str], pictures: Mapping[str, Sequence[Path]]) -> str:
     """The page. `pictures`: PNG files by a board's key, taken into the page; links lead to runs/<run_id>/record.json
@@ -43,13 +52,17 @@ def _section(board: Board, pictures: Sequence[Path]) -> dict[str, Any]:
         "rows": [_row(board, row, place) for place, row in enumerate(board.rows)],
         "cells": _details(board),
         "notes": board.notes,
-        "pictures": [(path.stem, base64.b64encode(path.read_bytes()).decode()) for path in pictures],
+        "pictures": [(_title(path), base64.b64encode(path.read_bytes()).decode()) for path in pictures],
     }
+
+
+def _title(picture: Path) -> str:
+    return next((title for name, title in PICTURES.items() if picture.stem.startswith(name)), picture.stem)
 
 
 def _row(board: Board, row: Row, place: int) -> list[dict[str, Any]]:
     """The row's cells: text, the number it sorts by, and what it is."""
-    cells: list[dict[str, Any]] = [_text(row.label), _number(human(row.parameters), row.parameters)]
+    cells: list[dict[str, Any]] = [_text(row.label.replace(",", ", ")), _number(human(row.parameters), row.parameters)]
     if board.has_ranks:
         cells.append(_number(decimal(row.rank), row.rank))
     for across, column in enumerate(board.columns):

@@ -15,7 +15,7 @@ from tabulate import tabulate
 from harness.report.frame import METRICS
 from harness.report.leaderboard import Board, Cell, Run, is_present, over
 from harness.report.statistics import Summary, summarize
-from harness.report.text import CONSOLE_WIDTH, NOTHING, human
+from harness.report.text import CONSOLE_WIDTH, NOTHING, folded_label, human
 
 FOLDER = Path(__file__).parents[1] / "paper"
 MODELS_APART = ("-", "_", " ", ".")
@@ -58,14 +58,15 @@ def against_paper(board: Board) -> str:
         for row in board.rows:
             for title, cell in row.cells.items():
                 if _is_counterpart(figure, cell):
-                    apart = ", ".join(_apart(figure, cell.runs[0])) or NOTHING
+                    apart = ",\n".join(_apart(figure, cell.runs[0])) or NOTHING
                     remarks |= {f"{title} ({figure.metric}): {figure.note}."} if figure.note else set()
-                    lines.append([figure.row, row.label, title, *_numbers(figure, cell), apart])
+                    task = f"{title}\n{figure.metric}"
+                    lines.append([figure.row, folded_label(row.label), task, *_numbers(figure, cell), apart])
     intro = f"Reported figures against ours. {board.caption}"
     if not lines:
         return textwrap.fill(f"{intro} No configuration here has a counterpart in a paper's table.", CONSOLE_WIDTH)
-    headers = ["reported as", "ours", "task", "metric", "parameters\nreported", "ours", "score\nreported", "ours"]
-    headers += ["difference\n(95 % interval)", "not the\npaper's"]
+    headers = ["reported as", "ours", "task\nmetric", "parameters\nreported, ours", "score\nreported, ours"]
+    headers += ["difference\n95 % interval", "not the paper's"]
     sources = sorted({figure.source for figure in reported() if any(line[0] == figure.row for line in lines)})
     notes = [
         f"Reported: {'; '.join(sources)}. A reported figure has no spread: the interval is of our mean over seeds (t), "
@@ -74,8 +75,9 @@ def against_paper(board: Board) -> str:
         "differs.",
         *sorted(remarks),
     ]
-    table = tabulate(lines, headers, disable_numparse=True, colalign=["left"] * 4 + ["right"] * 5 + ["left"])
-    return "\n".join([intro, "", table, "", *(textwrap.fill(note, CONSOLE_WIDTH) for note in notes)])
+    table = tabulate(lines, headers, disable_numparse=True, colalign=["left"] * 3 + ["right"] * 3 + ["left"])
+    texts = [textwrap.fill(text, CONSOLE_WIDTH, break_on_hyphens=False) for text in (intro, *notes)]
+    return "\n".join([texts[0], "", table, "", *texts[1:]])
 
 
 def _is_counterpart(figure: Reported, cell: Cell) -> bool:
@@ -88,22 +90,16 @@ def _is_counterpart(figure: Reported, cell: Cell) -> bool:
 
 def _numbers(figure: Reported, cell: Cell) -> list[str]:
     ours = _score(figure, cell)
-    difference = NOTHING
+    difference = mean = NOTHING
     if ours.mean is not None:
-        difference = f"{ours.mean - figure.score:+.4f}"
-        if ours.half_width is None:
-            difference += " (not available)"
-        else:
+        mean = f"{ours.mean:.4f} (n={ours.n})"
+        apart = ours.mean - figure.score
+        difference = f"{apart:+.4f}\nnot available"
+        if ours.half_width is not None:
             half = ours.half_width + figure.rounding
-            difference += f" ({ours.mean - figure.score - half:+.4f} to {ours.mean - figure.score + half:+.4f})"
-    return [
-        figure.metric.replace("_", " "),
-        human(figure.parameters),
-        human(over(cell.scored, "parameters_final")),
-        f"{figure.score:.4f}",
-        NOTHING if ours.mean is None else f"{ours.mean:.4f} (n={ours.n})",
-        difference,
-    ]
+            difference = f"{apart:+.4f}\n{apart - half:+.4f} to {apart + half:+.4f}"
+    counts = human(figure.parameters), human(over(cell.scored, "parameters_final"))
+    return ["\n".join(counts), f"{figure.score:.4f}\n{mean}", difference]
 
 
 def _score(figure: Reported, cell: Cell) -> Summary:

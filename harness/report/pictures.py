@@ -12,15 +12,6 @@ from harness.report import critical, curves, layers, scatter
 from harness.report.histories import traced
 from harness.report.leaderboard import Board
 
-TITLES = {
-    "score_vs_parameters": "Score against adapter parameters",
-    "learning_curves": "Learning curves",
-    "over_time": "Ranks, gap and active set over time",
-    "rank_heat_map": "Rank per layer and module",
-    "singular_values": "Singular values of the updates",
-    "critical_difference": "Mean ranks over tasks",
-}
-
 
 def pictures(
     board: Board, frame: pd.DataFrame, store: RecordStore, records: Mapping[str, RunRecord]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 
 import pandas as pd
@@ -14,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from harness.report.budget import pareto_front
+from harness.report.budget import pareto_front, varied
 from harness.report.figures import PANELS_ACROSS, STYLE, Style, folded, panels, plain, styles, tick_text
 from harness.report.leaderboard import Board
 from harness.report.statistics import summarize
@@ -36,7 +34,9 @@ def draw(frame: pd.DataFrame, board: Board) -> Figure | None:
     handles.append(Line2D([], [], color=FRONT, linewidth=0.8, linestyle="--", label="Pareto front"))
     across = min(PANELS_ACROSS, len(columns))
     down = math.ceil(len(columns) / across)
-    caption = f"{board.caption} Large: mean and 95 % interval over seeds; small: single seeds."
+    caption = (
+        f"{board.caption} Large: mean and 95 % interval over seeds, cut where it leaves the panel; small: single seeds."
+    )
     with rc_context(STYLE):
         figure, axes = panels(down, across, caption, handles)
         flat = [panel for row in axes for panel in row]
@@ -84,30 +84,13 @@ def _draw(panel: Axes, runs: pd.DataFrame, styles: Mapping[str, Style], names: M
     panel.set_ylim(max(bottom, low - margin), min(top, high + margin))
 
 
-def sweeps(runs: pd.DataFrame) -> list[tuple[str, list[str]]]:
-    """(parameter, labels in its order) for every method's configurations that differ in one number alone."""
-    unique = runs.drop_duplicates("label")
-    parsed = [
-        (method, label, json.loads(parameters))
-        for method, label, parameters in zip(
-            unique["method"], unique["label"], unique["method_parameters"], strict=True
-        )
-    ]
-    groups: dict[tuple[str, str, str], list[tuple[float, str]]] = defaultdict(list)
-    for method, label, values in parsed:
-        for name, value in values.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                rest = json.dumps({key: other for key, other in values.items() if key != name}, sort_keys=True)
-                groups[method, name, rest].append((value, label))
-    return [(name, [label for _, label in sorted(group)]) for (_, name, _), group in groups.items() if len(group) > 1]
-
-
 def _connect(panel: Axes, runs: pd.DataFrame, styles: Mapping[str, Style], names: Mapping[str, str]) -> None:
     """A line through the configurations of each sweep, in the order of the parameter."""
     means = runs.groupby("label")[["parameters_final", "score"]].mean()
-    for _, labels in sweeps(runs):
-        points = means.loc[labels]
-        colour = styles[names[labels[0]]][0]
+    unique = runs.drop_duplicates("label")
+    for sweep in varied(zip(unique["method"], unique["label"], unique["method_parameters"], strict=True)):
+        points = means.loc[[label for _, label in sweep.values]]
+        colour = styles[names[sweep.values[0][1]]][0]
         panel.plot(points["parameters_final"], points["score"], color=colour, linewidth=0.9, alpha=0.7, zorder=1)
 
 

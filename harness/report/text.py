@@ -45,6 +45,11 @@ def summary_text(summary: Summary, with_n: bool = True) -> str:
     return f"{score_text(summary.mean)} ± {spread_text(summary)}" + (f" (n={summary.n})" if with_n else "")
 
 
+def folded_label(label: str) -> str:
+    """A row's label in lines that leave room for numbers."""
+    return textwrap.fill(label.replace(",", ", "), 36, break_on_hyphens=False)
+
+
 def spread_text(summary: Summary) -> str:
     """The half-width of the 95 % interval; n/a where there is none, from one run."""
     return "n/a" if summary.half_width is None else score_text(summary.half_width)
@@ -143,8 +148,7 @@ def _run_lines(board: Board) -> Iterable[str]:
 
 
 def _console_row(board: Board, row: Row) -> dict[str, str]:
-    label = textwrap.fill(row.label.replace(",", ", "), 36, break_on_hyphens=False)
-    texts = {"method": label, "parameters": human(row.parameters)}
+    texts = {"method": folded_label(row.label), "parameters": human(row.parameters)}
     if board.has_ranks:
         texts["rank"] = decimal(row.rank)
     for column in board.columns:
