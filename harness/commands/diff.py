@@ -12,6 +12,7 @@ from tabulate import tabulate
 from harness.errors import InputError
 from harness.record import RecordStore, RunRecord
 
+SECTIONS = ("spec", "environment", "status", "headline", "score", "metrics", "holdout", "parameters", "ranks")  # first
 WIDTH = 40  # signs of a value
 
 
@@ -32,7 +33,9 @@ def command(results: Path, first: str, second: str) -> int:
 def differences(first: RunRecord, second: RunRecord) -> Iterator[tuple[str, str, str]]:
     """(name, first value, second value) of everything that is not equal: spec, environment, result, ranks."""
     parts = [_parts(record) for record in (first, second)]
-    for name in dict.fromkeys([*parts[0], *parts[1]]):
+    sections = list(dict.fromkeys([*SECTIONS, *(name.split(".")[0] for part in parts for name in part)]))
+    names = dict.fromkeys([*parts[0], *parts[1]])
+    for name in sorted(names, key=lambda name: sections.index(name.split(".")[0])):
         values = [part.get(name) for part in parts]
         if values[0] != values[1]:
             yield name, _text(values[0]), _text(values[1])
@@ -40,8 +43,7 @@ def differences(first: RunRecord, second: RunRecord) -> Iterator[tuple[str, str,
 
 def _parts(record: RunRecord) -> dict[str, Any]:
     values = record.model_dump(mode="json", exclude={"run_id", "schema_version", "traceback", "started"})
-    order = ("spec", "environment", "status", "headline", "score", "metrics", "holdout", "parameters", "ranks")
-    return dict(_flat({name: values.pop(name) for name in order} | values))
+    return dict(_flat({name: values.pop(name) for name in SECTIONS} | values))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
