@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST_LISTED = 40  # names of what there is, in one line
+
 
 class InputError(ValueError):
     """A wrong option, file or value. The command line prints it as one line and exits with code 2.
@@ -28,6 +30,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     `kind` is the thing's noun ("method", "parameter of lora").
     """
     names = sorted(known)
+    listed = names if len(names) <= MOST_LISTED else [*names[:MOST_LISTED], f"and {len(names) - MOST_LISTED} more"]
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
-    return InputError(f"unknown {kind} '{name}'.{hint} Available: {', '.join(names) or 'none'}.", mention=name)
+    return InputError(f"unknown {kind} '{name}'.{hint} Available: {', '.join(listed) or 'none'}.", mention=name)

@@ -169,9 +169,6 @@ def _grid(sweep: Sweep, methods: set[str]) -> dict[tuple[str, str], tuple[Any, .
             raise InputError(f"grid '{key}' cannot be read; write method.parameter=value,value", key)
         if method not in methods:
             raise unknown("method in the grid", method, methods)
-        fields = registry.method_class(method).model_fields
-        if parameter not in fields:
-            raise unknown(f"parameter of {method}", parameter, fields)
         if not values:
             raise InputError(f"grid '{key}' has no values; write {key}=value,value", key)
         grid[method, parameter] = values

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from harness.errors import InputError
-from harness.method import Method, ParameterCount
-from harness.plan import Fingerprints, Sweep, method_cells, model_of, task_cells
+from harness.method import FinishedRun, Method, ParameterCount
+from harness.plan import Fingerprints, Sweep, method_cells, model_of, plan, task_cells
 from harness.run import device_of, splits_of
-from harness.spec import Place
+from harness.spec import Place, RunSpec
 from harness.task import Splits, Task
 
 
@@ -41,21 +43,52 @@ def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
     return checked
 
 
-def check_methods(sweep: Sweep, tasks: Sequence[CheckedTask], place: Place) -> dict[tuple[int, int], str]:
-    """Try every method on every task's backbone, on the meta device.
+class CheckedMethod(NamedTuple):
+    """A method as it was resolved for one task's backbone, why it cannot work on it, or None, and what it says."""
 
-    Returns the reason for each (method, task) pair, by position, that is unsupported. Raises InputError for a
-    hyperparameter that cannot be right.
-    """
-    reasons = {}
+    name: str
+    method: Method
+    reason: str | None
+    notes: list[str]
+
+
+def check_methods(
+    sweep: Sweep, tasks: Sequence[CheckedTask], place: Place, finished: FinishedRun
+) -> list[list[CheckedMethod]]:
+    """Resolve every method for every task's backbone, on the meta device, and try it: for each task a list in the order
+    of `method_cells`. Raises InputError for a hyperparameter that cannot be right."""
+    cells = []
     methods = method_cells(sweep)
-    for column, checked in enumerate(tasks):
+    for checked in tasks:
         backbone = checked.task.backbone(checked.model, meta=True, trust_remote_code=place.trust_remote_code)
-        for row, (_, method) in enumerate(methods):
+        column = []
+        for name, given in methods:
+            method = given.resolve(backbone, finished)
             reason = method.unsupported(backbone)
-            if reason is not None:
-                reasons[row, column] = reason
-    return reasons
+            notes = method.notes(backbone, sweep.train, len(checked.splits.train)) if reason is None else []
+            column.append(CheckedMethod(name, method, reason, notes))
+        cells.append(column)
+    return cells
+
+
+def plan_checked(
+    sweep: Sweep, tasks: Sequence[CheckedTask], cells: Sequence[Sequence[CheckedMethod]], place: Place
+) -> list[RunSpec]:
+    """The plan with the methods as `check_methods` resolved them; cells that became the same run are one."""
+    specs = plan(sweep, [task.fingerprints for task in tasks], place)
+    given = [method for _, method in method_cells(sweep)]
+    changed = [
+        None if cell.method == method else cell.method.model_dump(mode="json")
+        for column in cells
+        for cell, method in zip(column, given, strict=True)
+    ]
+    if not any(changed):
+        return specs
+    resolved = (
+        spec if parameters is None else spec.model_copy(update={"method_parameters": parameters})
+        for spec, parameters in zip(specs, itertools.cycle(changed), strict=False)
+    )
+    return list({spec.run_id: spec for spec in resolved}.values())
 
 
 def check_models(tasks: Sequence[CheckedTask], place: Place) -> None:
@@ -66,14 +99,11 @@ def check_models(tasks: Sequence[CheckedTask], place: Place) -> None:
         checked.task.backbone(checked.model, trust_remote_code=place.trust_remote_code)
 
 
-def preview(method: Method, checked: CheckedTask, sweep: Sweep, place: Place) -> tuple[ParameterCount, list[str]]:
-    """The counts at the start of a run, from shapes alone (the backbone is on the meta device), and what the method has
-    to say about it; see `Method.notes`."""
+def preview(method: Method, checked: CheckedTask, sweep: Sweep, place: Place) -> ParameterCount:
+    """The counts at the start of a run, from shapes alone: the backbone is on the meta device."""
     backbone = checked.task.backbone(checked.model, meta=True, trust_remote_code=place.trust_remote_code)
     data = _Undrawn(len(checked.splits.train))
-    notes = method.notes(backbone, sweep.train, data.size)
-    adaptation = method.start(backbone, sweep.train, data, torch.Generator().manual_seed(0))
-    return adaptation.parameter_count(), notes
+    return method.start(backbone, sweep.train, data, torch.Generator().manual_seed(0)).parameter_count()
 
 
 class _Undrawn:

@@ -11,6 +11,8 @@ from pydantic import Field, model_validator
 
 from harness.parameters import Parameters
 
+MOST_ENTRIES = 3  # of a table that a label spells out
+
 
 class TrainSpec(Parameters):
     """The training settings that every method of a comparison shares.
@@ -65,10 +67,12 @@ def label(name: str, parameters: dict[str, Any]) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A parameter's value, as short as it can be without a change."""
+    """A parameter's value as TOML writes it, as short as it can be without a change; of a large table only its size."""
     if isinstance(value, float) and float(f"{value:g}") == value:
         return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    if isinstance(value, dict) and len(value) > MOST_ENTRIES:
+        return f"{{{len(value)} entries}}"
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", "="))
 
 
 class RunSpec(Parameters):

@@ -15,8 +15,8 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 def presets() -> dict[str, Path]:
-    """Preset files by name."""
-    return {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
+    """Preset files by name; one in a folder is "folder/name"."""
+    return {path.relative_to(PRESETS).with_suffix("").as_posix(): path for path in sorted(PRESETS.rglob("*.toml"))}
 
 
 def preset(name: str) -> Path:

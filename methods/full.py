@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Full(Method):
     """Full fine-tuning: every number of the backbone trains."""
 
+    version = 2
     capabilities = ("any layer",)
 
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Head(Method):
     """The task's head alone on a frozen backbone: the floor (0 adapter numbers)."""
 
+    version = 2
     capabilities = ("any layer",)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")

@@ -1,67 +1,308 @@
-"""LoRA (Hu et al., 2022, arXiv 2106.09685), as PEFT implements it."""
+"""LoRA (Hu et al., 2022, arXiv 2106.09685), as PEFT implements it, with ranks of one's own choice."""
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from harness.method import Adaptation, Backbone, Method, TrainData, adamw
+from harness.errors import InputError, unknown
+from harness.method import Adaptation, Backbone, FinishedRun, Method, ParameterCount, TrainData, adamw
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
 
     from harness.spec import TrainSpec
 
 PREFIX = "base_model.model."  # what PEFT puts before the backbone's own names
+ADAPTER = "default"  # PEFT's name for a model's first adapter
+INITS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16")
 
 
 class Lora(Method):
-    """LoRA (Hu et al., 2022): W + (alpha / rank) B A with one rank for every adapted layer; PEFT's."""
+    """LoRA (Hu et al., 2022): W + (alpha / rank) B A with one rank, or a rank for each layer; PEFT's.
 
+    Scaling: every layer's update is scaled by alpha / rank (with rslora alpha / sqrt(rank), Kalajdzievski, 2023),
+    where `rank` is the parameter, whatever the layer's own rank in `rank_pattern` is. So a component counts the same in
+    every layer, as it does where a method removes components from a LoRA of that rank. (PEFT's own rank_pattern divides
+    by the layer's rank instead.)
+
+    Inits: "default" (A uniform, B = 0), "gaussian" (B = 0), "orthogonal" (B A = 0, even ranks), and those that move a
+    part of the frozen weight into the adapter, so that its function stays: "olora" (Bueyuekakyuez, 2024), "pissa" (Meng
+    et al., 2024) and "pissa_niter_N" (its fast SVD with N iterations). An export of the latter three is a LoRA of twice
+    the rank on the backbone as it was.
+
+    Controls: `ranks` and `parameters` are filled in when a run is planned: the run's own parameters are then
+    `rank_pattern` and `rank`.
+    """
+
+    version = 2
     capabilities = ("linear", "conv2d")
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     rank: int = Field(8, ge=1, description="rank of every adapted layer, at most its smaller side")
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    dora: bool = Field(False, description="DoRA (Liu et al., 2024): the norm of each of W's rows is trained on its own")
+    init: str = Field("default", description="default, gaussian, orthogonal, olora, pissa or pissa_niter_N")
+    rank_pattern: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        {}, description="ends of layer names -> their rank, 0 for none; a full name goes before an end"
+    )
+    ranks: str | None = Field(
+        None, description="run_id (in quotes if all digits): take the ranks that this run ended with"
+    )
+    shuffle_ranks: bool = Field(
+        False, description="permute the ranks among layers of the same shape, drawn from the run's seed"
+    )
+    parameters: int | None = Field(
+        None, ge=1, description="adapter numbers: take the rank for all layers that comes nearest"
+    )
     target_modules: tuple[str, ...] | None = Field(None, min_length=1, description="ends of layer names; all if unset")
+
+    @field_validator("init")
+    @classmethod
+    def _known_init(cls, init: str) -> str:
+        if init not in INITS and not re.fullmatch(r"pissa_niter_\d+", init):
+            raise unknown("init", init, INITS)
+        return init
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Lora:
+        if self.parameters is not None:
+            for name in ("ranks", "rank_pattern", "shuffle_ranks", "rank"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"parameters = {self.parameters} sets the rank, and so does {name}: give one")
+        if self.shuffle_ranks and self.ranks is None and not self.rank_pattern:
+            raise ValueError("shuffle_ranks = true has nothing to shuffle: give ranks or rank_pattern")
+        if self.dora and self.changes_backbone:
+            raise ValueError(f"dora = true cannot be combined with init = {self.init}: give one of them")
+        return self
+
+    @property
+    def changes_backbone(self) -> bool:
+        """Whether the init moves a part of the frozen weights into the adapter."""
+        return self.init == "olora" or self.init.startswith("pissa")
+
+    def resolve(self, backbone: Backbone, finished: FinishedRun) -> Lora:
+        """See `Method.resolve`: `parameters` becomes `rank`, `ranks` a `rank_pattern` (whose origin it stays)."""
+        targets = backbone.targets(self.target_modules)
+        if self.parameters is not None and targets:
+            rank = self._nearest_rank(backbone, targets, self.parameters)
+            return self.model_copy(update={"parameters": None, "rank": rank})
+        if self.ranks is None:
+            return self
+        if self.rank_pattern:
+            raise InputError("ranks and rank_pattern are both set; give one of them", "rank_pattern")
+        found, name = finished(self.ranks).ranks, f"run '{self.ranks}'"
+        if not found:
+            raise InputError(f"{name} ended with no ranks: give the run of a method that has a rank", self.ranks)
+        foreign = [layer for layer in found if layer not in backbone.layers]
+        if foreign:
+            raise InputError(
+                f"{len(foreign)} of the {len(found)} layers of {name} are not in this backbone, the first of them "
+                f"'{foreign[0]}': take a run on the same model",
+                self.ranks,
+            )
+        live = {layer: rank for layer, rank in found.items() if rank > 0}
+        return self.model_copy(update={"rank_pattern": dict.fromkeys(targets, 0) | live})
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
         if not backbone.layers:
             return "the backbone has no linear or convolution layer to adapt"
-        backbone.check_rank(self.rank, backbone.targets(self.target_modules))
-        return None
+        ranks = self.layer_ranks(backbone)
+        if not any(ranks.values()):
+            return "every layer has rank 0"
+        for layer, rank in ranks.items():
+            backbone.check_rank(rank, (layer,))
+            if self.init == "orthogonal" and rank % 2:
+                raise InputError(f"init = orthogonal takes even ranks; rank = {rank} of layer '{layer}' is odd", "init")
+        linear_only = None if self.init in ("default", "gaussian") else f"init = {self.init}"
+        return unfit(backbone, [layer for layer, rank in ranks.items() if rank], linear_only)
+
+    def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
+        """See `Method.notes`: what the ranks are where they differ."""
+        if not self.rank_pattern:
+            return []
+        ranks = self.layer_ranks(backbone).values()
+        live = sum(rank > 0 for rank in ranks)
+        return [f"{sum(ranks)} components in {live} of {len(ranks)} layers, each scaled by {self.scale:g}"]
+
+    @property
+    def scale(self) -> float:
+        """What the update B A is multiplied by, in every layer."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def layer_ranks(self, backbone: Backbone) -> dict[str, int]:
+        """The rank of every targeted layer, 0 for one without an adapter; not yet shuffled.
+
+        Raises InputError for a pattern that names no targeted layer, or where `resolve` has still to be called.
+        """
+        if self.parameters is not None or (self.ranks is not None and not self.rank_pattern):
+            raise InputError("ranks and parameters are filled in when a run is planned: call Method.resolve first")
+        ranks = dict.fromkeys(backbone.targets(self.target_modules), self.rank)
+        for end, rank in self.rank_pattern.items():
+            named = [layer for layer in backbone.targets((end,)) if layer in ranks]
+            if not named:
+                raise InputError(f"rank_pattern names '{end}', which target_modules leaves out", end)
+            ranks |= {layer: rank for layer in named if layer == end or layer not in self.rank_pattern}
+        return ranks
 
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """See `Method.start`."""
-        from peft import LoraConfig, get_peft_model
+        ranks = self.layer_ranks(backbone)
+        if self.shuffle_ranks:
+            ranks = shuffled(ranks, backbone, rng)
+        on_meta = next(backbone.module.parameters()).is_meta  # there, shapes alone: PEFT's inits need values
+        init = True if on_meta or self.init == "default" else self.init
+        model = lora_model(backbone, ranks, self.scale, self.dropout, init_lora_weights=init, use_dora=self.dora)
+        optimizer = adamw(model, self.learning_rate, self.weight_decay)
+        return LoraAdaptation(model, optimizer, backbone, tuple(ranks), self.changes_backbone)
 
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=list(backbone.targets(self.target_modules)),
-            modules_to_save=list(backbone.head),
-        )
-        model: Any = get_peft_model(backbone.module, config)
-        return LoraAdaptation(model, adamw(model, self.learning_rate, self.weight_decay), backbone)
+    def _nearest_rank(self, backbone: Backbone, targets: tuple[str, ...], parameters: int) -> int:
+        """The rank whose adapter has nearest to `parameters` numbers, the smaller of two, among those that every layer
+        can have."""
+        shapes = [backbone.shape(layer) for layer in targets]
+        fixed = sum(outputs for outputs, _ in shapes) if self.dora else 0
+        each = sum(map(sum, shapes))
+        return min(range(1, 1 + min(map(min, shapes))), key=lambda rank: abs(fixed + rank * each - parameters))
+
+
+def unfit(backbone: Backbone, layers: list[str], linear_only: str | None = None) -> str | None:
+    """Why PEFT's LoRA does not fit one of the layers, or None. `linear_only`: a setting that knows no convolution."""
+    from torch import nn
+
+    for name in layers:
+        layer = backbone.module.get_submodule(name)
+        if not isinstance(layer, nn.Conv2d):
+            continue
+        if linear_only:
+            return f"{linear_only} is for linear layers, and layer '{name}' is a convolution"
+        if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
+            return f"layer '{name}' is a convolution with groups, dilation or padding that PEFT's LoRA does not follow"
+    return None
+
+
+def shuffled(ranks: dict[str, int], backbone: Backbone, rng: torch.Generator) -> dict[str, int]:
+    """The ranks permuted among the layers whose weights have the same shape."""
+    import torch
+
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for layer in ranks:
+        by_shape.setdefault(tuple(backbone.module.get_parameter(f"{layer}.weight").shape), []).append(layer)
+    drawn: dict[str, int] = {}
+    for layers in by_shape.values():
+        order = torch.randperm(len(layers), generator=rng).tolist()
+        drawn |= {layer: ranks[layers[place]] for layer, place in zip(layers, order, strict=True)}
+    return {layer: drawn[layer] for layer in ranks}
+
+
+def lora_model(backbone: Backbone, ranks: dict[str, int], scale: float, dropout: float, **settings: Any) -> nn.Module:
+    """The backbone as a PEFT LoRA model with these ranks, not all of them 0; every update is multiplied by `scale`.
+
+    settings: further fields of PEFT's LoraConfig.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    live = {name: rank for name, rank in ranks.items() if rank > 0}
+    common = max(live.values())
+    # PEFT reads these keys as regular expressions for the end of a name: this form matches one layer only.
+    own = {f"^{re.escape(name)}": rank for name, rank in live.items() if rank != common}
+    config = LoraConfig(
+        r=common,
+        lora_alpha=scale * common,
+        rank_pattern=own,
+        alpha_pattern={name: scale * rank for name, rank in own.items()},
+        lora_dropout=dropout,
+        target_modules="|".join(map(re.escape, live)),
+        modules_to_save=list(backbone.head),
+        **settings,
+    )
+    model: nn.Module = get_peft_model(backbone.module, config)
+    return model
 
 
 class LoraAdaptation(Adaptation):
-    """A PEFT LoRA model in training."""
+    """A PEFT LoRA model in training.
+
+    targets: the layers that `ranks` tells of; of those without an adapter the rank is 0.
+    changes_backbone: the init took (alpha / rank) B A out of the frozen weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        backbone: Backbone,
+        targets: tuple[str, ...] = (),
+        changes_backbone: bool = False,
+    ) -> None:
+        from peft.tuners.lora import LoraLayer
+
+        self.targets = targets
+        self.layers: dict[str, Any] = {
+            name.removeprefix(PREFIX): layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
+        }
+        # What the init took out of the layers' weights, as `scaled_pairs` gives it.
+        self.taken = {name: (B, A.clone()) for name, (B, A) in self.scaled_pairs().items() if changes_backbone}
+        super().__init__(model, optimizer, backbone)
 
     def ranks(self) -> dict[str, int]:
         """See `Adaptation.ranks`."""
-        return {
-            name.removeprefix(PREFIX).removesuffix(".lora_A"): module["default"].weight.shape[0]
-            for name, module in self.model.named_modules()
-            if name.endswith(".lora_A")
-        }
+        live = {name: layer.lora_A[ADAPTER].weight.shape[0] for name, layer in self.layers.items()}
+        return {name: live.get(name, 0) for name in self.targets or live}
+
+    def parameter_count(self) -> ParameterCount:
+        """See `Adaptation.parameter_count`; what was taken out of the frozen weights is stored as well."""
+        count = super().parameter_count()
+        more = sum(factor.numel() * factor.element_size() for pair in self.taken.values() for factor in pair)
+        return count.model_copy(update={"stored_bytes": count.stored_bytes + more})
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Adaptation.state_dict`. Frozen weights that the init changed are in it: an SVD need not give the same
+        on another machine."""
+        changed = {name: self.layers[name].get_base_layer().weight.detach() for name in self.taken}
+        return super().state_dict() | {"changed": changed, "taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Adaptation.load_state_dict`."""
+        super().load_state_dict(state)
+        for name, pair in self.taken.items():
+            self.layers[name].get_base_layer().weight.data.copy_(state["changed"][name])
+            for own, value in zip(pair, state["taken"][name], strict=True):
+                own.copy_(value)
 
     def export(self, path: Path) -> None:
-        """The adapter and the head as `PeftModel.from_pretrained` reads them."""
-        model: Any = self.model
-        model.save_pretrained(str(path))
+        """The adapter and the head as `PeftModel.from_pretrained` reads them, for the backbone as it was."""
+        if not self.taken:
+            model: Any = self.model
+            model.save_pretrained(str(path))
+            return
+        import torch
+
+        pairs = self.scaled_pairs()
+        for name, (taken_B, taken_A) in self.taken.items():
+            B, A = pairs[name]
+            pairs[name] = torch.cat([B, -taken_B], 1), torch.cat([A, taken_A], 0)
+        self.export_pairs(path, pairs)
+
+    def scaled_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(B, A) of every adapted layer, (outputs, r) and (r, inputs), of a convolution with kernels; B is scaled."""
+        pairs = {}
+        for name, layer in self.layers.items():
+            A, B = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
+            pairs[name] = layer.scaling[ADAPTER] * B, A
+        return pairs
+
+    def export_pairs(self, path: Path, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """A stock LoRA adapter with these updates, and the head; see `write_stock_lora`."""
+        from methods.debora.stock_lora import write_stock_lora
+
+        tuner: Any = self.model.base_model
+        head = {name: tuner.model.get_submodule(f"{name}.modules_to_save.{ADAPTER}") for name in self.head}
+        write_stock_lora(path, pairs, head, tuner.peft_config[ADAPTER].base_model_name_or_path)

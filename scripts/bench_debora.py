@@ -95,7 +95,7 @@ def floor_step() -> Callable[[], Any]:
 def training_step(model: nn.Module, allocate: bool = False) -> Callable[[], Any]:
     """Forward, backward and AdamW over what is trainable."""
     loss = Loss(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LEARNING_RATE)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LEARNING_RATE, fused=True)
     tuner: Any = model.base_model
 
     def step() -> None:
@@ -122,7 +122,8 @@ class DeboraSide:
 
     def __init__(self, pattern: tuple[int, ...] = (RANK,), **settings: Any) -> None:
         model, names = minilm()
-        method = Debora(rank=RANK, T_max=1, n0=10**6, search_fraction=1.0, learning_rate=LEARNING_RATE, **settings)
+        settings = {"hypergradient": "closed_form", "learning_rate": LEARNING_RATE} | settings
+        method = Debora(rank=RANK, T_max=1, n0=10**6, search_fraction=1.0, **settings)
         backbone = Backbone(model, head=(), layers=tuple(names))
         adaptation: Any = method.start(backbone, None, FixedData(), None)  # type: ignore[arg-type]
         self.adaptation: DeboraAdaptation = adaptation

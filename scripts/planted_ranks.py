@@ -42,12 +42,13 @@ COMMON: dict[str, Any] = {
     "search_fraction": 0.8,
     "iterations": 5,
 }
-FREE = {"geometry": "matrix"}
+FREE = {"geometry": "matrix", "tau": 16.0}
 OBLIQUE, STIEFEL = ({"geometry": name, "tau": 6.0} for name in ("oblique", "stiefel"))  # s are singular values there
-DIRECT, BACKTRACKING = {"hypergradient": "direct"}, {"hypergradient": "direct", "step_rule": "backtracking"}
+CLOSED_FORM, DIRECT = {"hypergradient": "closed_form"}, {"hypergradient": "direct"}
+BACKTRACKING = {"hypergradient": "direct", "step_rule": "backtracking"}
 IMPLICIT = {"hypergradient": "implicit"}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "matrix closed_form": FREE,
+    "matrix closed_form": FREE | CLOSED_FORM,
     "matrix direct": FREE | DIRECT,
     "matrix direct backtracking": FREE | BACKTRACKING,
     "matrix implicit": FREE | IMPLICIT,

@@ -18,7 +18,10 @@ def command(name: str | None) -> int:
     if name is None:
         _print_all()
     elif name in registry.registered(registry.METHODS):
-        _print_parameters(name, registry.method_class(name))
+        method = registry.method_class(name)
+        _print_parameters(name, method)
+        for line in method.details():
+            print(line)
     elif name in sweep_file.presets():
         print(sweep_file.preset(name).read_text().strip())
     elif name.partition("/")[0] in registry.registered(registry.TASKS):

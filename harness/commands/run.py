@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness import sweep_file
 from harness.errors import InputError
 from harness.method import Method
-from harness.plan import Sweep, method_cells, parse_value, plan, split_list, task_cells
+from harness.plan import Sweep, method_cells, parse_value, split_list, task_cells
 from harness.spec import Place, RunSpec, TrainSpec, label
 
 if TYPE_CHECKING:
@@ -114,13 +114,12 @@ def _run(sweep: Sweep, place: Place, options: argparse.Namespace) -> int:
     from harness.executors import serial
     from harness.record import RETRIED, RecordStore
 
-    console = Console()
+    console, store = Console(), RecordStore(options.results)
     with console.status("checking data, models and methods"):
         checked = preflight.check_tasks(sweep, place)
-        preflight.check_methods(sweep, checked, place)
+        cells = preflight.check_methods(sweep, checked, place, store.find)
         preflight.check_models(checked, place)
-    specs = plan(sweep, [task.fingerprints for task in checked], place)
-    store = RecordStore(options.results)
+    specs = preflight.plan_checked(sweep, checked, cells, place)
     store.make_ready()
     retried = RETRIED if options.retry_failed else ()
     finished = {record.run_id for record in map(store.read, _ids(specs)) if record and record.status not in retried}
@@ -147,20 +146,20 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     from harness.record import RecordStore
 
     checked = preflight.check_tasks(sweep, place)
-    reasons = preflight.check_methods(sweep, checked, place)
-    specs = plan(sweep, [task.fingerprints for task in checked], place)
     store = RecordStore(results)
+    cells = preflight.check_methods(sweep, checked, place, store.find)
+    specs = preflight.plan_checked(sweep, checked, cells, place)
     finished = sum(store.read(run_id) is not None for run_id in _ids(specs))
-    methods = method_cells(sweep)
     rows, notes = [], []
-    for column, task in enumerate(checked):
-        for row, (name, method) in enumerate(methods):
+    for task, column in zip(checked, cells, strict=True):
+        for name, method, reason, said in column:
             shown = _label(name, method)
             batches = sweep.train.budget(len(task.splits.train))
-            if (row, column) in reasons:
+            if reason is not None:
                 rows.append([shown, task.name, "unsupported", "", "", batches])
+                notes.append(f"{shown} on {task.name}: {reason}")
                 continue
-            count, said = preflight.preview(method, task, sweep, place)
+            count = preflight.preview(method, task, sweep, place)
             rows.append(
                 [shown, task.name, *(f"{n:,}" for n in (count.adapter_initial, count.head, count.total)), batches]
             )
@@ -169,8 +168,6 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4)))
     for note in notes:
         print(note)
-    for row, column in reasons:
-        print(f"{methods[row][0]} on {checked[column].name}: {reasons[row, column]}")
     seeds = ", ".join(map(str, sweep.seeds))
     print(f"{len(specs)} runs (seeds {seeds}), {finished} of them finished. Nothing was trained.")
     return 0

@@ -74,7 +74,7 @@ def counts_are_right(subject: Subject) -> None:
     model = place.model or started.task.default_model
     splits = make_splits(started.task, place.data_root, None)
     checked = CheckedTask(subject.task, started.task, model, splits, Fingerprints("", ""))
-    assert preview(started.method, checked, Sweep(), place)[0] == count
+    assert preview(started.method, checked, Sweep(), place) == count
     started.training.run(lambda training: None)
     count = started.adaptation.parameter_count()
     assert 0 <= count.adapter_final <= count.adapter_peak

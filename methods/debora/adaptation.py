@@ -19,7 +19,8 @@ from methods.debora.layer import DeboraLayer
 from methods.debora.model import DeboraModel
 from methods.debora.optimizer import ManifoldAdamW, keep_optimizer_columns, manifold_adamw
 from methods.debora.stock_lora import lora_pair, write_stock_lora
-from methods.debora.upper_level import ADAPTER, UpperGradient, upper_gradient
+from methods.debora.upper_level import UpperGradient, upper_gradient
+from methods.lora import ADAPTER
 
 if TYPE_CHECKING:
     from methods.debora.method import Debora
@@ -92,7 +93,7 @@ class DeboraAdaptation(Adaptation):
         if self.stream != "lower":
             return history
         possible = len(self.live) > 0 and step.used + reach.least_upper_batches(self.method) <= step.budget
-        if (step.index + 1) % self.method.T_max == 0 and possible:
+        if (step.index + 1) % self.method.lower_updates(step.budget) == 0 and possible:
             history = self._upper_step(step)
         over = step.used >= self.method.search_fraction * step.budget
         if over or self.identified or len(self.live) == 0:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
     from harness.spec import TrainSpec
 
+# A step drops about one component of a simplex, and none comes back: so their number decides how much rank is left,
+# whatever the budget. From rank 8 these leave a mean rank of about 2 (docs/debora.md).
+UPPER_STEPS = 45
+
 
 class Debora(Method):
     """dEBORA (Zangrando et al., 2025): updates in CP form, s and ranks found by Frank-Wolfe on a second data half.
@@ -28,18 +32,22 @@ class Debora(Method):
     each product with second derivatives of `implicit`.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     data_rule: ClassVar[Literal["all", "halves"]] = "halves"
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
 
-    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of the lower level")
+    learning_rate: float = Field(
+        1e-3, gt=0, description="peak learning rate of the lower level; unset: 3e-3 where geometry is not matrix"
+    )
     weight_decay: float = Field(
         1e-3, ge=0, description="AdamW's decoupled weight decay, on unconstrained matrices only"
     )
     geometry: Literal["matrix", "oblique", "stiefel"] = Field(
         "matrix", description="factors' columns: free, of norm 1, or orthonormal (a kernel's small factors: norm 1)"
     )
-    tau: float = Field(16.0, gt=0, description="bound on the sum of s - eps over a simplex")
+    tau: float = Field(
+        16.0, gt=0, description="bound on the sum of s - eps over a simplex; unset: 8 where geometry is not matrix"
+    )
     rank: int = Field(8, ge=1, description="rank of every layer at the start, at most its smaller side")
     eps: float = Field(1e-3, gt=0, description="least value of an entry of s; eps * rank is at most tau")
     budget_scope: Literal["layer", "global"] = Field("layer", description="tau bounds each layer, or the whole network")
@@ -48,14 +56,16 @@ class Debora(Method):
         description="s at the start: tau shared out, or eps everywhere; unset: vertex for stiefel, else interior",
     )
     hypergradient: Literal["closed_form", "direct", "implicit"] = Field(
-        "closed_form", description="Theorem 4.1's, the partial derivative in s alone, or a solve with the Hessian"
+        "direct", description="Theorem 4.1's, the partial derivative in s alone, or a solve with the Hessian"
     )
     paper_coefficient: bool = Field(
         False, description="closed_form with the paper's coefficient 1 for kernels, instead of the exact 1 / (d - 1)"
     )
     damping: float = Field(1e-3, ge=0, description="implicit: added to the Hessian's diagonal, beside weight_decay")
     iterations: int = Field(10, ge=1, description="implicit: most products with the Hessian (MINRES), a batch each")
-    T_max: int = Field(10, ge=1, description="lower-level updates before each upper-level step")
+    T_max: int | None = Field(
+        None, ge=1, description="lower-level updates before each upper-level step; unset: 45 such steps in the search"
+    )
     n0: int | None = Field(
         None,
         ge=0,
@@ -68,11 +78,20 @@ class Debora(Method):
     step_rule: Literal["fixed", "diminishing", "backtracking"] = Field(
         "fixed", description="step n is step_size, step_size * 2 / (n + 2), or the short-step rule from step_size on"
     )
-    step_size: float = Field(0.1, gt=0, le=1, description="see step_rule; 1 goes all the way to a vertex")
+    step_size: float = Field(0.15, gt=0, le=1, description="see step_rule; 1 goes all the way to a vertex")
     rho: float = Field(0.25, gt=0, le=0.5, description="backtracking: share of the first-order decrease to be reached")
     trials: int = Field(4, ge=1, description="backtracking: most trial points of a step, a batch each")
-    search_fraction: float = Field(0.5, gt=0, le=1, description="share of the budget after which s is frozen at latest")
+    search_fraction: float = Field(0.3, gt=0, le=1, description="share of the budget after which s is frozen at latest")
     target_modules: tuple[str, ...] | None = Field(None, min_length=1, description="ends of layer names; all if unset")
+
+    @model_validator(mode="after")
+    def _defaults_of_the_geometry(self) -> Debora:
+        """Columns of norm 1 cannot grow: s alone is an update's size there, and a step turns them less."""
+        if self.geometry != "matrix":
+            for name, value in (("tau", 8.0), ("learning_rate", 3e-3)):
+                if name not in self.model_fields_set:
+                    object.__setattr__(self, name, value)
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Debora:
@@ -102,6 +121,11 @@ class Debora(Method):
     def first_truncation(self) -> int | None:
         """Upper-level steps before the first truncation; None: only when the search ends."""
         return 5 if self.n0 is None and self.start_point == "interior" else self.n0
+
+    def lower_updates(self, budget: int) -> int:
+        """T_max; where it is unset, what gives the search `UPPER_STEPS` steps in a run of `budget` batches."""
+        each = round(self.search_fraction * budget / UPPER_STEPS)  # batches
+        return self.T_max or max(1, each - reach.least_upper_batches(self))
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.method import decay_groups
+from harness.method import can_fuse, decay_groups
 from methods.debora import manifolds
 
 
@@ -70,7 +70,7 @@ def manifold_adamw(
     on_manifold = {id(p) for parameters in by_manifold.values() for p in parameters}
     groups = decay_groups((p for p in model.parameters() if id(p) not in on_manifold), weight_decay)
     groups += [{"params": p, "weight_decay": 0.0, "manifold": manifold} for manifold, p in by_manifold.items()]
-    return ManifoldAdamW(groups, lr=learning_rate)
+    return ManifoldAdamW(groups, lr=learning_rate, fused=can_fuse(groups))
 
 
 def keep_optimizer_columns(optimizer: torch.optim.Optimizer, parameter: Tensor, columns: Tensor) -> None:

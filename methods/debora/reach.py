@@ -17,10 +17,10 @@ def least_upper_batches(method: Debora) -> int:
 
 def upper_steps(method: Debora, budget: int) -> int:
     """Most upper-level steps that a budget in batches leaves time for: of `implicit` and backtracking the shortest."""
-    cost, used, steps = least_upper_batches(method), 0, 0
+    cost, updates, used, steps = least_upper_batches(method), method.lower_updates(budget), 0, 0
     while used < method.search_fraction * budget:
-        used += method.T_max
-        if used + cost > budget or used - method.T_max + 1 > budget:
+        used += updates
+        if used + cost > budget or used - updates + 1 > budget:
             break
         if used - 1 >= method.search_fraction * budget:  # the search ended before the last of these updates
             break

@@ -14,11 +14,10 @@ from harness.method import Indices, Step, TrainData
 from methods.debora import hypergradient, manifolds
 from methods.debora.layer import DeboraLayer
 from methods.debora.optimizer import gradient_of
+from methods.lora import ADAPTER
 
 if TYPE_CHECKING:
     from methods.debora.method import Debora
-
-ADAPTER = "default"  # PEFT's name for a model's first adapter
 
 
 class UpperGradient(NamedTuple):

@@ -8,14 +8,26 @@ from pathlib import Path
 import torch
 
 from harness.contracts.subject import Started, Subject, start
+from harness.plan import split_list
 from methods.debora.adaptation import DeboraAdaptation
 
+# What a test does not set, so that a changed default changes no test.
+BASE = {
+    "learning_rate": 1e-3,
+    "tau": 16,
+    "hypergradient": "closed_form",
+    "T_max": 10,
+    "step_size": 0.1,
+    "search_fraction": 0.5,
+}
 FAST = "rank=4,T_max=2,n0=0,step_size=0.5"  # truncates from the first upper-level steps on
 
 
 def started(settings: str, updates: int = 0, batches: int = 24) -> Started:
     """The method on the synthetic task, after some updates, in evaluation mode so that nothing is random."""
-    run = start(Subject(f"debora[{settings}]", Path(), batches=batches))
+    given = dict(part.split("=", 1) for part in split_list(settings))
+    text = ",".join(f"{name}={value}" for name, value in (BASE | given).items())
+    run = start(Subject(f"debora[{text}]", Path(), batches=batches))
     run.adaptation.model.eval()
     for _ in range(updates):
         run.training.update()

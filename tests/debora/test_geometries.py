@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from harness.contracts.methods import (
     only_the_intended_parameters_train,
     the_same_seed_gives_the_same_record,
 )
-from harness.contracts.subject import Subject
+from harness.contracts.subject import Subject, start
 from harness.errors import Diverged
 from harness.method import Backbone
 from harness.spec import TrainSpec
@@ -214,7 +216,7 @@ def test_a_convolutions_closed_form_has_the_coefficient_that_was_asked_for(paper
     """d = 4: G = -d_s f1 / 3 exactly, and with the paper's coefficient 1 it is d_s f1 - 4 d_s f1."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(3, 6, 3))
-    method = Debora(rank=2, paper_coefficient=paper)
+    method = Debora(rank=2, hypergradient="closed_form", paper_coefficient=paper)
     adaptation = method.start(Backbone(module, (), ("0",)), None, TrainingData(8, 4, 0), None)
     layer = adaptation.layers["0"]
     for factor in layer.factors("default"):
@@ -234,25 +236,40 @@ def test_a_convolutions_closed_form_has_the_coefficient_that_was_asked_for(paper
 
 @pytest.mark.parametrize(
     "settings",
-    [{"T_max": 3}, {"T_max": 7, "search_fraction": 1}, {"T_max": 4, "search_fraction": 0.3}, {"T_max": 40}],
+    [{"T_max": 3}, {"T_max": 7, "search_fraction": 1.0}, {"T_max": 4, "search_fraction": 0.3}, {"T_max": 40}, {}],
     ids=str,
 )
-@pytest.mark.parametrize("batches", [7, 24, 50])
+@pytest.mark.parametrize("batches", [7, 24, 50, 400])
 def test_the_dry_runs_number_of_upper_steps_is_the_runs(settings, batches):
+    method = Debora(rank=2, hypergradient="closed_form", **settings)
     text = ",".join(f"{name}={value}" for name, value in settings.items())
-    run = started(f"rank=2,{text}", batches=batches)
+    run = start(Subject(f"debora[rank=2,hypergradient=closed_form,{text}]", Path(), batches=batches))
     run.training.run(lambda training: None)
-    expected = run.training.data.drawn["upper"]
-    assert reach.upper_steps(Debora(rank=2, **settings), batches) == expected
+    assert reach.upper_steps(method, batches) == run.training.data.drawn["upper"]
+
+
+@pytest.mark.parametrize(("batches", "each"), [(80, 1), (600, 3), (1500, 9), (36000, 239)])
+def test_the_search_has_45_upper_steps_unless_told_otherwise(batches, each):
+    assert Debora().lower_updates(batches) == each
+    assert Debora(T_max=5).lower_updates(batches) == 5
+    assert reach.upper_steps(Debora(), batches) == (12 if batches == 80 else 45)
+
+
+def test_a_manifold_has_defaults_of_its_own():
+    assert (Debora().tau, Debora().learning_rate) == (16.0, 1e-3)
+    assert (Debora(geometry="oblique").tau, Debora(geometry="stiefel").learning_rate) == (8.0, 3e-3)
+    assert (Debora(geometry="oblique", tau=4).tau, Debora.of({"geometry": "oblique"}, "debora").tau) == (4.0, 8.0)
+    targets = Debora.of({"geometry": "oblique", "target_modules": ["query"]}, "debora").target_modules
+    assert targets == ("query",)
 
 
 def test_a_dry_run_says_what_is_reachable():
     backbone = tiny_backbone("meta")
     train = TrainSpec(batches=220)
-    interior = Debora(rank=4, budget_scope="global").notes(backbone, train, 100)
+    interior = Debora(rank=4, budget_scope="global", T_max=10, search_fraction=0.5).notes(backbone, train, 100)
     assert interior[0] == "at most 10 upper-level steps in 110 of 220 batches"
     assert interior[1] == "at least 38 of the 48 components of the one simplex of 12 layers stay"
     vertex = Debora(rank=4, geometry="stiefel").notes(backbone, train, 100)
     assert vertex[1] == "at most 4 of the 4 components of each of 12 simplices can get weight"
-    late = Debora(rank=4, n0=30).notes(backbone, train, 100)
-    assert late[2] == "n0 = 30: nothing is removed before the search ends"
+    late = Debora(rank=4, n0=40).notes(backbone, train, 100)
+    assert late[2] == "n0 = 40: nothing is removed before the search ends"

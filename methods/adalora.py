@@ -1,0 +1,231 @@
+"""AdaLoRA (Zhang et al., ICLR 2023, arXiv 2303.10512), as PEFT implements it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from harness.errors import InputError
+from harness.method import Adaptation, Backbone, Method, Step, TrainData, adamw
+from methods.lora import ADAPTER
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from harness.spec import TrainSpec
+
+SHARE = "below 1 a share of the run's updates, from 1 on that many updates"
+
+
+class AdaLora(Method):
+    """AdaLoRA (Zhang et al., 2023): updates P diag(E) Q, ranks cut by importance down to a common budget; PEFT's.
+
+    Every layer starts with init_rank triplets (a column of P, an entry of E, a row of Q). For tinit updates all of them
+    train. Then, every deltaT updates, the triplets of all layers are ranked by their importance (Section 3.2: smoothed
+    sensitivity times uncertainty), and the E of the least important is set to 0, so that their number falls along a
+    cubic (equation 12) to target_rank times the number of layers. The last tfinal updates train what is left.
+    The update is scaled by alpha / init_rank throughout.
+    """
+
+    capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
+
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    init_rank: int = Field(12, ge=1, description="rank of every layer at the start, at most its smaller side")
+    target_rank: int = Field(8, ge=1, description="mean rank of the layers at the end, below init_rank")
+    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / init_rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    orthogonality: float = Field(
+        0.1, ge=0, description="weight of the mean of ||P^T P - I||_F and ||Q Q^T - I||_F over the layers"
+    )
+    beta1: float = Field(0.85, gt=0, lt=1, description="smoothing of the sensitivity")
+    beta2: float = Field(0.85, gt=0, lt=1, description="smoothing of the uncertainty")
+    tinit: float = Field(0.1, ge=0, description=f"before the ranks begin to fall: {SHARE}")
+    tfinal: float = Field(0.5, ge=0, description=f"after the ranks have fallen: {SHARE}")
+    deltaT: float = Field(1e-3, gt=0, description=f"between two allocations, at least one update: {SHARE}")  # noqa: N815
+    target_modules: tuple[str, ...] | None = Field(None, min_length=1, description="ends of layer names; all if unset")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> AdaLora:
+        if self.init_rank <= self.target_rank:
+            raise ValueError(f"init_rank = {self.init_rank} should be above target_rank = {self.target_rank}")
+        for name in ("tinit", "tfinal", "deltaT"):
+            value = getattr(self, name)
+            if value >= 1 and value != int(value):
+                raise ValueError(
+                    f"{name} = {value:g} should be a share of the updates below 1, or a whole number of them"
+                )
+        return self
+
+    def schedule(self, updates: int) -> tuple[int, int, int]:
+        """(tinit, tfinal, deltaT) in updates, for a run of `updates`. Raises InputError where they do not fit in."""
+        tinit, tfinal, interval = (
+            int(value) if value >= 1 else round(value * updates) for value in (self.tinit, self.tfinal, self.deltaT)
+        )
+        if max(tinit, 1) + tfinal >= updates:  # importance is known after an update
+            raise InputError(
+                f"tinit = {self.tinit:g} and tfinal = {self.tfinal:g} are {tinit} and {tfinal} of {updates} updates: "
+                f"their sum should be below {updates}, and tfinal at most {max(updates - 2, 0)}",
+                "tinit" if self.tinit > self.tfinal else "tfinal",
+            )
+        return tinit, tfinal, max(interval, 1)
+
+    def unsupported(self, backbone: Backbone) -> str | None:
+        """See `Method.unsupported`."""
+        from torch import nn
+
+        targets = backbone.targets(self.target_modules)
+        if not targets:
+            return "the backbone has no linear or convolution layer to adapt"
+        for name in targets:
+            layer = backbone.module.get_submodule(name)
+            if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+                return f"layer '{name}' is a convolution in {layer.groups} groups, which PEFT's AdaLoRA cannot adapt"
+        backbone.check_rank(self.init_rank, targets, "init_rank")
+        return None
+
+    def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
+        """See `Method.notes`: when the ranks fall."""
+        updates = train.budget(num_examples)
+        tinit, tfinal, interval = self.schedule(updates)
+        return [f"ranks fall from update {tinit + 1} to {updates - tfinal} of {updates}, every {interval}"]
+
+    def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
+        """See `Method.start`."""
+        from peft import AdaLoraConfig, get_peft_model
+
+        updates = train.budget(data.size)
+        tinit, tfinal, interval = self.schedule(updates)
+        targets = backbone.targets(self.target_modules)
+        config = AdaLoraConfig(
+            init_r=self.init_rank,
+            target_r=self.target_rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            tinit=tinit,
+            tfinal=tfinal,
+            deltaT=interval,
+            total_step=updates,
+            orth_reg_weight=0.0,  # PEFT would add its penalty to any loss that the model returns, evaluations included
+            target_modules=list(targets),
+            modules_to_save=list(backbone.head) or None,
+        )
+        model: Any = get_peft_model(backbone.module, config)
+        optimizer = adamw(model, self.learning_rate, self.weight_decay)
+        return AdaLoraAdaptation(model, optimizer, backbone, targets, self.orthogonality)
+
+
+class AdaLoraAdaptation(Adaptation):
+    """A PEFT AdaLoRA model in training.
+
+    layers: the adapted layers by their names in the backbone. `lora_A` is Q, (r, inputs); `lora_E` is E, (r, 1);
+    `lora_B` is P, (outputs, r), with r = init_rank throughout: PEFT masks, and never shrinks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        backbone: Backbone,
+        targets: tuple[str, ...],
+        orthogonality: float,
+    ) -> None:
+        tuner: Any = model.base_model
+        self.tuner = tuner
+        self.config = tuner.peft_config[ADAPTER]
+        self.layers: dict[str, Any] = {name: tuner.model.get_submodule(name) for name in targets}
+        self.orthogonality = orthogonality
+        for layer in self.layers.values():
+            layer.ranknum[ADAPTER].requires_grad_(False)  # which PEFT forgets on the meta device
+        super().__init__(model, optimizer, backbone)
+        self._others -= len(self.layers)  # their ranknum, init_rank kept as a parameter, is no part of the model
+
+    def penalty(self) -> Tensor | None:
+        """See `Adaptation.penalty`. Equation 4, averaged over the factors as PEFT does."""
+        import torch
+
+        if self.orthogonality == 0:
+            return None
+        factors = [f for layer in self.layers.values() for f in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER].T)]
+        identity = torch.eye(len(factors[0]), dtype=factors[0].dtype, device=factors[0].device)
+        distances = [torch.linalg.matrix_norm(f @ f.T - identity) for f in factors]
+        return self.orthogonality * torch.stack(distances).mean()
+
+    def after_step(self, step: Step) -> dict[str, Any]:
+        """See `Adaptation.after_step`. After an allocation the history has `rank`, their sum, and `ranks`."""
+        before = self.config.rank_pattern
+        # It is given the updates made, so that the last tfinal of them train what is left.
+        self.tuner.update_and_allocate(step.index + 1)
+        if self.config.rank_pattern is before:
+            return {}
+        ranks = list(self.ranks().values())
+        return {"rank": sum(ranks), "ranks": ranks}
+
+    def ranks(self) -> dict[str, int]:
+        """See `Adaptation.ranks`. From the last allocation, since masked entries revive until the next one."""
+        pattern = {name.partition(".lora_E")[0]: kept for name, kept in (self.config.rank_pattern or {}).items()}
+        return {name: sum(pattern[name]) if pattern else layer.r[ADAPTER] for name, layer in self.layers.items()}
+
+    def adapter_numbers(self) -> int:
+        """Numbers of the triplets that are left: outputs + inputs + 1 each."""
+        sizes = {
+            name: len(layer.lora_B[ADAPTER]) + layer.lora_A[ADAPTER].shape[1] for name, layer in self.layers.items()
+        }
+        return sum(rank * (sizes[name] + 1) for name, rank in self.ranks().items())
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Adaptation.state_dict`."""
+        allocator = self.tuner.rankallocator
+        return super().state_dict() | {
+            "sensitivity": allocator.exp_avg_ipt,
+            "uncertainty": allocator.exp_avg_unc,
+            "rank_pattern": self.config.rank_pattern,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Adaptation.load_state_dict`."""
+        super().load_state_dict(state)
+        parameters = dict(self.tuner.model.named_parameters())
+        allocator = self.tuner.rankallocator
+        for name, smoothed in (("exp_avg_ipt", state["sensitivity"]), ("exp_avg_unc", state["uncertainty"])):
+            setattr(allocator, name, {key: value.to(parameters[key].device) for key, value in smoothed.items()})
+        # PEFT reads no value of it, but starts the averages anew without it.
+        allocator.ipt = dict(allocator.exp_avg_ipt)
+        self.config.rank_pattern = state["rank_pattern"]
+
+    def export(self, path: Path) -> None:
+        """A stock LoRA adapter with the head, at these ranks (PEFT's own form of it warns at a layer without rank).
+
+        Raises ValueError for a dilated convolution, or one that pads with other than zeros, as stock LoRA does neither.
+        """
+        from methods.debora.stock_lora import write_stock_lora
+
+        head = {name: self.tuner.model.get_submodule(f"{name}.modules_to_save.{ADAPTER}") for name in self.head}
+        pairs = {name: _lora_pair(name, layer) for name, layer in self.layers.items()}
+        write_stock_lora(path, pairs, head, self.config.base_model_name_or_path)
+
+
+def _lora_pair(name: str, layer: Any) -> tuple[Tensor, Tensor]:
+    """(B, A) of a LoRA layer with the same update: P diag(E) times the scaling, and Q, without the masked triplets.
+
+    A linear layer's are (outputs, r) and (r, inputs), a convolution's (C_out, r, 1, 1) and (r, C_in, kH, kW).
+    """
+    from torch import nn
+
+    E = layer.lora_E[ADAPTER].detach()
+    kept = E[:, 0] != 0
+    A = layer.lora_A[ADAPTER].detach()[kept]
+    scaling = layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER] + 1e-5)  # PEFT's
+    B = layer.lora_B[ADAPTER].detach()[:, kept] * E[kept, 0] * scaling
+    base = layer.get_base_layer()
+    if not isinstance(base, nn.Conv2d):
+        return B, A
+    if base.padding_mode != "zeros" or base.dilation != (1, 1):
+        raise ValueError(
+            f"'{name}': stock LoRA has neither dilation = {base.dilation} nor padding_mode = '{base.padding_mode}'"
+        )
+    return B[..., None, None], A.reshape(-1, *base.weight.shape[1:])

@@ -1,0 +1,178 @@
+"""A LoRA pruned once, by a simple rule: the control for what a search for ranks is worth."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from harness.errors import InputError
+from harness.method import Adaptation, Backbone, Method, Step, TrainData, adamw
+from methods.lora import ADAPTER, LoraAdaptation, lora_model, unfit
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from harness.spec import TrainSpec
+
+KEEP = 0.3  # about what dEBORA is reported to keep of a rank of 8 on GLUE
+
+
+class PrunedLora(Method):
+    """LoRA at one rank, pruned once over the whole network, at random or by magnitude, and trained on.
+
+    Component i of a layer is the i-th column b of B with the i-th row a of A. When `prune_at` of the budget is used,
+    all but `components` (or `keep`) of them are removed for good, with their optimizer state: "magnitude" keeps the
+    largest (alpha / rank) ||a|| ||b|| of all layers together, "random" draws from the run's seed, each alike.
+
+    A control for dEBORA's matrix geometry, with the same defaults of rank, learning rate, decay, scale at the start
+    (alpha = tau) and length of the search (prune_at = search_fraction). Until the pruning it draws from the half of the
+    rows that dEBORA's lower level sees, then from all; the learning-rate schedule goes on. What differs beside the
+    choice: dEBORA gives a part of its batches to the upper level, moves the scale of each component, and may remove
+    components one after the other.
+    """
+
+    data_rule: ClassVar[Literal["all", "halves"]] = "halves"
+    capabilities = ("linear", "conv2d", "rank-adaptive")
+
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    weight_decay: float = Field(1e-3, ge=0, description="AdamW's decoupled weight decay, on matrices only")
+    rank: int = Field(8, ge=1, description="rank of every adapted layer before the pruning, at most its smaller side")
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank, before and after the pruning")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    selection: Literal["magnitude", "random"] = Field("magnitude", description="which components stay")
+    components: int | None = Field(None, ge=1, description="components that stay, over all layers; or give keep")
+    keep: float | None = Field(None, gt=0, le=1, description=f"share that stays; {KEEP} where neither is given")
+    prune_at: float = Field(0.3, gt=0, lt=1, description="share of the budget after which components are removed")
+    first_rows: Literal["lower", "all"] = Field(
+        "lower", description="rows before the pruning: those of a bilevel method's lower level, or all"
+    )
+    target_modules: tuple[str, ...] | None = Field(None, min_length=1, description="ends of layer names; all if unset")
+
+    @model_validator(mode="after")
+    def _one_target(self) -> PrunedLora:
+        if self.components is not None and self.keep is not None:
+            raise ValueError(f"components = {self.components} and keep = {self.keep:g} are both set; give one of them")
+        return self
+
+    def num_kept(self, num_layers: int) -> int:
+        """Components that stay of the rank * num_layers, at least 1."""
+        share = KEEP if self.keep is None else self.keep
+        return self.components or max(1, round(share * self.rank * num_layers))
+
+    def unsupported(self, backbone: Backbone) -> str | None:
+        """See `Method.unsupported`."""
+        if not backbone.layers:
+            return "the backbone has no linear or convolution layer to adapt"
+        targets = backbone.targets(self.target_modules)
+        backbone.check_rank(self.rank, targets)
+        most = self.rank * len(targets)
+        if self.num_kept(len(targets)) > most:
+            raise InputError(f"components = {self.components} is above the {most} that there are", "components")
+        return unfit(backbone, list(targets))
+
+    def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
+        """See `Method.notes`."""
+        num_layers, budget = len(backbone.targets(self.target_modules)), train.budget(num_examples)
+        kept, update = self.num_kept(num_layers), math.ceil(self.prune_at * budget)
+        return [f"{kept} of {self.rank * num_layers} components are left after batch {update} of {budget}"]
+
+    def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
+        """See `Method.start`."""
+        targets = backbone.targets(self.target_modules)
+        model = lora_model(backbone, dict.fromkeys(targets, self.rank), self.alpha / self.rank, self.dropout)
+        optimizer = adamw(model, self.learning_rate, self.weight_decay)
+        return PrunedLoraAdaptation(self, model, optimizer, backbone, targets, rng)
+
+
+class PrunedLoraAdaptation(LoraAdaptation):
+    """One run: LoRA on the method's `first_rows`, one pruning, LoRA at the ranks that are left.
+
+    drawn: for "random", the components that stay, drawn at the start so that a resumed run has the same.
+    """
+
+    def __init__(
+        self,
+        method: PrunedLora,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        backbone: Backbone,
+        targets: tuple[str, ...],
+        rng: torch.Generator,
+    ) -> None:
+        import torch
+
+        super().__init__(model, optimizer, backbone, targets)
+        self.method = method
+        self.pruned = False
+        self.stream = method.first_rows
+        order = torch.randperm(method.rank * len(targets), generator=rng)
+        self.drawn = order[: method.num_kept(len(targets))]
+
+    def after_step(self, step: Step) -> dict[str, Any]:
+        """See `Adaptation.after_step`. The history of the update that prunes has the `rank` of all layers together."""
+        if self.pruned or step.used < self.method.prune_at * step.budget:
+            return {}
+        kept = self.drawn
+        if self.method.selection == "magnitude":
+            kept = self._magnitudes().argsort(descending=True, stable=True)[: len(self.drawn)].cpu()
+        self._keep(kept)
+        return {"rank": len(kept)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Adaptation.state_dict`."""
+        return super().state_dict() | {"pruned": self.pruned, "ranks": list(self.ranks().values())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Adaptation.load_state_dict`. The layers are cut down to the saved ranks first."""
+        if state["pruned"]:
+            self._cut([list(range(rank)) for rank in state["ranks"]])
+        super().load_state_dict(state)
+
+    def export(self, path: Path) -> None:
+        """A stock LoRA adapter with the head, at these ranks."""
+        self.export_pairs(path, self.scaled_pairs())
+
+    def _magnitudes(self) -> Tensor:
+        """||a|| ||b|| of every component, layer after layer, (layers * rank,). All have the same scale."""
+        import torch
+
+        layers = [self.layers[name] for name in self.targets]
+        rows = torch.cat([layer.lora_A[ADAPTER].weight.detach().flatten(1).norm(dim=1) for layer in layers])
+        columns = torch.cat([layer.lora_B[ADAPTER].weight.detach().flatten(1).norm(dim=0) for layer in layers])
+        return rows * columns
+
+    def _keep(self, kept: Tensor) -> None:
+        """Remove all other components; `kept` are positions among those of all layers in turn."""
+        rank = self.method.rank
+        by_layer: list[list[int]] = [[] for _ in self.targets]
+        for position in sorted(kept.tolist()):
+            by_layer[position // rank].append(position % rank)
+        self._cut(by_layer)
+
+    def _cut(self, kept: list[list[int]]) -> None:
+        """Cut every layer, and its optimizer state, down to these of its components."""
+        import torch
+
+        self.pruned, self.stream = True, "all"
+        for name, components in zip(self.targets, kept, strict=True):
+            layer = self.layers[name]
+            if len(components) < self.method.rank:  # a layer that is whole keeps its memory layout
+                for weight, dim in ((layer.lora_A[ADAPTER].weight, 0), (layer.lora_B[ADAPTER].weight, 1)):
+                    _select(self.optimizer, weight, dim, torch.tensor(components, dtype=torch.int64))
+            if not components:
+                layer.enable_adapters(False)  # its forward is then the base layer's alone
+
+
+def _select(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim: int, kept: Tensor) -> None:
+    """Cut a parameter and its moments down to these rows (dim 0) or columns (dim 1). Its gradient is dropped."""
+    kept = kept.to(parameter.device)
+    state = optimizer.state.get(parameter, {})
+    for key, value in state.items():
+        if value.shape == parameter.shape:
+            state[key] = value.index_select(dim, kept)
+    parameter.grad = None
+    parameter.data = parameter.data.index_select(dim, kept)
