@@ -132,6 +132,7 @@ class _Run:
             spec=self.spec,
             status=status,
             headline=self.task.headline,
+            higher_is_better=self.task.higher_is_better,
             batches=training.used if training else 0,
             updates=training.index if training else 0,
             seconds=Seconds(
@@ -159,9 +160,11 @@ class _Run:
         if self.error is not None:
             return "unsupported"
         backbone.module.to(self.device)
+        task.artifacts(backbone.module, place.model, self.files / "artifacts" / "before")
         adaptation = self._start(method, backbone, splits)
         self._train(adaptation, splits)
         self._evaluate(adaptation, splits)
+        task.artifacts(adaptation.model, place.model, self.files / "artifacts" / "after")
         if place.save_adapter:
             adaptation.export(self.files / "adapter")
         return "done"

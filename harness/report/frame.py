@@ -45,9 +45,10 @@ def to_frame(records: Iterable[RunRecord], defaults: Defaults | None = None) -> 
 
     Columns: run_id, label, column, setting (the three explained above; `setting` is 8 hexadecimal digits),
     setting_text, method, method_version, method_parameters (JSON), task, task_version, task_parameters (JSON),
-    model, model_fingerprint, data_fingerprint, seed, status, headline, score, metrics.*, holdout.*, parameters_initial,
-    parameters_peak, parameters_final, head (numbers), stored_bytes, rank (mean live rank over the layers), batches,
-    updates, seconds_training, seconds_total, peak_bytes, device, started, error. Missing values are None or NaN.
+    model, model_fingerprint, data_fingerprint, seed, status, headline, higher_is_better, score, metrics.*, holdout.*,
+    parameters_initial, parameters_peak, parameters_final, head (numbers), stored_bytes, rank (mean live rank over the
+    layers), batches, updates, seconds_training, seconds_total, peak_bytes, device, started, error. Missing values are
+    None or NaN.
     """
     unique = {record.run_id: record for record in records}
     methods = {run_id: _method(record.spec) for run_id, record in unique.items()}
@@ -93,6 +94,7 @@ def _of_result(record: RunRecord) -> dict[str, Any]:
     return {
         "status": record.status,
         "headline": record.headline,
+        "higher_is_better": record.higher_is_better,
         "score": record.score if record.status == "done" else None,
         "parameters_initial": count and count.adapter_initial,
         "parameters_peak": count and count.adapter_peak,
