@@ -7,7 +7,7 @@ FOLDER/pipeline   a Stable Diffusion pipeline in diffusers' layout (about 0.7M n
 FOLDER/subject    20 threes that it has not seen, all in one pair of colours: "a photo of a sks three"
 FOLDER/class      60 threes that it has not seen, in random colours: "a photo of a three"
 
-The same every time on one machine; under two minutes on one core. Needs the extra `diffusion`.
+The same every time on one machine. Needs the extra `diffusion`.
 """
 
 from __future__ import annotations
