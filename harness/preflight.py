@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from harness import registry
 from harness.data import Data, data_of
 from harness.errors import InputError
 from harness.method import FinishedRun, Method, ParameterCount
-from harness.plan import Fingerprints, Sweep, cell_of, method_cells, model_of, plan, task_cells
+from harness.plan import Fingerprints, Sweep, method_cells, model_of, plan, task_cells
 from harness.run import device_of
 from harness.spec import Place, RunSpec
 from harness.task import Splits, Task
@@ -80,40 +79,16 @@ def check_methods(
 
 def plan_checked(
     sweep: Sweep, tasks: Sequence[CheckedTask], cells: Sequence[Sequence[CheckedMethod]], place: Place
-) -> list[RunSpec]:
-    """The plan with the methods as `check_methods` resolved them; cells that became the same run are one."""
+) -> list[tuple[RunSpec, CheckedMethod]]:
+    """The plan, each run with its method as `check_methods` resolved it; cells that became the same run are one."""
+    planned: dict[str, tuple[RunSpec, CheckedMethod]] = {}
     specs = plan(sweep, [task.fingerprints for task in tasks], place)
-    given = [method for _, method in method_cells(sweep)]
-    changed = [
-        None if cell.method == method else cell.method.model_dump(mode="json")
-        for column in cells
-        for cell, method in zip(column, given, strict=True)
-    ]
-    if not any(changed):
-        return specs
-    resolved = (
-        spec if parameters is None else spec.model_copy(update={"method_parameters": parameters})
-        for spec, parameters in zip(specs, itertools.cycle(changed), strict=False)
-    )
-    return list({spec.run_id: spec for spec in resolved}.values())
-
-
-def supported(
-    specs: Sequence[RunSpec], tasks: Sequence[CheckedTask], cells: Sequence[Sequence[CheckedMethod]]
-) -> list[tuple[Method, RunSpec]]:
-    """Every method that can work on its task, with the first of its runs in the plan."""
-    first: dict[str, RunSpec] = {}
-    for spec in specs:
-        first.setdefault(cell_of(spec), spec)
-    found: dict[str, tuple[Method, RunSpec]] = {}
-    for task, column in zip(tasks, cells, strict=True):
-        for cell in column:
-            parameters = {"method": cell.name, "method_parameters": cell.method.model_dump(mode="json")}
-            of_task = {"task": task.name, "task_parameters": registry.task_parameters(task.task)}
-            key = cell_of(specs[0].model_copy(update=parameters | of_task))
-            if cell.reason is None:
-                found.setdefault(key, (cell.method, first[key]))
-    return list(found.values())
+    given = itertools.cycle([method for _ in tasks for _, method in method_cells(sweep)])
+    for spec, method, cell in zip(specs, given, itertools.cycle(itertools.chain(*cells)), strict=False):
+        if cell.method != method:
+            spec = spec.model_copy(update={"method_parameters": cell.method.model_dump(mode="json")})
+        planned.setdefault(spec.run_id, (spec, cell))
+    return list(planned.values())
 
 
 def check_models(tasks: Sequence[CheckedTask], place: Place) -> None:

@@ -10,7 +10,7 @@ report.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError
 from harness.method import Method
@@ -18,6 +18,9 @@ from harness.parameters import Range, SearchSpace
 from harness.plan import Sweep, cell_of
 from harness.record import RecordStore
 from harness.spec import RunSpec, Search
+
+if TYPE_CHECKING:
+    from harness.preflight import CheckedMethod
 
 SEED = 1_000_000  # of every trial
 GENERATION = 4  # trials of a search that run at a time
@@ -98,14 +101,15 @@ def tune(
             search.tell(specs, store)
 
 
-def searches_of(sweep: Sweep, cells: Sequence[tuple[Method, RunSpec]]) -> list[MethodSearch]:
-    """A search for each method on each task, given with one of its runs.
+def searches_of(sweep: Sweep, planned: Sequence[tuple[RunSpec, CheckedMethod]]) -> list[MethodSearch]:
+    """A search for each method on each task that it supports. `planned`: see `plan_checked`.
 
     Raises InputError where a seed of the report is that of the trials.
     """
     if SEED in sweep.seeds:
         raise InputError(f"--seeds {SEED} is the seed of the trials of --tune: give another", str(SEED))
-    return [MethodSearch(method, template) for method, template in cells]
+    first = [(spec, cell) for spec, cell in planned if spec.seed == sweep.seeds[0]]
+    return [MethodSearch(cell.method, spec) for spec, cell in first if cell.reason is None]
 
 
 def chosen(searches: Sequence[MethodSearch], specs: Sequence[RunSpec]) -> list[RunSpec]:

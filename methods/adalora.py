@@ -202,11 +202,10 @@ class AdaLoraAdaptation(Adaptation):
 
         Raises ValueError for a dilated convolution, or one that pads with other than zeros, as stock LoRA does neither.
         """
-        from methods.debora.stock_lora import write_stock_lora
+        from methods.stock_lora import export_stock_lora
 
-        head = {name: self.tuner.model.get_submodule(f"{name}.modules_to_save.{ADAPTER}") for name in self.head}
         pairs = {name: _lora_pair(name, layer) for name, layer in self.layers.items()}
-        write_stock_lora(path, pairs, head, self.config.base_model_name_or_path)
+        export_stock_lora(path, pairs, self.model, self.head)
 
 
 def _lora_pair(name: str, layer: Any) -> tuple[Tensor, Tensor]:
@@ -216,6 +215,8 @@ def _lora_pair(name: str, layer: Any) -> tuple[Tensor, Tensor]:
     """
     from torch import nn
 
+    from methods.stock_lora import unlike_stock
+
     E = layer.lora_E[ADAPTER].detach()
     kept = E[:, 0] != 0
     A = layer.lora_A[ADAPTER].detach()[kept]
@@ -224,8 +225,7 @@ def _lora_pair(name: str, layer: Any) -> tuple[Tensor, Tensor]:
     base = layer.get_base_layer()
     if not isinstance(base, nn.Conv2d):
         return B, A
-    if base.padding_mode != "zeros" or base.dilation != (1, 1):
-        raise ValueError(
-            f"'{name}': stock LoRA has neither dilation = {base.dilation} nor padding_mode = '{base.padding_mode}'"
-        )
+    reason = unlike_stock(base)
+    if reason is not None:
+        raise ValueError(f"'{name}': {reason}")
     return B[..., None, None], A.reshape(-1, *base.weight.shape[1:])

@@ -285,11 +285,13 @@ class LoraAdaptation(Adaptation):
             return
         import torch
 
+        from methods.stock_lora import export_stock_lora
+
         pairs = self.scaled_pairs()
         for name, (taken_B, taken_A) in self.taken.items():
             B, A = pairs[name]
             pairs[name] = torch.cat([B, -taken_B], 1), torch.cat([A, taken_A], 0)
-        self.export_pairs(path, pairs)
+        export_stock_lora(path, pairs, self.model, self.head)
 
     def scaled_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(B, A) of every adapted layer, (outputs, r) and (r, inputs), of a convolution with kernels; B is scaled."""
@@ -298,11 +300,3 @@ class LoraAdaptation(Adaptation):
             A, B = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
             pairs[name] = layer.scaling[ADAPTER] * B, A
         return pairs
-
-    def export_pairs(self, path: Path, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """A stock LoRA adapter with these updates, and the head; see `write_stock_lora`."""
-        from methods.debora.stock_lora import write_stock_lora
-
-        tuner: Any = self.model.base_model
-        head = {name: tuner.model.get_submodule(f"{name}.modules_to_save.{ADAPTER}") for name in self.head}
-        write_stock_lora(path, pairs, head, tuner.peft_config[ADAPTER].base_model_name_or_path)

@@ -134,7 +134,9 @@ class PrunedLoraAdaptation(LoraAdaptation):
 
     def export(self, path: Path) -> None:
         """A stock LoRA adapter with the head, at these ranks."""
-        self.export_pairs(path, self.scaled_pairs())
+        from methods.stock_lora import export_stock_lora
+
+        export_stock_lora(path, self.scaled_pairs(), self.model, self.head)
 
     def _magnitudes(self) -> Tensor:
         """||a|| ||b|| of every component, layer after layer, (layers * rank,). All have the same scale."""
@@ -157,22 +159,16 @@ class PrunedLoraAdaptation(LoraAdaptation):
         """Cut every layer, and its optimizer state, down to these of its components."""
         import torch
 
+        from methods.debora.optimizer import keep_optimizer_columns
+
         self.pruned, self.stream = True, "all"
         for name, components in zip(self.targets, kept, strict=True):
             layer = self.layers[name]
             if len(components) < self.method.rank:  # a layer that is whole keeps its memory layout
                 for weight, dim in ((layer.lora_A[ADAPTER].weight, 0), (layer.lora_B[ADAPTER].weight, 1)):
-                    _select(self.optimizer, weight, dim, torch.tensor(components, dtype=torch.int64))
+                    own = torch.tensor(components, dtype=torch.int64, device=weight.device)
+                    keep_optimizer_columns(self.optimizer, weight, own, dim)
+                    weight.grad = None
+                    weight.data = weight.data.index_select(dim, own)
             if not components:
                 layer.enable_adapters(False)  # its forward is then the base layer's alone
-
-
-def _select(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, dim: int, kept: Tensor) -> None:
-    """Cut a parameter and its moments down to these rows (dim 0) or columns (dim 1). Its gradient is dropped."""
-    kept = kept.to(parameter.device)
-    state = optimizer.state.get(parameter, {})
-    for key, value in state.items():
-        if value.shape == parameter.shape:
-            state[key] = value.index_select(dim, kept)
-    parameter.grad = None
-    parameter.data = parameter.data.index_select(dim, kept)

@@ -16,6 +16,7 @@ from harness.errors import InputError
 from harness.method import Backbone, in_modules
 from harness.spec import TrainSpec
 from methods.bottleneck import load
+from tests.deberta import base_config
 
 METHODS = ("hadapter", "padapter")
 WIDTH, FFN, HEADS, LAYERS, LABELS = 16, 24, 2, 2, 3
@@ -276,23 +277,8 @@ def test_a_folder_without_an_adapter_is_told(tmp_path: Path):
 @pytest.mark.parametrize(("name", "numbers"), [("hadapter", 1_198_848), ("padapter", 1_189_632)])
 def test_counts_on_deberta_v3_base(name, numbers):
     """At the default bottlenecks, 32 and 64: the counts of the published comparisons' settings."""
-    config = transformers.DebertaV2Config(
-        vocab_size=128_100,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        max_position_embeddings=512,
-        type_vocab_size=0,
-        relative_attention=True,
-        position_buckets=256,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type=["p2c", "c2p"],
-        position_biased_input=False,
-    )
     with torch.device("meta"):
-        backbone = backbone_of(transformers.AutoModelForSequenceClassification.from_config(config))
+        backbone = backbone_of(transformers.AutoModelForSequenceClassification.from_config(base_config()))
     count = start(name, backbone).parameter_count()
     assert count.adapter_initial == count.adapter_peak == count.adapter_final == numbers
     assert count.head == 590_592 + 2 * 768 + 2  # pooler and classifier

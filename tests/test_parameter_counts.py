@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from transformers import DebertaV2Config
 
 from harness import registry
 from harness.contracts import Subject, start
 from harness.contracts.subject import method_of
 from harness.method import in_modules
 from tasks.glue import Glue
+from tests.deberta import base_config
 
 LAYERS, WIDTH, INNER = 12, 768, 3072
 LINEAR = 6 * LAYERS  # query, key, value, attention output, intermediate, output
@@ -22,22 +22,7 @@ BIASES = LAYERS * (4 * WIDTH + INNER + WIDTH + 2 * WIDTH) + 2 * WIDTH  # with tw
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("deberta-v3-base")
-    DebertaV2Config(
-        vocab_size=128_100,
-        hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=12,
-        intermediate_size=INNER,
-        type_vocab_size=0,
-        position_biased_input=False,
-        relative_attention=True,
-        position_buckets=256,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type=["p2c", "c2p"],
-        pooler_hidden_size=WIDTH,
-        layer_norm_eps=1e-7,
-    ).save_pretrained(path)
+    base_config().save_pretrained(path)
     return str(path)
 
 

@@ -9,11 +9,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import sweep_file
+from harness import registry, sweep_file
 from harness.errors import InputError
-from harness.method import Method
-from harness.plan import Sweep, cell_of, method_cells, parse_value, split_list, task_cells
-from harness.spec import Execution, Place, RunSpec, TrainSpec, label
+from harness.plan import Sweep, method_cells, parse_value, split_list, task_cells
+from harness.spec import Execution, Place, RunSpec, TrainSpec
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,8 +126,9 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
         checked = preflight.check_tasks(sweep, place)
         cells = preflight.check_methods(sweep, checked, place, store.find)
         preflight.check_models(checked, place)
-    specs = preflight.plan_checked(sweep, checked, cells, place)
-    searches = tuning.searches_of(sweep, preflight.supported(specs, checked, cells)) if sweep.tune else []
+    planned = preflight.plan_checked(sweep, checked, cells, place)
+    specs = [spec for spec, _ in planned]
+    searches = tuning.searches_of(sweep, planned) if sweep.tune else []
     store.make_ready()
     retried = RETRIED if options.retry_failed else ()
     with contextlib.ExitStack() as stack:
@@ -170,12 +170,13 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     checked = preflight.check_tasks(sweep, place)
     store = RecordStore(results)
     cells = preflight.check_methods(sweep, checked, place, store.find)
-    specs = preflight.plan_checked(sweep, checked, cells, place)
+    planned = preflight.plan_checked(sweep, checked, cells, place)
+    specs = [spec for spec, _ in planned]
     finished = sum(store.read(run_id) is not None for run_id in _ids(specs))
     rows, notes = [], []
     for task, column in zip(checked, cells, strict=True):
         for name, method, reason, said in column:
-            shown = _label(name, method)
+            shown = registry.label_of(name, method.model_dump(mode="json"))
             batches = sweep.train.budget(len(task.splits.train))
             if reason is not None:
                 rows.append([shown, task.name, "unsupported", "", "", batches])
@@ -190,17 +191,10 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4)))
     for note in notes:
         print(note)
-    possible = {cell_of(spec) for _, spec in preflight.supported(specs, checked, cells)}
-    for line in estimate.lines([spec for spec in specs if cell_of(spec) in possible], store, sweep.tune or 0):
+    supported = [spec for spec, cell in planned if cell.reason is None]
+    for line in estimate.lines(supported, store, sweep.tune or 0):
         print(line)
     seeds = ", ".join(map(str, sweep.seeds))
     trials = f" after {sweep.tune} trials for each method and task" if sweep.tune else ""
     print(f"{len(specs)} runs (seeds {seeds}){trials}, {finished} of them finished. Nothing was kept.")
     return 0
-
-
-def _label(name: str, method: Method) -> str:
-    """The method with the parameters that differ from their defaults."""
-    defaults = method.defaults()
-    changed = {key: value for key, value in method.model_dump(mode="json").items() if value != defaults.get(key)}
-    return label(name, changed)

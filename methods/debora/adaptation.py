@@ -18,9 +18,10 @@ from methods.debora.config import DeboraConfig
 from methods.debora.layer import DeboraLayer
 from methods.debora.model import DeboraModel
 from methods.debora.optimizer import ManifoldAdamW, keep_optimizer_columns, manifold_adamw
-from methods.debora.stock_lora import lora_pair, write_stock_lora
+from methods.debora.stock_lora import lora_pair
 from methods.debora.upper_level import UpperGradient, upper_gradient
 from methods.lora import ADAPTER
+from methods.stock_lora import export_stock_lora
 
 if TYPE_CHECKING:
     from methods.debora.method import Debora
@@ -139,10 +140,9 @@ class DeboraAdaptation(Adaptation):
         self.curvature = state["curvature"]
 
     def export(self, path: Path) -> None:
-        """A stock LoRA adapter with the head, at these ranks; see `write_stock_lora`."""
+        """A stock LoRA adapter with the head, at these ranks; see `export_stock_lora`."""
         pairs = {name: lora_pair(layer, ADAPTER) for name, layer in self.layers.items()}
-        head = {name: self.tuner.model.get_submodule(f"{name}.modules_to_save.{ADAPTER}") for name in self.head}
-        write_stock_lora(path, pairs, head, self.tuner.peft_config[ADAPTER].base_model_name_or_path)
+        export_stock_lora(path, pairs, self.model, self.head)
 
     def _upper_step(self, step: Step) -> dict[str, Any]:
         """Algorithm 1, steps 2 to 7, with a stochastic hypergradient (Algorithm 2).

@@ -73,14 +73,15 @@ def manifold_adamw(
     return ManifoldAdamW(groups, lr=learning_rate, fused=can_fuse(groups))
 
 
-def keep_optimizer_columns(optimizer: torch.optim.Optimizer, parameter: Tensor, columns: Tensor) -> None:
-    """Cut a parameter's moments, (n, r) like itself, down to these columns; call it before the parameter is cut."""
+def keep_optimizer_columns(optimizer: torch.optim.Optimizer, parameter: Tensor, columns: Tensor, dim: int = 1) -> None:
+    """Cut a parameter's moments, shaped like itself, down to these indices of dimension `dim`; call it before the
+    parameter is cut."""
     if parameter not in optimizer.state:
         return
     state = optimizer.state[parameter]
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
-            state[key] = value.index_select(1, columns)
+            state[key] = value.index_select(dim, columns)
 
 
 def gradient_of(tensor: Tensor) -> Tensor:

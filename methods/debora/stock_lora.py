@@ -1,19 +1,12 @@
-"""A trained dEBORA adapter as a stock LoRA adapter, which PEFT loads without this project."""
+"""What a trained dEBORA layer is as a LoRA layer."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from pathlib import Path
-
 import torch
-from peft import LoraConfig
-from peft.utils.constants import DUMMY_TARGET_MODULES
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from methods.debora.layer import DeboraLayer
-from methods.lora import PREFIX
+from methods.stock_lora import unlike_stock
 
 
 def lora_pair(layer: DeboraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -23,12 +16,9 @@ def lora_pair(layer: DeboraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     component is one LoRA component, exactly. Raises ValueError for a convolution that PEFT's LoRA would not follow: it
     copies the stride and the padding of the base layer, but neither its dilation nor its padding mode.
     """
-    base = layer.get_base_layer()
-    if isinstance(base, nn.Conv2d) and (base.padding_mode != "zeros" or base.dilation != (1, 1)):
-        raise ValueError(
-            f"stock LoRA has neither dilation = {base.dilation} nor padding_mode = '{base.padding_mode}': "
-            "merge_and_unload and save_pretrained keep this layer's update"
-        )
+    reason = unlike_stock(layer.get_base_layer())
+    if reason is not None:
+        raise ValueError(f"{reason}: merge_and_unload and save_pretrained keep this layer's update")
     s = layer.debora_s[adapter_name]
     named = dict(zip(layer.mode_sizes(), layer.factors(adapter_name), strict=True))
     modes = [named.get(name, s.new_ones(1, len(s))).detach() for name in layer.adapter_layer_names]
@@ -36,38 +26,3 @@ def lora_pair(layer: DeboraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     if len(modes) == 2:
         return B, modes[1].T
     return B[..., None, None], torch.einsum("ir,hr,wr->rihw", *modes[1:])
-
-
-def write_stock_lora(
-    path: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], head: Mapping[str, nn.Module], base_model: str | None
-) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors` into the folder `path`.
-
-    pairs: layer name -> its `lora_pair`; the update is B A. LoRA knows no rank 0, so layers of rank 0 are not among its
-    targets. `head` goes into modules_to_save, by its name.
-    """
-    ranks = {name: A.shape[0] for name, (_, A) in pairs.items() if A.shape[0] > 0}
-    # PEFT reads these keys as regular expressions for the end of a name: this form matches one layer only.
-    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
-    largest = max(ranks.values(), default=1)
-    config = LoraConfig(
-        r=largest,
-        lora_alpha=largest,
-        rank_pattern=patterns,
-        alpha_pattern=dict(patterns),  # alpha = rank: LoRA's scaling alpha / rank is 1 in every layer
-        target_modules="|".join(map(re.escape, ranks)) or DUMMY_TARGET_MODULES,
-        modules_to_save=list(head) or None,
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-    )
-    tensors = {}
-    for name in ranks:
-        tensors[f"{PREFIX}{name}.lora_B.weight"], tensors[f"{PREFIX}{name}.lora_A.weight"] = pairs[name]
-    for name, module in head.items():
-        tensors |= {f"{PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
-    path.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(path))
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        path / "adapter_model.safetensors",
-    )

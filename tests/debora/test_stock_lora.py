@@ -10,7 +10,8 @@ from torch import nn
 from methods.debora.config import DeboraConfig
 from methods.debora.convolution import DeboraConv2d
 from methods.debora.layer import DeboraLayer
-from methods.debora.stock_lora import lora_pair, write_stock_lora
+from methods.debora.stock_lora import lora_pair
+from methods.stock_lora import write_stock_lora
 from tests.debora.test_convolution import adapted, network, outputs
 
 
