@@ -118,6 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("name", nargs="?", help="a method, a task or a preset")
     validation = _command(commands, "validate", "check a sweep file (.toml) or a record (record.json)", _validate)
     validation.add_argument("file", type=Path)
+    submission = _command(commands, "export-glue", "test predictions of finished runs as GLUE's submission", _glue)
+    submission.add_argument("runs", nargs="+", metavar="RUN", help="run ids, one run a task, made with --predict-test")
+    submission.add_argument("--to", type=Path, default=Path("glue.zip"), metavar="FILE", help="default glue.zip")
+    _add_results(submission)
     report = _command(commands, "report", "rebuild tables and pictures from the records", _report)
     _add_results(report)
     report.add_argument("--methods", type=_names, help="only these methods")
@@ -138,7 +142,10 @@ def _add_run(commands: Any) -> None:
         "--methods", type=_names, metavar="A,B", help='methods, parameters in brackets: "debora[tau=8,rank=8],lora"'
     )
     what.add_argument(
-        "--tasks", type=_names, metavar="A,B", help="tasks; a family stands for its members: glue, glue/cola"
+        "--tasks",
+        type=_names,
+        metavar="A,B",
+        help="tasks: glue/cola; a family for its members: glue; own data: text:PATH",
     )
     what.add_argument("--seeds", metavar="N|A,B", help="3 means seeds 0,1,2; 4,7 means these two; 4, means this one")
     what.add_argument(
@@ -156,7 +163,7 @@ def _add_run(commands: Any) -> None:
     )
     _add_fields(run.add_argument_group("training, the same for every method ([train] in TOML)"), TrainSpec)
     place = run.add_argument_group("where and how (no part of a run's identity)")
-    _add_fields(place, Place, leave_out=("model",))
+    _add_fields(place, Place, leave_out=("model", "path"))
     _add_fields(place, Execution)
     _add_results(place)
     place.add_argument(
@@ -216,6 +223,12 @@ def _validate(options: argparse.Namespace) -> int:
     from harness.commands import validate
 
     return validate.command(options.file)
+
+
+def _glue(options: argparse.Namespace) -> int:
+    from harness.commands import submission
+
+    return submission.command("glue", options.runs, options.results, options.to)
 
 
 def _report(options: argparse.Namespace) -> int:

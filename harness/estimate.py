@@ -81,7 +81,7 @@ def _kind(spec: RunSpec) -> Kind:
 
 
 def _batches(spec: RunSpec) -> int:
-    task = registry.make_task(spec.task, spec.task_parameters)
+    task = registry.task_of(spec)
     place = spec.place
     return spec.train.budget(len(data_of(task, place.data_root, spec.limit, place.model).splits.train))
 
@@ -97,7 +97,7 @@ def _timed(spec: RunSpec) -> tuple[float | None, str]:
 def _seconds_a_batch(spec: RunSpec) -> float:
     """Of a few updates of the run, on its device."""
     torch.set_num_threads(spec.threads)
-    task, place, device = registry.make_task(spec.task, spec.task_parameters), spec.place, device_of(spec.place)
+    task, place, device = registry.task_of(spec), spec.place, device_of(spec.place)
     data = data_of(task, place.data_root, spec.limit, place.model)
     method = registry.make_method(spec.method, spec.method_parameters)
     backbone = task.backbone(place.model, trust_remote_code=place.trust_remote_code)

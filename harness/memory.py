@@ -48,3 +48,11 @@ def _give_back() -> None:
 def _resident(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the machine or the device had no memory left."""
+    text = str(error).lower()
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text or "out of memory" in text
+    )

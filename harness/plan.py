@@ -24,7 +24,9 @@ class Sweep(Parameters):
 
     description: str = Field("", description="one line, shown by `list` for a preset")
     methods: tuple[str, ...] = Field((), description='names, with parameters in brackets: "lora[rank=4]"')
-    tasks: tuple[str, ...] = Field((), description='names; a family ("glue") stands for all of its tasks')
+    tasks: tuple[str, ...] = Field(
+        (), description='names; a family ("glue") stands for all of its tasks; own data: "text:PATH"'
+    )
     seeds: tuple[int, ...] = Field((0,), description="every cell is run once per seed")
     grid: dict[str, tuple[Any, ...]] = Field({}, description='"debora.tau" = [4, 8, 16]')
     model: str | None = Field(None, description="model folder or Hub id, for the tasks that take one")
@@ -121,7 +123,7 @@ def task_cells(sweep: Sweep) -> list[tuple[str, Task]]:
         name, parameters = parse_choice(text)
         for member in registry.task_names(name):
             task = registry.make_task(member, parameters)
-            cells[member + task.model_dump_json()] = member, task
+            cells[member + task.model_dump_json()] = registry.task_name(member), task
     if sweep.model and all(task.default_model is None for _, task in cells.values()):
         names = ", ".join(name for name, _ in cells.values())
         raise InputError(f"--model '{sweep.model}' has no use here: {names} brings its own model", sweep.model)
@@ -149,7 +151,7 @@ def plan(sweep: Sweep, fingerprints: Sequence[Fingerprints], place: Place) -> li
             "task_parameters": registry.task_parameters(task),
             "data_fingerprint": found.data,
             "model_fingerprint": found.model,
-            "place": place.model_copy(update={"model": model_of(sweep, task)}),
+            "place": place.model_copy(update={"model": model_of(sweep, task), "path": getattr(task, "path", None)}),
         }
         for (name, task), found in zip(task_cells(sweep), fingerprints, strict=True)
     ]

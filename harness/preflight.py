@@ -96,6 +96,8 @@ def check_models(tasks: Sequence[CheckedTask], place: Place) -> None:
     before the first run. Raises InputError."""
     for checked in tasks:
         checked.data.encoded("holdout")
+        if place.predict_test and not checked.task.test(place.data_root):
+            raise InputError(f"--predict-test: task '{checked.name}' has no unlabelled test split", checked.name)
         checked.task.backbone(checked.model, trust_remote_code=place.trust_remote_code)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -47,6 +48,7 @@ class RunRecord(Parameters):
     batches: int = Field(0, ge=0, description="batches put through forward and backward: the budget's unit")
     updates: int = Field(0, ge=0, description="optimizer steps")
     rows: dict[str, int] = Field({}, description="rows per split, as used")
+    data: dict[str, dict[str, Any]] = Field({}, description="what the task says of each split: see Task.facts")
     seconds: Seconds = Seconds()
     peak_bytes: int | None = Field(None, description="peak memory of the run: resident on a CPU, allocated on a GPU")
     environment: Environment
@@ -128,7 +130,7 @@ class RecordStore:
         replaced. Raises InputError where the disk is full or cannot be written.
         """
         try:
-            (draft / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+            (draft / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _json_rows(history)))
             with (draft / "record.json").open("w") as stream:
                 stream.write(record.model_dump_json(indent=1))
                 stream.flush()
@@ -183,3 +185,14 @@ class RecordStore:
         if not self.runs.is_dir():
             return []
         return sorted(self.runs.iterdir())
+
+
+def _json_rows(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """History rows as JSON allows them: a non-finite number becomes null."""
+
+    def allowed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [allowed(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return [{key: allowed(value) for key, value in row.items()} for row in history]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError, unknown
 from harness.method import Method
 from harness.spec import label
 from harness.task import Task
+
+if TYPE_CHECKING:
+    from harness.spec import RunSpec
 
 METHODS, TASKS = "harness.methods", "harness.tasks"
 
@@ -36,22 +40,31 @@ def method_class(name: str) -> type[Method]:
 
 
 def task_class(name: str) -> type[Task]:
-    """The class behind "family" or "family/member". Raises InputError for an unknown name."""
-    family, slash, member = name.partition("/")
+    """The class behind "family", "family/member" or "family:PATH". Raises InputError for an unknown name."""
+    family, member, path = _parts(name)
     if family not in registered(TASKS):
         raise unknown("task", family, registered(TASKS))
     loaded = _load(TASKS, "task", family)
     if not (isinstance(loaded, type) and issubclass(loaded, Task)):
         raise InputError(f"task '{family}' is {loaded!r}, which is not a subclass of harness.task.Task")
-    if slash and member not in loaded.members:
+    if member is not None and member not in loaded.members:
         raise unknown("task", name, [f"{family}/{known}" for known in loaded.members] or [family])
+    if path is not None and "path" not in loaded.model_fields:
+        raise InputError(f"task '{family}' takes no path: '{name}' is not allowed; write {family}", name)
     return loaded
+
+
+def _parts(name: str) -> tuple[str, str | None, str | None]:
+    """(family, member, path) of a task's name; None for what it does not have."""
+    family, colon, path = name.partition(":")
+    family, slash, member = family.partition("/")
+    return family, member if slash else None, path if colon else None
 
 
 def task_names(name: str) -> list[str]:
     """The tasks that a name stands for: all members of a family, or the name itself."""
     members = task_class(name).members
-    return [name] if "/" in name or not members else [f"{name}/{member}" for member in members]
+    return [name] if _parts(name)[1] is not None or not members else [f"{name}/{member}" for member in members]
 
 
 def make_method(name: str, parameters: dict[str, Any]) -> Method:
@@ -65,17 +78,39 @@ def label_of(name: str, parameters: dict[str, Any]) -> str:
     return label(name, {key: value for key, value in parameters.items() if value != defaults.get(key)})
 
 
-def make_task(name: str, parameters: dict[str, Any]) -> Task:
-    """The task ("family/member" for a member of a family). Raises InputError for a wrong parameter."""
-    member = name.partition("/")[2]
-    if "member" in parameters:
-        raise InputError(f"parameter 'member' of {name} is set by the task's name: write family/member", "member")
-    return task_class(name).of({**parameters, **({"member": member} if member else {})}, owner=name)
+def make_task(name: str, parameters: dict[str, Any], path: str | None = None) -> Task:
+    """The task: "family", "family/member" or "family:PATH"; `path` wins over the one in the name.
+
+    Raises InputError for a wrong parameter.
+    """
+    family, member, given = _parts(name)
+    for key, written in (("member", f"{family}/member"), ("path", f"{family}:PATH")):
+        if key in parameters:
+            raise InputError(f"parameter '{key}' of {family} is set by the task's name: write {written}", key)
+    cls, path = task_class(name), path if path is not None else given
+    if path and Path(path).expanduser().exists():
+        path = str(Path(path).expanduser().absolute())  # workers may be in another folder
+    if "path" in cls.model_fields and not path:
+        raise InputError(f"task '{family}' needs to know your data: write {family}:PATH", name)
+    named = {"member": member, "path": path}
+    return cls.of({**parameters, **{key: value for key, value in named.items() if value}}, owner=name)
+
+
+def task_of(spec: RunSpec) -> Task:
+    """The task of a run. Raises InputError as `make_task` does."""
+    return make_task(spec.task, spec.task_parameters, spec.place.path)
+
+
+def task_name(name: str) -> str:
+    """What records and tables call a task: a path is cut down to the name of its file or folder, so that a run is the
+    same wherever its data are ("text:/data/reviews.csv" -> "text:reviews")."""
+    family, colon, path = name.partition(":")
+    return f"{family}:{Path(path).expanduser().resolve().stem}" if colon else name
 
 
 def task_parameters(task: Task) -> dict[str, Any]:
     """A task's parameters with defaults, as JSON values; `make_task` takes them back."""
-    return task.model_dump(mode="json", exclude={"member"})
+    return task.model_dump(mode="json", exclude={"member", "path"})
 
 
 def _load(group: str, kind: str, name: str) -> object:

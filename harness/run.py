@@ -20,7 +20,7 @@ from harness import checkpoint, registry, running
 from harness.data import Data, data_of
 from harness.environment import environment
 from harness.errors import Diverged, InputError
-from harness.memory import PeakMemory
+from harness.memory import PeakMemory, is_out_of_memory
 from harness.method import Adaptation, Backbone, Method
 from harness.record import RETRIED, RecordStore, RunRecord, Seconds, Status
 from harness.running import Progress
@@ -86,7 +86,7 @@ def failed_record(spec: RunSpec, error: str, trace: str) -> RunRecord:
         run_id=spec.run_id,
         spec=spec,
         status="failed",
-        headline=registry.make_task(spec.task, spec.task_parameters).headline,
+        headline=registry.task_of(spec).headline,
         environment=environment("unknown"),
         started=_now(),
         error=error,
@@ -123,7 +123,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.device = device_of(self.spec.place)
         self.memory = PeakMemory(self.device)
-        self.task = registry.make_task(self.spec.task, self.spec.task_parameters)
+        self.task = registry.task_of(self.spec)
         self.files = self.store.draft(self.spec.run_id)
 
     def outcome(self) -> Status:
@@ -136,7 +136,7 @@ class _Run:
             return "diverged"
         except (MemoryError, RuntimeError) as error:
             self._keep(error)
-            return "out_of_memory" if _is_out_of_memory(error) else "failed"
+            return "out_of_memory" if is_out_of_memory(error) else "failed"
         except Exception as error:
             self._keep(error)
             return "failed"
@@ -144,7 +144,7 @@ class _Run:
     def finish(self, status: Status) -> RunRecord:
         """Write the record with everything that is known, and clean up."""
         record = self._record(status)
-        self.store.write(record, _json_rows(self.training.history if self.training else []), self.files)
+        self.store.write(record, self.training.history if self.training else [], self.files)
         if status not in RETRIED:
             checkpoint.delete(self.store.checkpoints / self.spec.run_id)
         self.training = None
@@ -197,7 +197,9 @@ class _Run:
 
     def _start(self, method: Method, backbone: Backbone, data: Data) -> Adaptation:
         spec, splits = self.spec, data.splits
-        drawn = TrainingData(len(splits.train), spec.train.batch_size, spec.seed)
+        encoded = self._noted("train", data.encoded("train"))
+        lengths = self.task.lengths(encoded) if spec.train.group_by_length else None
+        drawn = TrainingData(len(splits.train), spec.train.batch_size, spec.seed, lengths)
         self.known["rows"] = {"train": len(splits.train), "holdout": len(splits.holdout)} | {
             name: len(examples) for name, examples in splits.evaluation.items()
         }
@@ -205,8 +207,14 @@ class _Run:
         rng = torch.Generator().manual_seed(derived_seed(spec.seed, "method"))
         adaptation = method.start(backbone, spec.train, drawn, rng)
         budget = spec.train.budget(len(splits.train))
-        self.training = Training(adaptation, self.task, data.encoded("train"), drawn, spec.train, self.device, budget)
+        self.training = Training(adaptation, self.task, encoded, drawn, spec.train, self.device, budget)
         return adaptation
+
+    def _noted(self, split: str, encoded: Any) -> Any:
+        """The encoded split; what the task has to say of it goes into the record."""
+        if facts := self.task.facts(encoded):
+            self.known.setdefault("data", {})[split] = facts
+        return encoded
 
     def _train(self, adaptation: Adaptation, data: Data) -> None:
         training, place = self.training, self.spec.place
@@ -240,11 +248,15 @@ class _Run:
         training.run(after_update)
         self.known |= {"ranks": adaptation.ranks(), "parameters": adaptation.parameter_count()}
 
+    def _predictions(self, adaptation: Adaptation, split: str, encoded: Any, references: np.ndarray) -> np.ndarray:
+        encoded = self._noted(split, encoded)
+        return predict(adaptation, self.task, encoded, references, self.spec.train, self.device)
+
     def _holdout(self, adaptation: Adaptation, data: Data) -> dict[str, float]:
         """The holdout's metrics now; the last ones go into the record."""
         started = time.perf_counter()
         references = data.splits.holdout.labels
-        predictions = predict(adaptation, self.task, data.encoded("holdout"), references, self.spec.train, self.device)
+        predictions = self._predictions(adaptation, "holdout", data.encoded("holdout"), references)
         self.known["holdout"] = _finite(self.task.metrics(predictions, references), "the holdout")
         self.evaluation_seconds += time.perf_counter() - started
         return {f"holdout_{name}": value for name, value in self.known["holdout"].items()}
@@ -255,12 +267,15 @@ class _Run:
         metrics: dict[str, float] = {}
         arrays: dict[str, np.ndarray] = {}
         for name, examples in data.splits.evaluation.items():
-            encoded = data.encoded(name)
-            predictions = predict(adaptation, self.task, encoded, examples.labels, self.spec.train, self.device)
+            predictions = self._predictions(adaptation, name, data.encoded(name), examples.labels)
             prefix = f"{name}_" if metrics else ""
             found = _finite(self.task.metrics(predictions, examples.labels), f"split '{name}'")
             metrics |= {f"{prefix}{key}": value for key, value in found.items()}
             arrays |= {f"{name}/predictions": predictions, f"{name}/references": examples.labels}
+        if self.spec.place.predict_test:
+            for name, examples in self.task.test(self.spec.place.data_root).items():
+                encoded = self.task.encode(examples, self.spec.place.model)
+                arrays[f"{name}/predictions"] = self._predictions(adaptation, name, encoded, examples.labels)
         save_file(
             {key: np.ascontiguousarray(value) for key, value in arrays.items()}, self.files / "predictions.safetensors"
         )
@@ -297,21 +312,3 @@ def _finite(metrics: dict[str, float], where: str) -> dict[str, float]:
         if not math.isfinite(value):
             raise Diverged(f"{name} is {value} on {where}")
     return plain
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return (
-        isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text or "out of memory" in text
-    )
-
-
-def _json_rows(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """History rows as JSON allows them: a non-finite number becomes null."""
-
-    def allowed(value: Any) -> Any:
-        if isinstance(value, list):
-            return [allowed(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return [{key: allowed(value) for key, value in row.items()} for row in history]

@@ -28,6 +28,7 @@ class TrainSpec(Parameters):
     schedule: Literal["linear", "constant"] = Field("linear", description="learning-rate decay after the warm-up")
     warmup: float = Field(0.06, ge=0, lt=1, description="share of the budget over which the learning rate rises")
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
+    group_by_length: bool = Field(False, description="put examples of similar length into one batch: less padding")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; parameters stay in fp32")
     holdout_points: int = Field(1, ge=0, description="times the holdout is scored, evenly spaced, the last at the end")
 
@@ -54,10 +55,12 @@ class Place(Parameters):
 
     data_root: str | None = Field(None, description="folder in the Hub's layout, tried before the Hub")
     model: str | None = Field(None, description="model folder or Hub id; its content is in the identity, not its path")
+    path: str | None = Field(None, description="the user's own data, of a task that is called with a path")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     trust_remote_code: bool = Field(False, description="let transformers run code that comes with a Hub model")
     checkpoint_every: int = Field(0, ge=0, description="batches between whole-state checkpoints; 0 writes none")
     save_adapter: bool = Field(False, description="keep the trained adapter and head in the run's folder")
+    predict_test: bool = Field(False, description="keep predictions for unlabelled test splits, for a submission")
 
 
 class Execution(Parameters):
@@ -142,4 +145,6 @@ class RunSpec(Parameters):
     def run_id(self) -> str:
         """16 hexadecimal digits: the SHA-256 of everything above but `place`, and `search` where there is one."""
         identity = self.model_dump(mode="json", exclude={"place"} if self.search else {"place", "search"})
+        if not self.train.group_by_length:  # younger than the first records: at its default their ids stay
+            del identity["train"]["group_by_length"]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

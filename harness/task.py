@@ -38,12 +38,14 @@ class Examples:
     """Rows of one split, as columns of equal length. `labels` holds int64 classes or float64 targets.
 
     `groups` holds a value per row; rows that share one (a movie, a premise) are never parted between the training
-    split and the holdout. None: every row stands alone.
+    split and the holdout. None: every row stands alone. `left_out` names what the source has and the rows lack, since
+    it could not be read.
     """
 
     columns: Mapping[str, Sequence[Any] | np.ndarray]
     labels: np.ndarray
     groups: np.ndarray | None = None
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,7 +58,8 @@ class Examples:
             name: values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
             for name, values in self.columns.items()
         }
-        return Examples(columns, self.labels[rows], None if self.groups is None else self.groups[rows])
+        groups = None if self.groups is None else self.groups[rows]
+        return Examples(columns, self.labels[rows], groups, self.left_out)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Task(Parameters, ABC):
     """A problem: data, backbone, loss and metrics. The first line of a subclass's docstring is what `list` shows.
 
     A task family ("glue") lists its `members`; each is a task of its own ("glue/cola"), and the family's name
-    stands for all of them.
+    stands for all of them. A task on the user's own data has a field `path` and is called with it ("text:PATH").
     """
 
     version: ClassVar[int] = 1  # raise it when the task's data or scores change, so that its runs are made again
@@ -95,6 +98,26 @@ class Task(Parameters, ABC):
         Raises InputError for a missing folder or column, a label out of range or an empty split.
         """
 
+    def test(self, data_root: str | None) -> dict[str, Examples]:
+        """The splits whose labels are kept from the public (their labels here mean nothing), by name; predictions for
+        them go into a benchmark's submission. {} where there are none. Raises InputError as `load` does."""
+        return {}
+
+    @classmethod
+    def submission(cls, predictions: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict[str, str], list[str]]:
+        """The files of the benchmark's official submission, content by name, from predictions by task and test split,
+        and what is to be said of them, a line each.
+
+        Raises InputError where the benchmark has none, or the predictions do not fit it.
+        """
+        raise InputError(f"{cls.__name__} has no official submission")
+
+    @classmethod
+    def average(cls, metrics: Mapping[str, Mapping[str, float]]) -> float | None:
+        """A family's one number, from the metrics of its members by name ("cola"); None where the family has no such
+        number or a member is missing."""
+        return None
+
     def model_fingerprint(self, model: str | None) -> str:
         """Content hash of the pretrained model (weights, configuration, tokenizer); raises InputError where there
         is none. Here: of nothing, for a task that builds its own model."""
@@ -112,6 +135,10 @@ class Task(Parameters, ABC):
     def lengths(self, encoded: Any) -> np.ndarray | None:
         """(rows,) what each row costs, where rows differ: an evaluation then puts similar ones into one batch."""
         return None
+
+    def facts(self, encoded: Any) -> dict[str, Any]:
+        """What a record should say of an encoded split, as JSON values: share of texts cut, images left out."""
+        return {}
 
     @abstractmethod
     def collate(self, encoded: Any, rows: Sequence[int], generator: torch.Generator | None) -> Batch:
@@ -171,11 +198,13 @@ def limited(examples: Examples, limit: int | None) -> Examples:
     return examples.select(np.sort(np.argsort(shares, kind="stable")[:limit]))
 
 
-def holdout_rows(train: Examples) -> tuple[np.ndarray, np.ndarray]:
+def holdout_rows(
+    train: Examples, share: float = HOLDOUT_SHARE, most: int = HOLDOUT_ROWS
+) -> tuple[np.ndarray, np.ndarray]:
     """(rows that stay, holdout rows): min(10 %, 1,000) rows, whole groups only, the same for every method and seed."""
     import numpy as np
 
-    wanted = max(1, min(int(HOLDOUT_SHARE * len(train)), HOLDOUT_ROWS))
+    wanted = max(1, min(int(share * len(train)), most))
     groups = np.arange(len(train)) if train.groups is None else np.unique(train.groups, return_inverse=True)[1]
     order = np.random.default_rng(0).permutation(groups.max() + 1)
     sizes = np.bincount(groups)[order]

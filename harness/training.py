@@ -18,6 +18,7 @@ from harness.method import Adaptation, Indices, Stream
 from harness.spec import TrainSpec
 from harness.task import Batch, Task
 
+SORTED_BATCHES = 50  # batches whose rows are sorted by length together, where batches are grouped by length
 FETCH_EVERY = 10  # updates between fetches of the history from the device: a fetch waits for the device
 
 
@@ -37,13 +38,16 @@ def seed_everything(seed: int) -> None:
 class TrainingData:
     """The training split as endless streams of batches, the same for every method at a seed.
 
-    A stream runs through its rows in one random order after another; a batch may span two of them.
+    A stream runs through its rows in one random order after another; a batch may span two of them. With `lengths`
+    (what each row costs) an order brings rows of similar length together: it is cut into stretches of 50 batches, each
+    is sorted by length and cut into batches, and those come in random order.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int) -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, lengths: np.ndarray | None = None) -> None:
         self.size = size
         self.batch_size = batch_size
         self.seed = seed
+        self.lengths = lengths
         self.drawn: dict[Stream, int] = {"all": 0, "lower": 0, "upper": 0}
         shuffled = np.random.default_rng(derived_seed(seed, "halves")).permutation(size)
         half = size // 2  # of an odd number of rows, one is in neither half
@@ -70,8 +74,24 @@ class TrainingData:
         cached = self._order.get(stream)
         if cached is None or cached[0] != number:
             generator = np.random.default_rng(derived_seed(self.seed, stream, number))
-            cached = self._order[stream] = (number, generator.permutation(self._rows[stream]))
+            order = generator.permutation(self._rows[stream])
+            if self.lengths is not None:
+                order = self._grouped(order, -number * len(order) % self.batch_size, generator)
+            cached = self._order[stream] = (number, order)
         return cached[1]
+
+    def _grouped(self, order: np.ndarray, begun: int, generator: np.random.Generator) -> np.ndarray:
+        """The order with similar lengths together. Its first `begun` rows fill up the last batch of the pass before."""
+        assert self.lengths is not None
+        size, rest = self.batch_size, order[begun:]
+        stretches = np.split(rest, range(SORTED_BATCHES * size, len(rest), SORTED_BATCHES * size))
+        batches = []
+        for rows in stretches:
+            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+            batches += np.split(rows, range(size, len(rows), size))
+        whole = [batch for batch in batches if len(batch) == size]
+        generator.shuffle(whole)
+        return np.concatenate([order[:begun], *whole, *(batch for batch in batches if len(batch) < size)])
 
 
 class Training:

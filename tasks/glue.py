@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -9,6 +10,7 @@ from pydantic import Field, model_validator
 
 from harness.errors import unknown
 from harness.task import Examples
+from tasks import glue_submission
 from tasks.hub import read_split
 from tasks.metrics import scores
 from tasks.text import TextClassification, group_numbers
@@ -29,6 +31,7 @@ class GlueTask:
     classes: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
     evaluation: tuple[str, ...] = ("validation",)
+    test: tuple[str, ...] = ("test",)
 
 
 PAIR = ("sentence1", "sentence2")
@@ -41,17 +44,21 @@ TABLE = {
         ("premise", "hypothesis"),
         ("entailment", "neutral", "contradiction"),
         evaluation=("validation_matched", "validation_mismatched"),
+        test=("test_matched", "test_mismatched"),
     ),
     "qnli": GlueTask(("question", "sentence"), ("entailment", "not_entailment")),
     "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
     "rte": GlueTask(PAIR, ("entailment", "not_entailment")),
 }
+# What the papers' tables print for a task, where it is more than the headline: the average counts their mean.
+PRINTED = {"qqp": ("accuracy", "f1")}
 
 
 class Glue(TextClassification):
     """GLUE's eight single-sentence and sentence-pair tasks; MNLI's score is on its matched set.
 
-    Only the labelled splits are used: the hidden test sets are not on the Hub. The holdout keeps rows together that
+    The test sets' labels are not public: `run --predict-test` keeps predictions for them and `export-glue` makes the
+    submission of them. The holdout keeps rows together that
     share their first text (MNLI's premise, QNLI's question, SST-2's repeated phrases).
     """
 
@@ -86,6 +93,33 @@ class Glue(TextClassification):
 
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
         return self._split("train", data_root), {name: self._split(name, data_root) for name in self.table.evaluation}
+
+    def test(self, data_root: str | None) -> dict[str, Examples]:
+        """The unlabelled test splits, in the order of their `idx`."""
+        import numpy as np
+
+        found = {}
+        for split in self.table.test:
+            rows = read_split(REPOSITORY, self.member, split, [*self.table.columns, "idx"], data_root)
+            labels = np.zeros(len(rows.table), dtype=np.int64 if self.table.classes else np.float64)
+            examples = Examples({name: rows.texts(name) for name in self.table.columns}, labels)
+            found[split] = examples.select(np.argsort(rows.table.column("idx").to_numpy(), kind="stable"))
+        return found
+
+    @classmethod
+    def submission(cls, predictions: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[dict[str, str], list[str]]:
+        """The eleven files that gluebenchmark.com asks for; see `Task.submission`."""
+        classes = {f"glue/{member}": row.classes for member, row in TABLE.items()}
+        return glue_submission.files(predictions, classes)
+
+    @classmethod
+    def average(cls, metrics: Mapping[str, Mapping[str, float]]) -> float | None:
+        """The mean over the eight tasks of what the papers' tables print: the headline metric (MNLI's on its matched
+        set), for QQP the mean of accuracy and F1. None unless all eight are there."""
+        if not set(TABLE) <= set(metrics):
+            return None
+        printed = {member: PRINTED.get(member, row.metrics[:1]) for member, row in TABLE.items()}
+        return sum(sum(metrics[member][name] for name in names) / len(names) for member, names in printed.items()) / 8
 
     def _split(self, split: str, data_root: str | None) -> Examples:
         rows = read_split(REPOSITORY, self.member, split, [*self.table.columns, "label"], data_root)

@@ -8,6 +8,7 @@ copy is written to a cache.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import InputError
+from tasks.cache import cached
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +39,7 @@ class Rows:
         kind = self.table.schema.field(column).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise InputError(f"{self.source}: column '{column}' holds {kind}; it should hold text")
-        return self._filled(column).to_pylist()
+        return self.filled(column).to_pylist()
 
     def classes(self, column: str, names: Sequence[str]) -> np.ndarray:
         """A column of class numbers, int64, 0 to len(names) - 1. Raises InputError for any other value."""
@@ -48,7 +50,7 @@ class Rows:
         kind = self.table.schema.field(column).type
         if not pa.types.is_integer(kind):
             raise InputError(f"{self.source}: column '{column}' holds {kind}; it should hold integers: {allowed}")
-        labels = self._filled(column).to_numpy().astype(np.int64)
+        labels = self.filled(column).to_numpy().astype(np.int64)
         self._check(column, labels, (labels < 0) | (labels >= len(names)), allowed)
         return labels
 
@@ -61,7 +63,7 @@ class Rows:
         kind = self.table.schema.field(column).type
         if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
             raise InputError(f"{self.source}: column '{column}' holds {kind}; it should hold numbers: {allowed}")
-        values = self._filled(column).to_numpy().astype(np.float64)
+        values = self.filled(column).to_numpy().astype(np.float64)
         self._check(column, values, ~((values >= low) & (values <= high)), allowed)
         return values
 
@@ -72,11 +74,18 @@ class Rows:
         """
         import numpy as np
 
-        images = np.empty((len(self.table), size, size, 3), dtype=np.uint8)
-        for row, cell in enumerate(self._filled(column).to_pylist()):
-            encoded = cell.get("bytes") if isinstance(cell, dict) else None
-            images[row] = self._decoded(encoded, size, f"row {row} of column '{column}'")
-        return images
+        cells = [cell.get("bytes") if isinstance(cell, dict) else None for cell in self.filled(column).to_pylist()]
+
+        def decode() -> dict[str, np.ndarray]:
+            images = np.empty((len(cells), size, size, 3), dtype=np.uint8)
+            for row, encoded in enumerate(cells):
+                images[row] = self._decoded(encoded, size, f"row {row} of column '{column}'")
+            return {"images": images}
+
+        digest = hashlib.sha256()
+        for encoded in cells:
+            digest.update(hashlib.sha256(encoded or b"").digest())
+        return cached("images", (digest.hexdigest(), size), ("pillow",), decode)["images"]
 
     def _decoded(self, encoded: bytes | None, size: int, where: str) -> np.ndarray:
         import io
@@ -94,7 +103,7 @@ class Rows:
             raise InputError(f"{self.source}: {where} is {image.width}x{image.height}; it should be {size}x{size}")
         return np.asarray(image)
 
-    def _filled(self, column: str) -> pa.ChunkedArray:
+    def filled(self, column: str) -> pa.ChunkedArray:
         cells = self.table.column(column)
         if cells.null_count:
             raise InputError(f"{self.source}: column '{column}' has {cells.null_count} empty cells; it may have none")
@@ -120,7 +129,7 @@ def read_split(dataset: str, config: str, split: str, columns: Sequence[str], da
     if not files:
         return _from_hub(dataset, config, split, columns, data_root)
     source = f"{dataset} {config} {split} in '{files[0].parent}'"
-    return Rows(_read_parquet(files, columns, source), source)
+    return Rows(read_parquet(files, columns, source), source)
 
 
 def checked_root(data_root: str) -> Path:
@@ -160,7 +169,7 @@ def _check_shards(files: list[Path]) -> None:
         )
 
 
-def _read_parquet(files: list[Path], columns: Sequence[str], source: str) -> pa.Table:
+def read_parquet(files: list[Path], columns: Sequence[str], source: str) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -168,7 +177,7 @@ def _read_parquet(files: list[Path], columns: Sequence[str], source: str) -> pa.
     for path in files:
         try:
             file = pq.ParquetFile(path)
-            _check_columns(columns, file.schema_arrow.names, f"{source} ({path.name})")
+            check_columns(columns, file.schema_arrow.names, f"{source} ({path.name})")
             tables.append(file.read(columns=list(columns)).replace_schema_metadata(None))
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
@@ -176,7 +185,7 @@ def _read_parquet(files: list[Path], columns: Sequence[str], source: str) -> pa.
     return pa.concat_tables(tables)
 
 
-def _check_columns(wanted: Sequence[str], present: Sequence[str], source: str) -> None:
+def check_columns(wanted: Sequence[str], present: Sequence[str], source: str) -> None:
     for column in wanted:
         if column not in present:
             nearest = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
@@ -196,7 +205,7 @@ def _from_hub(dataset: str, config: str, split: str, columns: Sequence[str], dat
     except ValueError as error:  # an unknown configuration or split
         raise InputError(f"dataset '{dataset}' on the Hub: {str(error).splitlines()[0]}") from None
     source = f"{dataset} {config} {split} on the Hub"
-    _check_columns(columns, rows.column_names, source)
+    check_columns(columns, rows.column_names, source)
     return Rows(rows.select_columns(list(columns)).with_format("arrow")[:], source)
 
 

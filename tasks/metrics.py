@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 def scores(names: Sequence[str], predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
     """The metrics `names` of predictions against references, both (rows,).
 
-    accuracy; f1 (of class 1; 0 where class 1 is neither predicted nor there); matthews_correlation; pearson;
-    spearmanr. A correlation with something constant is not defined and counts as 0.
+    accuracy; f1 (of class 1; 0 where class 1 is neither predicted nor there); macro_f1 (mean of every class's f1);
+    matthews_correlation; pearson; spearmanr; r2 (1 - squared error over variance). A correlation with something
+    constant is not defined and counts as 0; so does r2 where the references are constant and not met.
 
     Raises InputError for an unknown name, ValueError for unequal lengths, Diverged for predictions that are not
     finite.
@@ -51,7 +52,7 @@ def _metric_class() -> Callable[..., Any]:
         def _info(self) -> evaluate.MetricInfo:
             column = datasets.Value(self.config_name)
             return evaluate.MetricInfo(
-                description="Accuracy, F1, Matthews, Pearson and Spearman correlation.",
+                description="Accuracy, F1, R2, Matthews, Pearson and Spearman correlation.",
                 citation="",
                 inputs_description="predictions, references: classes or values; names: the metrics wanted.",
                 features=datasets.Features({"predictions": column, "references": column}),
@@ -74,6 +75,18 @@ def _f1(predicted: np.ndarray, actual: np.ndarray) -> float:
     from sklearn.metrics import f1_score
 
     return f1_score(actual, predicted, zero_division=0)
+
+
+def _macro_f1(predicted: np.ndarray, actual: np.ndarray) -> float:
+    from sklearn.metrics import f1_score
+
+    return f1_score(actual, predicted, average="macro", zero_division=0)
+
+
+def _r2(predicted: np.ndarray, actual: np.ndarray) -> float:
+    from sklearn.metrics import r2_score
+
+    return r2_score(actual, predicted) if len(actual) > 1 else 0.0
 
 
 def _matthews(predicted: np.ndarray, actual: np.ndarray) -> float:
@@ -105,7 +118,9 @@ def _either_constant(predicted: np.ndarray, actual: np.ndarray) -> bool:
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": _accuracy,
     "f1": _f1,
+    "macro_f1": _macro_f1,
     "matthews_correlation": _matthews,
     "pearson": _pearson,
     "spearmanr": _spearman,
+    "r2": _r2,
 }

@@ -64,9 +64,10 @@ def fingerprint(model: str) -> str:
 
 
 def load_backbone(
-    model: str, auto_class: str, num_labels: int, *, meta: bool = False, trust_remote_code: bool = False
+    model: str, auto_class: str, num_labels: int | None, *, meta: bool = False, trust_remote_code: bool = False
 ) -> Backbone:
-    """The model with a head for `num_labels`, in float32, built by transformers' class `auto_class`.
+    """The model with a head for `num_labels` (None: as it is, no new head), in float32, built by transformers' class
+    `auto_class`.
 
     Numbers that the checkpoint does not have (or has in another shape) are drawn from torch's global generator. A
     checkpoint's own head of the right shape is kept. `meta`: shapes only; no weights are read.
@@ -82,9 +83,8 @@ def load_backbone(
     builder = getattr(transformers, auto_class)
     missing: Iterable[str] = ()
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, num_labels=num_labels, trust_remote_code=trust_remote_code
-        )
+        new = {} if num_labels is None else {"num_labels": num_labels}
+        config = transformers.AutoConfig.from_pretrained(folder, **new, trust_remote_code=trust_remote_code)
         if meta:
             with torch.device("meta"):
                 module = builder.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -95,13 +95,15 @@ def load_backbone(
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"model '{model}' cannot be loaded as {auto_class}: {reason}", model) from None
-    backbone = Backbone(module, *_head_and_layers(module, model))
+    head, layers = _head_and_layers(module, model)
+    backbone = Backbone(module, head if num_labels is not None else (), layers)
     _check_complete(model, missing, backbone.head)
     return backbone
 
 
-def load_tokenizer(model: str) -> Any:
-    """The model's tokenizer. Raises InputError where the folder has none that can be read."""
+def load_tokenizer(model: str, *, pads: bool = True) -> Any:
+    """The model's tokenizer. Raises InputError where the folder has none that can be read, or, if it `pads`, where it
+    has no padding token."""
     from transformers import AutoTokenizer
 
     quieten()
@@ -116,7 +118,7 @@ def load_tokenizer(model: str) -> Any:
         raise InputError(f"the tokenizer of model '{model}' cannot be loaded{lacks}: {reason}", model) from None
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers makes one up without its files
         raise InputError(f"model '{model}' has no tokenizer files (tokenizer.json, vocab.txt or the like)", model)
-    if tokenizer.pad_token_id is None:
+    if pads and tokenizer.pad_token_id is None:
         raise InputError(f"the tokenizer of model '{model}' has no padding token; batches need one", model)
     return tokenizer
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from harness.errors import InputError
-from harness.task import Batch, Classification, Examples
+from harness.task import Batch, Classification, Examples, fingerprint_of
 from tasks import pretrained
+from tasks.cache import cached
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,11 +30,13 @@ class EncodedTexts:
 
     tokens: per model input ("input_ids", "token_type_ids") one int32 array of all rows' values in turn.
     starts: (rows + 1) positions in those arrays: row i is starts[i] to starts[i + 1].
+    cut: (rows,) whether the row was longer and lost tokens.
     """
 
     tokens: dict[str, np.ndarray]
     padding: dict[str, int]
     starts: np.ndarray
+    cut: np.ndarray
     labels: np.ndarray
 
 
@@ -72,14 +75,28 @@ class TextClassification(Classification):
         return backbone
 
     def encode(self, examples: Examples, model: str | None) -> EncodedTexts:
-        """Token ids of every row, cut to `max_length`."""
-        return tokenized(examples, self._model(model), self.max_length)
+        """Token ids of every row, cut to `max_length`; kept on disk, so that all runs share them."""
+        name = self._model(model)
+        found = cached(
+            "texts",
+            (pretrained.fingerprint(name), self.max_length, fingerprint_of(texts=examples)),
+            ("transformers", "tokenizers"),
+            lambda: tokenized(examples, name, self.max_length),
+        )
+        inputs = [key.partition("/")[2] for key in found if key.startswith("tokens/")]
+        tokens = {name: found[f"tokens/{name}"] for name in inputs}
+        padding = {name: int(found[f"padding/{name}"][0]) for name in inputs}
+        return EncodedTexts(tokens, padding, found["starts"], found["cut"], examples.labels)
 
     def lengths(self, encoded: EncodedTexts) -> np.ndarray:
         """(rows,) number of tokens."""
         import numpy as np
 
         return np.diff(encoded.starts)
+
+    def facts(self, encoded: EncodedTexts) -> dict[str, Any]:
+        """The share of rows that were cut to `max_length`."""
+        return {"truncated_share": round(float(encoded.cut.mean()), 6)}
 
     def collate(self, encoded: EncodedTexts, rows: Sequence[int], generator: torch.Generator | None) -> Batch:
         """Inputs (rows, longest row), padded on the right; labels int64 classes or float32 targets."""
@@ -121,23 +138,40 @@ class TextClassification(Classification):
         return name
 
 
-def tokenized(examples: Examples, model: str, max_length: int) -> EncodedTexts:
-    """Token ids of every row, cut to `max_length` tokens (the longer text of a pair first)."""
+def tokenized(examples: Examples, model: str, max_length: int) -> dict[str, np.ndarray]:
+    """The arrays of `EncodedTexts` but for the labels: "tokens/<input>", "padding/<input>", "starts" and "cut".
+
+    A pair that is too long loses tokens of its longer text first.
+    """
     import numpy as np
 
     tokenizer = pretrained.load_tokenizer(model)
     texts = list(examples.columns.values())
     parts: dict[str, list[np.ndarray]] = {}
     lengths: list[int] = []
+    cut: list[bool] = []
     for first in range(0, len(examples), TOKENIZED_AT_ONCE):
         some = [list(column[first : first + TOKENIZED_AT_ONCE]) for column in texts]
-        encoding = tokenizer(*some, truncation=True, max_length=max_length, return_attention_mask=False)
+        encoding = tokenizer(*some, truncation="longest_first", max_length=max_length, return_attention_mask=False)
+        cut.extend(_cut(tokenizer, some, encoding, max_length))
         lengths.extend(map(len, encoding["input_ids"]))
         for name, rows in encoding.items():
             parts.setdefault(name, []).append(np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]))
     padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-    tokens = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    return EncodedTexts(tokens, padding, np.concatenate([[0], np.cumsum(lengths)]), examples.labels)
+    return {
+        **{f"tokens/{name}": np.concatenate(arrays) for name, arrays in parts.items()},
+        **{f"padding/{name}": np.array([padding[name]], dtype=np.int32) for name in parts},
+        "starts": np.concatenate([[0], np.cumsum(lengths)]),
+        "cut": np.array(cut),
+    }
+
+
+def _cut(tokenizer: Any, texts: list[list[str]], encoding: Any, max_length: int) -> list[bool]:
+    """Of every row, whether tokens were cut off."""
+    if encoding.encodings is not None:
+        return [bool(row.overflowing) for row in encoding.encodings]
+    whole = tokenizer(*texts, return_attention_mask=False)["input_ids"]  # a tokenizer in Python does not tell
+    return [len(row) > max_length for row in whole]
 
 
 def num_positions(module: nn.Module) -> int | None:

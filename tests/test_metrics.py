@@ -101,8 +101,8 @@ def test_single_precision_predictions_are_not_rounded_further():
 
 
 def test_wrong_arguments():
-    with pytest.raises(InputError, match=r"unknown metric 'f2'\. Did you mean 'f1'"):
-        scores(("f2",), np.zeros(2), np.zeros(2))
+    with pytest.raises(InputError, match=r"unknown metric 'acuracy'\. Did you mean 'accuracy'"):
+        scores(("acuracy",), np.zeros(2), np.zeros(2))
     with pytest.raises(ValueError, match="shape"):
         scores(("accuracy",), np.zeros(2), np.zeros(3))
     with pytest.raises(Diverged, match="1 predictions are not finite"):

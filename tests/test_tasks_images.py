@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from harness.task import make_splits
-from tasks.cifar10 import Cifar10, cropped_and_flipped
+from tasks.cifar10 import Cifar10
 from tasks.digits import Digits
+from tasks.images import cropped_and_flipped
 from tests import tiny
 
 
@@ -24,7 +25,7 @@ def test_cifar10_images(place):
     plain = Cifar10(image_size=64, augment=False)
     splits = make_splits(plain, str(place / "data"), None)
     encoded = plain.encode(splits.train, model)
-    assert encoded.images.dtype == torch.uint8
+    assert encoded.images.dtype == np.uint8
     batch = plain.collate(encoded, (0, 1), torch.Generator().manual_seed(0))
     assert batch.inputs["pixel_values"].shape == (2, 3, 64, 64)
     small = Cifar10(image_size=32, augment=False).collate(encoded, (0,), None).inputs["pixel_values"][0]

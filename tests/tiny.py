@@ -164,3 +164,28 @@ def write_parquet(path: Path, rows: dict[str, list[Any]], *, hub_features: bool 
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
+
+
+def write_llama(folder: Path, *, seed: int = 0) -> Path:
+    """A Llama of 2 layers x 32 with random weights, the tokenizer of `write_bert` with an end token."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    write_tokenizer(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"eos_token": "[SEP]", "model_input_names": ["input_ids", "attention_mask"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(SPECIAL + FILLERS + SIGNS + MARKS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=SPECIAL.index("[SEP]"),
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

@@ -63,7 +63,7 @@ def sweep_of(options: argparse.Namespace) -> Sweep:
 
 def place_of(options: argparse.Namespace) -> Place:
     """Where and how: options over the environment. Raises InputError."""
-    given = {name: getattr(options, name) for name in Place.model_fields if name != "model"}
+    given = {name: getattr(options, name) for name in Place.model_fields if name not in ("model", "path")}
     given["checkpoint_every"] = _parsed(given["checkpoint_every"])
     given["data_root"] = given["data_root"] or os.environ.get(DATA_ROOT)
     return Place.of({name: value for name, value in given.items() if value is not None}, "--")

@@ -150,7 +150,7 @@ class _Session:
         """Put the encoded data of the run's task into the object store, once."""
         from harness import data, registry
 
-        task = registry.make_task(spec.task, spec.task_parameters)
+        task = registry.task_of(spec)
         key = data.key_of(task, absolute.place.data_root, spec.limit, absolute.place.model)
         if key not in self.shared:
             whole = data.data_of(task, spec.place.data_root, spec.limit, spec.place.model)

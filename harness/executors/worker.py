@@ -55,7 +55,7 @@ class Worker(tune.Trainable):
 
         with contextlib.suppress(Exception):
             registry.method_class(self.spec.method)
-            task = registry.make_task(self.spec.task, self.spec.task_parameters)
+            task = registry.task_of(self.spec)
             task.backbone(self.spec.place.model, meta=True, trust_remote_code=self.spec.place.trust_remote_code)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -79,7 +79,7 @@ class Worker(tune.Trainable):
     def _take_data(self) -> None:
         """The task's data from the object store, where this process does not have it."""
         place = self.spec.place
-        task = registry.make_task(self.spec.task, self.spec.task_parameters)
+        task = registry.task_of(self.spec)
         key = data.key_of(task, place.data_root, self.spec.limit, place.model)
         if key in self.shared and not data.is_kept(key):
             data.keep(key, ray.get(self.shared[key]))

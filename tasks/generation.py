@@ -1,0 +1,249 @@
+"""A causal language model that learns to answer prompts: instructions, summaries, your own pairs of texts."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from harness.errors import Diverged, InputError
+from harness.task import Batch, Examples, Task, fingerprint_of
+from tasks import own, pretrained
+from tasks.cache import cached
+from tasks.hub import Rows, read_split
+from tasks.pairs import PROMPT, EncodedPairs, padded, tokenized
+from tasks.rouge import rouge
+from tasks.text import group_numbers
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor, nn
+
+    from harness.method import Backbone
+
+IGNORED = -100  # label of a token that has no loss
+BYTES_PER_TOKEN = 8  # of a generated text that are kept: more than text has on average
+LARGEST_LOG = 80.0  # perplexities above e^80 are given as that
+
+
+class Generation(Task):
+    """Prompts and responses for a causal language model, called as generation:PATH (or a Hub dataset's id).
+
+    The loss is on the response alone (its tokens and the end token): the mean over its tokens, then over examples.
+    In an evaluation the response is generated greedily and compared with the true one: exact_match, rouge1 and
+    rougeL; perplexity is that of the true responses. PATH is a table (JSONL, parquet, CSV) or a folder with train and
+    test or validation; of a single table a fifth is the evaluation. Equal prompts stay together. The model gets no new
+    head.
+    """
+
+    default_model: ClassVar[str | None] = "HuggingFaceTB/SmolLM2-135M"
+    capabilities: ClassVar[tuple[str, ...]] = ("text", "generation", "own data")
+
+    path: str = Field("", description="set by the task's name, generation:PATH")
+    prompt: str = Field("prompt", description="column of the prompts")
+    response: str = Field("response", description="column of the responses")
+    template: str = Field("{prompt}\n", description="what the model reads; {prompt} stands for the prompt")
+    configuration: str = Field("default", description="of a Hub dataset")
+    max_length: int = Field(256, ge=8, description="tokens kept of an example; the prompt is cut at its end")
+    max_response: int = Field(64, ge=1, description="most tokens of a response, the end token included")
+    metric: Literal["rougeL", "rouge1", "exact_match"] = Field("rougeL", description="the score")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Generation:
+        if self.template.count(PROMPT) != 1:
+            raise ValueError(f"template = {self.template!r} is not allowed: it should hold {PROMPT} once")
+        if self.max_response >= self.max_length:
+            raise ValueError(f"max_response = {self.max_response} should be below max_length = {self.max_length}")
+        return self
+
+    @property
+    def headline(self) -> str:
+        return self.metric
+
+    def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
+        columns = [self.prompt, self.response]
+        if Path(self.path).expanduser().exists() or self.path.count("/") != 1:
+            splits = own.read_own(self.path, columns)
+        else:
+            splits = {"train": read_split(self.path, self.configuration, "train", columns, data_root)}
+            splits |= _evaluation_on_hub(self.path, self.configuration, columns, data_root)
+        return own.with_evaluation({name: self._examples(rows) for name, rows in splits.items()})
+
+    def _examples(self, rows: Rows) -> Examples:
+        """Labels are the responses as `_packed` has them."""
+        prompts, responses = rows.texts(self.prompt), rows.texts(self.response)
+        labels = _packed(responses, [0.0] * len(responses), [1] * len(responses), BYTES_PER_TOKEN * self.max_response)
+        return Examples({"prompt": prompts, "response": responses}, labels, group_numbers(prompts))
+
+    def model_fingerprint(self, model: str | None) -> str:
+        return pretrained.fingerprint(self._model(model))
+
+    def backbone(self, model: str | None, *, meta: bool = False, trust_remote_code: bool = False) -> Backbone:
+        """As `Task.backbone`, without a new head. Raises InputError for a model that is no causal language model, or
+        where `max_length` is above its positions."""
+        name = self._model(model)
+        backbone = pretrained.load_backbone(
+            name, "AutoModelForCausalLM", None, meta=meta, trust_remote_code=trust_remote_code
+        )
+        config: Any = backbone.module.config
+        kinds = ", ".join(config.architectures or ["unknown"])
+        if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in config.architectures or []):
+            raise InputError(f"model '{name}' is no causal language model with its head: it holds a {kinds}", name)
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and self.max_length > positions:
+            raise InputError(
+                f"max_length = {self.max_length} is above the {positions} positions of model '{name}'", "max_length"
+            )
+        return backbone
+
+    def encode(self, examples: Examples, model: str | None) -> EncodedPairs:
+        """Token ids of every row; kept on disk, so that all runs share them."""
+        name = self._model(model)
+        settings = (self.max_length, self.max_response, self.template)
+        found = cached(
+            "pairs",
+            (pretrained.fingerprint(name), *settings, fingerprint_of(pairs=examples)),
+            ("transformers", "tokenizers"),
+            lambda: tokenized(examples, name, *settings),
+        )
+        return EncodedPairs(found["tokens"], found["starts"], found["prompts"], found["cut"], int(found["padding"][0]))
+
+    def lengths(self, encoded: EncodedPairs) -> np.ndarray:
+        """(rows,) number of tokens."""
+        import numpy as np
+
+        return np.diff(encoded.starts)
+
+    def facts(self, encoded: EncodedPairs) -> dict[str, Any]:
+        """The share of rows that lost tokens of the prompt or the response."""
+        return {"truncated_share": round(float(encoded.cut.mean()), 6)}
+
+    def collate(self, encoded: EncodedPairs, rows: Sequence[int], generator: torch.Generator | None) -> Batch:
+        """`input_ids` and `attention_mask` (rows, longest), padded on the right; in evaluations the prompts too,
+        `prompt_ids` and `prompt_mask`, padded on the left. Labels: the token ids of the responses, elsewhere -100."""
+        import numpy as np
+
+        chosen = np.asarray(rows)
+        starts, ends, prompts = encoded.starts[chosen], encoded.starts[chosen + 1], encoded.prompts[chosen]
+        ids, mask = padded(encoded, starts, ends)
+        places = np.arange(mask.shape[1])
+        labels = np.where((places >= prompts[:, None]) & mask, ids, IGNORED)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if generator is None:
+            inputs["prompt_ids"], inputs["prompt_mask"] = padded(encoded, starts, starts + prompts, left=True)
+        return Batch({name: _tensor(array) for name, array in inputs.items()}, _tensor(labels))
+
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        """Mean over examples of the mean cross-entropy of the response's tokens."""
+        sums, counts = _response_losses(model, batch)
+        return (sums / counts).mean()
+
+    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(rows, 2 + bytes), float32: see `_packed`."""
+        import torch
+
+        sums, counts = _response_losses(model, batch)
+        if not sums.isfinite().all():
+            raise Diverged("a prediction is not finite")
+        device, width = sums.device, BYTES_PER_TOKEN * self.max_response
+        tokenizer = _tokenizer_of(model)
+        prompts = batch.inputs["prompt_ids"]
+        generated: Any = model.generate(  # type: ignore[operator]
+            input_ids=prompts,
+            attention_mask=batch.inputs["prompt_mask"],
+            generation_config=_greedy(tokenizer, self.max_response),
+        )
+        texts = tokenizer.batch_decode(generated[:, prompts.shape[1] :], skip_special_tokens=True)
+        return torch.from_numpy(_packed(texts, sums.tolist(), counts.tolist(), width, pad=True)).to(device)
+
+    def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        import numpy as np
+
+        pairs = list(zip(_texts(predictions), _texts(references), strict=True))
+        found = {
+            "rougeL": float(np.mean([rouge(guess, truth, longest=True) for guess, truth in pairs])),
+            "rouge1": float(np.mean([rouge(guess, truth, longest=False) for guess, truth in pairs])),
+            "exact_match": float(np.mean([guess.strip() == truth.strip() for guess, truth in pairs])),
+        }
+        nats = float(predictions[:, 0].sum(dtype=np.float64) / predictions[:, 1].sum(dtype=np.float64))
+        score = found.pop(self.metric)
+        return {self.metric: score, **found, "perplexity": math.exp(min(nats, LARGEST_LOG))}
+
+    def _model(self, model: str | None) -> str:
+        assert self.default_model is not None
+        return model or self.default_model
+
+
+def _evaluation_on_hub(dataset: str, configuration: str, columns: list[str], data_root: str | None) -> dict[str, Rows]:
+    """The dataset's test split, else its validation split, else none."""
+    for split in own.EVALUATIONS:
+        try:
+            return {split: read_split(dataset, configuration, split, columns, data_root)}
+        except InputError:
+            continue
+    return {}
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _response_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(summed cross-entropy, number of tokens) of each row's response, both (rows,)."""
+    from torch.nn.functional import cross_entropy
+
+    inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+    targets = batch.labels[:, 1:]
+    losses = cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    return losses.sum(1), (targets != IGNORED).sum(1)
+
+
+def _tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer of the folder that the model was loaded from."""
+    config: Any = model.config
+    return _kept_tokenizer(config.name_or_path)
+
+
+@functools.lru_cache(maxsize=2)
+def _kept_tokenizer(folder: str) -> Any:
+    return pretrained.load_tokenizer(folder, pads=False)
+
+
+def _greedy(tokenizer: Any, most_tokens: int) -> Any:
+    from transformers import GenerationConfig
+
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return GenerationConfig(
+        do_sample=False, max_new_tokens=most_tokens, pad_token_id=padding, eos_token_id=tokenizer.eos_token_id
+    )
+
+
+def _packed(
+    texts: Sequence[str], nats: Sequence[float], counts: Sequence[int], width: int, *, pad: bool = False
+) -> np.ndarray:
+    """Texts and their losses as one float32 array, one row each: summed cross-entropy in nats, number of tokens, then
+    the text's UTF-8 bytes (at most `width`) and -1 after its end."""
+    import numpy as np
+
+    encoded = [text.encode()[:width] for text in texts]
+    rows = np.full((len(texts), 2 + (width if pad else max(map(len, encoded)))), -1, dtype=np.float32)
+    rows[:, 0], rows[:, 1] = nats, counts
+    for row, text in zip(rows, encoded, strict=True):
+        row[2 : 2 + len(text)] = np.frombuffer(text, dtype=np.uint8)
+    return rows
+
+
+def _texts(rows: np.ndarray) -> list[str]:
+    """The texts of `_packed` rows."""
+    import numpy as np
+
+    return [bytes(row[row >= 0].astype(np.uint8)).decode(errors="ignore") for row in rows[:, 2:]]

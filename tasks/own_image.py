@@ -1,0 +1,186 @@
+"""Images of your own in classes: `--tasks image:photos`, a folder with one folder a class, or a table of them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import Field
+
+from harness.errors import InputError
+from harness.task import Examples
+from tasks import own
+from tasks.cache import cached
+from tasks.hub import Rows
+from tasks.images import ImageClassification
+from tasks.metrics import scores
+from tasks.text import group_numbers
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+MOST_UNREADABLE = 0.01  # share of the images of a split
+
+
+class OwnImages(ImageClassification):
+    """Your own images in classes, called as image:PATH.
+
+    PATH is a folder with one folder of images a class (below train/ and test/ or validation/, if there are such), or a
+    table (CSV, TSV, JSONL, parquet) whose `image` column holds file names, relative to the table, or encoded images.
+    Without a test or validation split a fifth of the images is the evaluation. Images are resized so that the shorter
+    side fits and cropped in the middle. Images that cannot be read are left out and named in the record, up to 1 %.
+    """
+
+    default_model: ClassVar[str | None] = "microsoft/resnet-50"
+    capabilities: ClassVar[tuple[str, ...]] = ("image", "conv2d", "own data")
+
+    path: str = Field("", description="set by the task's name, image:PATH")
+    image: str = Field("image", description="column of the images, of a table")
+    label: str = Field("label", description="column of the labels, of a table")
+    group: str | None = Field(None, description="column whose equal values never go into different splits")
+    classes: tuple[str, ...] | None = Field(
+        None, description="the classes, in the order of their numbers; null: as in the data"
+    )
+    metric: str | None = Field(None, description="the score; null: accuracy; also f1, macro_f1, matthews_correlation")
+
+    @classmethod
+    def of(cls, values: dict[str, Any], owner: str) -> Self:
+        """As `Parameters.of`; what is null is looked up in the data. Raises InputError for what is wrong with them."""
+        given = super().of(values, owner)
+        found = own.described(
+            {**given.model_dump(mode="json"), "labels": "classes"},
+            lambda: given._rows([given.label])["train"],
+        )
+        return super().of({name: value for name, value in found.items() if name != "labels"}, owner)
+
+    @property
+    def headline(self) -> str:
+        assert self.metric is not None
+        return self.metric
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.classes or ())
+
+    def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
+        """As `Task.load`; `data_root` is not used."""
+        splits = self._rows([self.image, self.label, *([self.group] if self.group else [])])
+        return own.with_evaluation({name: self._examples(rows) for name, rows in splits.items()})
+
+    def _rows(self, columns: list[str]) -> dict[str, Rows]:
+        folders = class_folders(self.path)
+        if not folders:
+            return own.read_own(self.path, columns)
+        for name in columns:
+            if name not in ("image", "label"):
+                raise InputError(f"'{self.path}' is a folder of images: it has no column '{name}'", name)
+        return {split: folder_rows(folder) for split, folder in folders.items()}
+
+    def _examples(self, rows: Rows) -> Examples:
+        import numpy as np
+
+        base = Path(self.path).expanduser()
+        cells = rows.filled(self.image).to_pylist()
+        images, readable = decoded(cells, base if base.is_dir() else base.parent, self.image_size)
+        lost = np.flatnonzero(~readable)
+        names = tuple(_name(cells[row], row) for row in lost.tolist())
+        if len(lost) > MOST_UNREADABLE * len(cells):
+            raise InputError(
+                f"{rows.source}: {len(lost)} of {len(cells)} images cannot be read (at most 1 % may be left out): "
+                f"{', '.join(names[:5])}"
+            )
+        labels = own.labels_of(rows, self.label, self.classes or ())
+        groups = group_numbers(rows.filled(self.group).to_pylist()) if self.group else None
+        whole = Examples({"image": images}, labels, groups, names)
+        return whole.select(np.flatnonzero(readable)) if len(lost) else whole
+
+    def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        others = [name for name in own.metrics_for(self.classes or ()) if name != self.metric]
+        return scores([self.headline, *others], predictions, references)
+
+
+def class_folders(path: str) -> dict[str, Path]:
+    """The folders of class folders at PATH by split; none where PATH is a table or a folder of tables."""
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        return {}
+    if (place / "train").is_dir():
+        places = {"train": ("train",), **own.EVALUATIONS}
+        return {split: place / name for split, names in places.items() for name in names if (place / name).is_dir()}
+    return {"train": place} if any(_images(folder) for folder in place.iterdir() if folder.is_dir()) else {}
+
+
+def folder_rows(folder: Path) -> Rows:
+    """The images below a folder of class folders, in the order of their names."""
+    import pyarrow as pa
+
+    found = [(file, child.name) for child in sorted(folder.iterdir()) if child.is_dir() for file in _images(child)]
+    if not found:
+        raise InputError(
+            f"folder '{folder}' holds no images: it needs one folder a class, with images in it", str(folder)
+        )
+    table = pa.table({"image": [str(file.resolve()) for file, _ in found], "label": [name for _, name in found]})
+    return Rows(table, f"'{folder}'")
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in FILES)
+
+
+def decoded(cells: Sequence[Any], folder: Path, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """(uint8 (cells, side, side, 3), which of the cells could be read); kept on disk by the content of the files.
+
+    A cell is a file name, relative to `folder`, or {"bytes": an encoded image}.
+    """
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for cell in cells:
+        digest.update(hashlib.sha256(_encoded(cell, folder) or b"").digest())
+
+    def decode() -> dict[str, np.ndarray]:
+        images = np.zeros((len(cells), side, side, 3), dtype=np.uint8)
+        readable = np.zeros(len(cells), dtype=bool)
+        for row, cell in enumerate(cells):
+            image = _square(_encoded(cell, folder), side)
+            if image is not None:
+                images[row], readable[row] = image, True
+        return {"images": images, "readable": readable}
+
+    found = cached("own-images", (digest.hexdigest(), side), ("pillow",), decode)
+    return found["images"], found["readable"]
+
+
+def _encoded(cell: Any, folder: Path) -> bytes | None:
+    """The bytes of an image file; None where there are none."""
+    if isinstance(cell, dict) and cell.get("bytes"):
+        return cell["bytes"]
+    name = cell.get("path") if isinstance(cell, dict) else cell
+    try:
+        return (folder / str(name)).read_bytes()
+    except OSError:
+        return None
+
+
+def _square(encoded: bytes | None, side: int) -> np.ndarray | None:
+    """The image, upright, RGB, its middle cut to a square of `side` pixels; None where it cannot be read."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    if encoded is None:
+        return None
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        return np.asarray(ImageOps.fit(upright, (side, side), method=Image.Resampling.BILINEAR))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what damaged files make Pillow raise
+        return None
+
+
+def _name(cell: Any, row: int) -> str:
+    name = cell.get("path") if isinstance(cell, dict) else cell
+    return Path(name).name if name else f"row {row}"
