@@ -100,7 +100,7 @@ def teach_copying(model: Any, tokenizer: Any, generator: np.random.Generator, up
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 if __name__ == "__main__":
