@@ -10,7 +10,7 @@ from harness.cli import main
 from harness.plan import Sweep, method_cells, task_cells
 
 PRESETS = sweep_file.presets()
-OF_A_PAPER = [name for name in PRESETS if name not in ("quickstart", "smoke")]
+OF_A_PAPER = [name for name in PRESETS if name.startswith(("paper-", "adalora-official/"))]
 OFFICIAL = {  # rows of the training split, then the source's: updates of warm-up, epochs, tokens
     "cola": (8551, 100, 25, 64),
     "mnli": (392_702, 1000, 7, 256),
