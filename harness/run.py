@@ -160,6 +160,7 @@ class _Run:
             spec=self.spec,
             status=status,
             headline=self.task.headline,
+            higher_is_better=self.task.higher_is_better,
             batches=training.used if training else 0,
             updates=training.index if training else 0,
             seconds=Seconds(
@@ -187,10 +188,13 @@ class _Run:
         if self.error is not None:
             return "unsupported"
         backbone.module.to(self.device)
+        if not spec.is_trial:
+            task.artifacts(backbone.module, place.model, self.files / "artifacts" / "before")
         adaptation = self._start(method, backbone, data)
         self._train(adaptation, data)
         if not spec.is_trial:
             self._evaluate(adaptation, data)
+            task.artifacts(adaptation.model, place.model, self.files / "artifacts" / "after")
         if place.save_adapter:
             adaptation.export(self.files / "adapter")
         return "done"

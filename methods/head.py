@@ -22,6 +22,10 @@ class Head(Method):
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
 
+    def unsupported(self, backbone: Backbone) -> str | None:
+        """See `Method.unsupported`."""
+        return None if backbone.head else "the backbone has no head to train"
+
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """See `Method.start`."""
         backbone.module.requires_grad_(False)

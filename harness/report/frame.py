@@ -46,10 +46,10 @@ def to_frame(records: Iterable[RunRecord], defaults: Defaults | None = None) -> 
 
     Columns: run_id, label, column, setting (the three explained above; `setting` is 8 hexadecimal digits),
     setting_text, method, method_version, method_parameters (JSON), task, task_version, task_parameters (JSON),
-    model, model_fingerprint, data_fingerprint, seed, status, headline, score, metrics.*, holdout.*, parameters_initial,
-    parameters_peak, parameters_final, head (numbers), stored_bytes, rank (mean live rank over the layers), batches,
-    updates, seconds_training, seconds_total (these four with the search that chose the setting), peak_bytes, device,
-    started, error. Trials of a search have no row of their own. Missing values are None or NaN.
+    model, model_fingerprint, data_fingerprint, seed, status, headline, higher_is_better, score, metrics.*, holdout.*,
+    parameters_initial, parameters_peak, parameters_final, head (numbers), stored_bytes, rank (mean live rank over the
+    layers), batches, updates, seconds_training, seconds_total (these four with the search that chose the setting),
+    peak_bytes, device, started, error. Trials of a search have no row of their own. Missing values are None or NaN.
     """
     every = {record.run_id: record for record in records}
     unique = {run_id: record for run_id, record in every.items() if not record.spec.is_trial}
@@ -121,6 +121,7 @@ def _of_result(record: RunRecord) -> dict[str, Any]:
     return {
         "status": record.status,
         "headline": record.headline,
+        "higher_is_better": record.higher_is_better,
         "score": record.score if record.status == "done" else None,
         "parameters_initial": count and count.adapter_initial,
         "parameters_peak": count and count.adapter_peak,

@@ -148,7 +148,7 @@ def _metrics(board: Board) -> str:
     """Which metric each column's score is."""
     tasks: dict[str, list[str]] = {}
     for column in board.columns:
-        tasks.setdefault(column.headline, []).append(column.title)
+        tasks.setdefault(column.metric, []).append(column.title)
     listed = "; ".join(f"{metric} on {', '.join(titles)}" for metric, titles in tasks.items())
     return escape(f"Metrics: {listed}.")
 

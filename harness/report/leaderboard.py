@@ -28,8 +28,18 @@ class Column:
     """One task on one data set."""
 
     title: str
-    headline: str  # the metric that the score is; higher is better
+    headline: str  # the metric that the score is
     others: tuple[str, ...]  # the other metrics, in the order the task reports them
+    higher_is_better: bool = True  # of the score
+
+    @property
+    def metric(self) -> str:
+        """The headline as a table's heading has it."""
+        return self.headline if self.higher_is_better else f"{self.headline}, lower is better"
+
+    def merit(self, score: float) -> float:
+        """The score, turned so that more is better."""
+        return score if self.higher_is_better else -score
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class Row:
 
     label: str
     cells: Mapping[str, Cell]  # by the column's title
-    average: float | None  # mean of the cells' scores; None unless every run on every column gave one
+    average: float | None  # mean of the cells' scores; None unless every run on every column gave one, all of one sense
     parameters: float | None  # adapter numbers in effect after training, mean
     rank: float | None  # live rank, mean over layers and runs
     batches: float | None  # mean
@@ -72,7 +82,7 @@ class Board:
     caption: str  # the setting in words
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]  # best mean of scores first, after them the rows that lack a run's score
-    best: Mapping[str, float]  # by title: the highest mean of a cell without failures, where two or more have a score
+    best: Mapping[str, float]  # by title: the best mean of a cell without failures, where two or more have a score
     notes: tuple[str, ...]
 
     @functools.cached_property
@@ -121,29 +131,30 @@ def _board(runs: list[Run]) -> Board:
     for run in sorted(runs, key=lambda run: run["seed"]):
         cells[run["label"]][run["column"]].append(run)
     rows = [_row(label, by_title, columns) for label, by_title in cells.items()]
-    rows.sort(key=_order)
-    best = {column.title: mean for column in columns if (mean := _best(rows, column.title)) is not None}
+    rows.sort(key=lambda row: _order(row, columns))
+    best = {column.title: mean for column in columns if (mean := _best(rows, column)) is not None}
     notes = [*_failure_notes(rows), *_seed_notes(rows, columns), *_device_notes(runs)]
     return Board(runs[0]["setting"], _caption(runs), columns, tuple(rows), best, tuple(notes))
 
 
-def _best(rows: Iterable[Row], title: str) -> float | None:
-    scored = [row.cells[title] for row in rows if title in row.cells and row.cells[title].score.n]
+def _best(rows: Iterable[Row], column: Column) -> float | None:
+    scored = [cell for row in rows if (cell := row.cells.get(column.title)) is not None and cell.score.n]
     whole = [cell.score.mean for cell in scored if cell.score.mean is not None and not cell.failures]
-    return max(whole) if whole and len(scored) > 1 else None
+    return max(whole, key=column.merit) if whole and len(scored) > 1 else None
 
 
 def _columns(runs: list[Run]) -> tuple[Column, ...]:
     metrics: dict[str, dict[str, None]] = defaultdict(dict)
-    headlines: dict[str, str] = {}
+    headlines: dict[str, tuple[str, bool]] = {}
     reported = [name for name in runs[0] if name.startswith(METRICS)]
     for run in runs:
-        headlines[run["column"]] = run["headline"]
+        headlines[run["column"]] = run["headline"], run["higher_is_better"]
         metrics[run["column"]] |= {name: None for name in reported if _present(run[name])}
     columns = []
-    for title, headline in sorted(headlines.items()):
+    for title, (headline, higher_is_better) in sorted(headlines.items()):
         names = (name.removeprefix(METRICS) for name in metrics[title])
-        columns.append(Column(title, headline, tuple(name for name in names if name != headline)))
+        others = tuple(name for name in names if name != headline)
+        columns.append(Column(title, headline, others, higher_is_better))
     return tuple(columns)
 
 
@@ -151,10 +162,11 @@ def _row(label: str, runs: Mapping[str, list[Run]], columns: Sequence[Column]) -
     cells = {column.title: _cell(runs[column.title], column) for column in columns if column.title in runs}
     means = [cell.score.mean for cell in cells.values() if cell.score.mean is not None and not cell.failures]
     scored = [run for cell in cells.values() for run in cell.scored]
+    one_sense = len({column.higher_is_better for column in columns}) == 1
     return Row(
         label,
         cells,
-        average=math.fsum(means) / len(means) if len(means) == len(columns) else None,
+        average=math.fsum(means) / len(means) if len(means) == len(columns) and one_sense else None,
         parameters=over(scored, "parameters_final"),
         rank=over(scored, "rank"),
         batches=over(scored, "batches"),
@@ -172,8 +184,9 @@ def _cell(runs: list[Run], column: Column) -> Cell:
     return Cell(tuple(runs), summarize(run["score"] for run in scored), others)
 
 
-def _order(row: Row) -> tuple[int, float, str]:
-    known = [cell.score.mean for cell in row.cells.values() if cell.score.mean is not None]
+def _order(row: Row, columns: Iterable[Column]) -> tuple[int, float, str]:
+    merits = {column.title: column.merit for column in columns}
+    known = [merits[title](cell.score.mean) for title, cell in row.cells.items() if cell.score.mean is not None]
     num_whole = sum(not cell.failures for cell in row.cells.values())
     return -num_whole, -math.fsum(known) / max(1, len(known)), row.label
 

@@ -63,10 +63,10 @@ def _figure(frame: pd.DataFrame, board: Board) -> Figure:
     FigureCanvasAgg(figure)
     panels = figure.subplots(down, across, squeeze=False).flatten()
     for panel, title in zip(panels, titles, strict=False):
-        headline = next(column.headline for column in board.columns if column.title == title)
+        metric = next(column.metric for column in board.columns if column.title == title)
         _draw(panel, runs[runs["column"] == title], styles, names)
         panel.set_title(title, fontsize=8)
-        panel.set_ylabel(headline.replace("_", " "))
+        panel.set_ylabel(metric.replace("_", " "))
         _scale(panel, runs["parameters_final"])
     for panel in panels[max(0, len(titles) - across) : len(titles)]:  # the lowest of each column
         panel.set_xlabel("adapter parameters")

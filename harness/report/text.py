@@ -116,7 +116,7 @@ def _main_table(board: Board) -> pd.DataFrame:
             texts["rank"] = decimal(row.rank)
         for column in board.columns:
             text = cell_text(row.cells.get(column.title))
-            name = _escape(f"{column.title} ({column.headline})")
+            name = _escape(f"{column.title} ({column.metric})")
             texts[name] = f"**{text}**" if board.is_best(row, column) else text
         if len(board.columns) > 1:
             texts["average"] = NOTHING if row.average is None else score_text(row.average)
