@@ -57,6 +57,10 @@ class RunRecord(Parameters):
     error: str | None = Field(None, description="one line")
     traceback: str | None = None
 
+    def merit(self, score: float) -> float:
+        """A value of the headline metric, turned so that more is better."""
+        return score if self.higher_is_better else -score
+
     def result(self) -> dict[str, Any]:
         """The record without times and places: equal for equal runs."""
         return self.model_dump(

@@ -44,7 +44,7 @@ class MethodSearch:
         start = {name: template.method_parameters[name] for name in self.space}
         self.searcher = OptunaSearch(
             {name: _distribution(method, name, values) for name, values in self.space.items()},
-            metric="score",
+            metric="merit",
             mode="max",
             points_to_evaluate=[start],
             seed=0,
@@ -73,10 +73,10 @@ class MethodSearch:
             if record is None or record.status != "done":
                 self.searcher.on_trial_complete(str(number), error=True)
                 continue
-            score = record.holdout[record.headline]
-            self.searcher.on_trial_complete(str(number), {"score": score})
-            if self.best is None or score > self.best[0]:
-                self.best = score, {name: spec.method_parameters[name] for name in self.space}
+            merit = record.merit(record.holdout[record.headline])
+            self.searcher.on_trial_complete(str(number), {"merit": merit})
+            if self.best is None or merit > self.best[0]:
+                self.best = merit, {name: spec.method_parameters[name] for name in self.space}
 
     def chosen(self, seed: int) -> RunSpec:
         """The run of the best setting; of the setting as given, where no trial gave a score."""

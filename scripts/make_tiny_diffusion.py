@@ -2,10 +2,10 @@
 
     python scripts/make_tiny_diffusion.py FOLDER [--updates 800]
 
-FOLDER/pipeline   a Stable Diffusion pipeline in diffusers' layout (about 0.7M numbers, 16 x 16 pixels), trained on
-                  scikit-learn's handwritten digits in random colours: "a photo of a three"
-FOLDER/subject    20 threes that it has not seen, all in one pair of colours: "a photo of a sks three"
-FOLDER/class      60 threes that it has not seen, in random colours: "a photo of a three"
+FOLDER/pipeline       a Stable Diffusion pipeline in diffusers' layout (about 0.7M numbers, 16 x 16 pixels), trained on
+                      scikit-learn's handwritten digits in random colours: "a photo of a three"
+FOLDER/subject        20 threes that it has not seen, all in one pair of colours: "a photo of a sks three"
+FOLDER/subject/class  60 threes that it has not seen, in random colours: "a photo of a three"
 
 The same every time on one machine. Needs the extra `diffusion`.
 """
@@ -55,7 +55,7 @@ def write(folder: Path, updates: int) -> dict[str, float]:
     threes = np.flatnonzero(labels == SUBJECT)[: SUBJECT_PICTURES + CLASS_PICTURES]
     write_pictures(folder / "subject", coloured(shapes[threes[:SUBJECT_PICTURES]], *one_pair(SUBJECT_PICTURES)))
     others = shapes[threes[SUBJECT_PICTURES:]]
-    write_pictures(folder / "class", coloured(others, *random_pairs(len(others), generator)))
+    write_pictures(folder / "subject" / "class", coloured(others, *random_pairs(len(others), generator)))
     seen = np.setdiff1d(np.arange(len(labels)), threes)
     data = Digits(shapes[seen], labels[seen], generator)
     vae, vae_loss = train_autoencoder(data, updates // 2)

@@ -156,7 +156,8 @@ def _console_row(board: Board, row: Row) -> dict[str, str]:
     for column in board.columns:
         cell = row.cells.get(column.title)
         text = cell_text(cell, with_n=cell is not None and cell.score.n != board.n)
-        texts[f"{column.title}\n{column.headline}"] = text.replace("; ", "\n")
+        metric = column.metric.replace(", ", "\n")
+        texts[f"{column.title}\n{metric}"] = text.replace("; ", "\n")
     if len(board.columns) > 1:
         texts["average"] = NOTHING if row.average is None else score_text(row.average)
     return texts | {"seconds": decimal(row.seconds)}

@@ -6,68 +6,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import InputError
+from tasks.own_image import FILES, MOST_UNREADABLE, decoded
 
 if TYPE_CHECKING:
     import numpy as np
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+FEWEST = 4  # pictures: one is evaluated, one is the holdout, two are trained on
 
 
-def read_pictures(folder: str, side: int, data_root: str | None, parameter: str) -> np.ndarray:
-    """The folder's pictures by name, uint8 (pictures, side, side, 3): resized to `side` pixels on their shorter side,
-    and the middle square of that.
+def read_pictures(folder: str, side: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(the folder's own pictures by name, uint8 (pictures, side, side, 3), names of those that cannot be read).
 
-    `folder` is absolute, or relative to the data root, else to the working directory; `parameter` is what errors call
-    it. Raises InputError where there is no such folder or no picture in it, a picture does not decode, or two of them
-    are one and the same (which could be on both sides of a split).
+    A picture is resized to `side` pixels on its shorter side, and the middle square of that. Raises InputError where
+    there is no such folder or fewer than 4 pictures in it, more than 1 % of them cannot be read, or two of them are
+    one and the same (which could be on both sides of a split).
     """
-    import numpy as np
-
-    place = _place(folder, data_root, parameter)
-    paths = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not paths:
-        raise InputError(f"{parameter} = '{folder}': '{place}' holds no picture ({', '.join(SUFFIXES)})", folder)
-    decoded = {path.name: _decoded(path, side) for path in paths}
-    broken = [name for name, picture in decoded.items() if picture is None]
-    if broken:
+    place = Path(folder).expanduser()
+    if not place.is_dir():
         raise InputError(
-            f"{parameter} = '{folder}': {len(broken)} of {len(paths)} pictures in '{place}' cannot be decoded, "
-            f"first '{broken[0]}': replace or delete them",
+            f"'{folder}' is not there: the subject's pictures belong in PATH, those for class_prompt in PATH/class",
             folder,
         )
-    names: dict[bytes, str] = {}
-    for name, picture in decoded.items():
-        assert picture is not None
-        twin = names.setdefault(picture.tobytes(), name)
+    names = sorted(path.name for path in place.iterdir() if path.suffix.lower() in FILES and path.is_file())
+    if len(names) < FEWEST:
+        raise InputError(
+            f"folder '{folder}' holds {len(names)} pictures ({', '.join(FILES)}); at least {FEWEST} are needed", folder
+        )
+    pictures, readable = decoded(names, place, side)
+    left_out = tuple(name for name, fine in zip(names, readable, strict=True) if not fine)
+    if len(left_out) > MOST_UNREADABLE * len(names):
+        raise InputError(
+            f"folder '{folder}': {len(left_out)} of {len(names)} pictures cannot be read (at most 1 % may be left "
+            f"out): {', '.join(left_out[:5])}",
+            folder,
+        )
+    pictures = pictures[readable]
+    seen: dict[bytes, str] = {}
+    for name, picture in zip((name for name in names if name not in left_out), pictures, strict=True):
+        twin = seen.setdefault(picture.tobytes(), name)
         if twin != name:
-            raise InputError(
-                f"{parameter} = '{folder}': '{twin}' and '{name}' are the same picture: delete one", folder
-            )
-    return np.stack([picture for picture in decoded.values() if picture is not None])
-
-
-def _place(folder: str, data_root: str | None, parameter: str) -> Path:
-    tried = [Path(folder).expanduser()]
-    if data_root is not None:
-        tried.insert(0, Path(data_root).expanduser() / tried[0])  # an absolute path stays as it is
-    for place in tried:
-        if place.is_dir():
-            return place
-    places = " or ".join(f"'{place}'" for place in dict.fromkeys(tried))
-    raise InputError(
-        f"{parameter} = '{folder}': there is no folder {places}; give one with the pictures, relative to --data-root",
-        folder,
-    )
-
-
-def _decoded(path: Path, side: int) -> np.ndarray | None:
-    """uint8 (side, side, 3); None for a file that is no picture."""
-    import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            return np.asarray(ImageOps.fit(upright, (side, side), Image.Resampling.LANCZOS))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
+            raise InputError(f"folder '{folder}': '{twin}' and '{name}' are the same picture: delete one", folder)
+    return pictures, left_out

@@ -1,14 +1,13 @@
-"""Stable Diffusion taught one subject: the task."""
+"""Stable Diffusion taught one subject, called as dreambooth:PATH: the task."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from harness.errors import InputError
 from harness.method import Backbone
 from harness.task import Batch, Examples, Task
 from tasks.dreambooth import pipeline
@@ -22,28 +21,31 @@ if TYPE_CHECKING:
     from tasks.dreambooth.encoding import Encoded
 
 EVALUATION_SHARE = 0.2  # of the pictures, at least one
-FEWEST = 4  # pictures: one is evaluated, one is the holdout, two are trained on
+CLASS_FOLDER = "class"
 OUTER = ("conv_in", "conv_out")  # between latents and features: too few channels for a rank
 
 
 class DreamBooth(Task):
-    """Stable Diffusion 1 or 2 taught a subject from a few pictures (Ruiz et al., 2023); needs diffusers.
+    """Stable Diffusion 1 or 2 taught a subject from a few pictures (Ruiz et al., 2023), called as dreambooth:PATH.
+
+    PATH is a folder of the subject's pictures; with class_prompt, its folder `class` holds pictures of the class, and
+    every picture of a batch has one of them beside it (prior preservation, equation 2 of the paper).
 
     The denoising network alone is trained; autoencoder and text encoder are frozen, and there is no head. The layers
     for adapters are the attention's linear layers and every convolution but the first and the last. The score is the
-    denoising loss on pictures that were held out, at `draws` fixed time steps and noises each; lower is better. With
-    class_images, every picture of a batch has one of the class beside it (prior preservation, equation 2 of the paper),
-    and held-out class pictures give `class_denoising_loss`: how far the model forgets what it knew.
+    denoising loss on pictures that were held out, at `draws` fixed time steps and noises each; lower is better.
+    Held-out class pictures give `class_denoising_loss`: how far the model forgets what it knew. Needs diffusers.
     """
 
     default_model: ClassVar[str | None] = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    capabilities: ClassVar[tuple[str, ...]] = ("image", "conv2d")
+    capabilities: ClassVar[tuple[str, ...]] = ("image", "conv2d", "own data")
     higher_is_better: ClassVar[bool] = False
 
-    instance_images: str = Field(description="folder with 4 or more pictures of the subject, relative to --data-root")
-    instance_prompt: str = Field(min_length=1, description='text for them, with a rare word: "a photo of sks dog"')
-    class_images: str | None = Field(None, description="folder with pictures of the subject's class; unset: no prior")
-    class_prompt: str | None = Field(None, min_length=1, description='text for those: "a photo of a dog"')
+    path: str = Field("", description="set by the task's name, dreambooth:PATH")
+    instance_prompt: str = Field(min_length=1, description='the subject, with a rare word: "a photo of sks dog"')
+    class_prompt: str | None = Field(
+        None, min_length=1, description='its class, for prior preservation: "a photo of a dog"; null: none'
+    )
     prior_weight: float = Field(1.0, gt=0, description="weight of the loss on class pictures, where there are any")
     resolution: int = Field(512, ge=16, le=2048, multiple_of=8, description="pixels a side, from the middle square")
     draws: int = Field(8, ge=1, le=1000, description="time steps at which each held-out picture is scored")
@@ -51,41 +53,24 @@ class DreamBooth(Task):
     sampling_steps: int = Field(50, ge=1, le=1000, description="DDIM steps of a sample")
     guidance: float = Field(7.5, ge=1, description="classifier-free guidance of the samples; 1 is none")
 
-    @model_validator(mode="after")
-    def _class_is_whole(self) -> DreamBooth:
-        if (self.class_images is None) != (self.class_prompt is None):
-            raise ValueError("class_images and class_prompt go together: give both or neither")
-        return self
-
     @property
     def headline(self) -> str:
         return "denoising_loss"
 
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
-        """Training rows, and evaluation splits "test" and, with class images, "class". A label is 0, the loss of a
-        perfect network. Every training row carries an equal share of the class pictures."""
-        train, test = self._parted(self.instance_images, data_root, "instance_images")
+        """Training rows, and evaluation splits "test" and, with class pictures, "class". A label is 0, the loss of a
+        perfect network. Every training row carries an equal share of the class pictures. `data_root` is not used."""
+        subject, left_out = read_pictures(self.path, self.resolution)
+        train, test = _parted(subject)
         evaluation = {"test": _examples(test, self.instance_prompt)}
         columns = {}
-        if self.class_images is not None and self.class_prompt is not None:
-            prior, unseen = self._parted(self.class_images, data_root, "class_images")
+        if self.class_prompt is not None:
+            pictures, more = read_pictures(f"{self.path}/{CLASS_FOLDER}", self.resolution)
+            prior, unseen = _parted(pictures)
             evaluation["class"] = _examples(unseen, self.class_prompt)
             columns["class_pictures"] = _shared_out(prior, len(train))
-        return _examples(train, self.instance_prompt, **columns), evaluation
-
-    def _parted(self, folder: str, data_root: str | None, parameter: str) -> tuple[np.ndarray, np.ndarray]:
-        """(pictures to train on, pictures to evaluate), the same every time."""
-        import numpy as np
-
-        pictures = read_pictures(folder, self.resolution, data_root, f"dreambooth.{parameter}")
-        if len(pictures) < FEWEST:
-            raise InputError(
-                f"dreambooth.{parameter} = '{folder}' holds {len(pictures)} pictures; at least {FEWEST} are needed",
-                folder,
-            )
-        order = np.random.default_rng(0).permutation(len(pictures))
-        cut = max(1, round(EVALUATION_SHARE * len(pictures)))
-        return pictures[np.sort(order[cut:])], pictures[np.sort(order[:cut])]
+            left_out += more
+        return _examples(train, self.instance_prompt, left_out, **columns), evaluation
 
     def model_fingerprint(self, model: str | None) -> str:
         return pipeline.fingerprint(self._model(model))
@@ -93,12 +78,16 @@ class DreamBooth(Task):
     def backbone(self, model: str | None, *, meta: bool = False, trust_remote_code: bool = False) -> Backbone:
         """The denoising network. No code of a model is ever run, whatever `trust_remote_code` says."""
         network = pipeline.load_unet(self._model(model), meta=meta)
-        return Backbone(network, head=(), layers=_layers(network))
+        return Backbone(network, head=(), layers=layers_of(network))
 
     def encode(self, examples: Examples, model: str | None) -> Encoded:
         from tasks.dreambooth.encoding import encode
 
         return encode(examples, self._model(model), self.class_prompt)
+
+    def facts(self, encoded: Encoded) -> dict[str, Any]:
+        """The pictures that could not be read, if any."""
+        return {"left_out": list(encoded.left_out)} if encoded.left_out else {}
 
     def collate(self, encoded: Encoded, rows: Sequence[int], generator: torch.Generator | None) -> Batch:
         """`sample` (rows, n, channels, height, width), `timestep` (rows, n), `encoder_hidden_states` (rows, n, tokens,
@@ -141,12 +130,20 @@ class DreamBooth(Task):
         return model or self.default_model
 
 
-def _examples(pictures: np.ndarray, prompt: str, **columns: np.ndarray) -> Examples:
+def _examples(pictures: np.ndarray, prompt: str, left_out: tuple[str, ...] = (), **columns: np.ndarray) -> Examples:
     import numpy as np
 
-    return Examples(
-        {"picture": pictures, "prompt": [prompt] * len(pictures), **columns}, np.zeros(len(pictures), np.float64)
-    )
+    of_each: dict[str, Any] = {"picture": pictures, "prompt": [prompt] * len(pictures), **columns}
+    return Examples(of_each, np.zeros(len(pictures), np.float64), left_out=left_out)
+
+
+def _parted(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(pictures to train on, pictures to evaluate), the same every time."""
+    import numpy as np
+
+    order = np.random.default_rng(0).permutation(len(pictures))
+    cut = max(1, round(EVALUATION_SHARE * len(pictures)))
+    return pictures[np.sort(order[cut:])], pictures[np.sort(order[:cut])]
 
 
 def _shared_out(pictures: np.ndarray, rows: int) -> np.ndarray:
@@ -157,7 +154,7 @@ def _shared_out(pictures: np.ndarray, rows: int) -> np.ndarray:
     return pictures[np.arange(rows * share).reshape(rows, share) % len(pictures)]
 
 
-def _layers(network: nn.Module) -> tuple[str, ...]:
+def layers_of(network: nn.Module) -> tuple[str, ...]:
     """The attention's linear layers (queries, keys, values, outputs) and the convolutions between the outer two."""
     from diffusers.models.attention_processor import Attention
     from torch import nn

@@ -10,18 +10,19 @@ import pytest
 pytest.importorskip("diffusers", reason="needs the extra: pip install 'rank-adaptive-harness[diffusion]'")
 
 from harness.cli import main
-from tests.test_dreambooth import CLASS, SETTINGS, SUBJECT, model, named, place, script  # noqa: F401 (fixtures)
+from harness.record import RecordStore
+from tests.dreambooth.settings import CLASS, SETTINGS, SUBJECT, named
 
 
 @pytest.fixture
-def refused(place, model, tmp_path, capsys):  # noqa: F811
-    """Runs the task with changed settings or another model, and gives the one line on stderr."""
+def refused(subject, model, tmp_path, capsys):
+    """Runs the task with changed settings, other pictures or another model, and gives the one line on stderr."""
 
-    def run(changed: dict, source: str | None = None, root: Path | None = None) -> str:
+    def run(changed: dict, source: str | None = None, pictures: Path | None = None) -> str:
         settings = {key: value for key, value in (SETTINGS | changed).items() if value is not None}
-        results = tmp_path / "results"
-        command = ["run", "--methods", "lora[rank=2]", "--tasks", named(**settings), "--model", source or model]
-        assert main([*command, "--data-root", str(root or place), "--results", str(results), "--batches", "2"]) == 2
+        task, results = named(pictures or subject, **settings), tmp_path / "results"
+        command = ["run", "--methods", "lora[rank=2]", "--tasks", task, "--model", source or model]
+        assert main([*command, "--results", str(results), "--batches", "2"]) == 2
         assert not results.exists()
         (line,) = capsys.readouterr().err.splitlines()
         return line
@@ -30,22 +31,31 @@ def refused(place, model, tmp_path, capsys):  # noqa: F811
 
 
 @pytest.fixture
-def copied(model, tmp_path) -> Path:  # noqa: F811
+def copied(model, tmp_path) -> Path:
     return Path(shutil.copytree(model, tmp_path / "pipeline"))
+
+
+@pytest.fixture
+def pictures(subject, tmp_path):
+    """Makes a folder with so many of the subject's pictures."""
+
+    def make(name: str, count: int, source: str = ".") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in sorted((subject / source).glob("*.png"))[:count]:
+            shutil.copy(path, folder)
+        return folder
+
+    return make
 
 
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"instance_images": None}, ["dreambooth.instance_images is missing"]),
-        ({"instance_images": "subjects"}, ["instance_images = 'subjects'", "there is no folder"]),
-        ({"instance_prompt": None}, ["dreambooth.instance_prompt is missing"]),
-        ({"class_images": "class"}, ["class_images and class_prompt go together"]),
-        ({"class_prompt": CLASS}, ["class_images and class_prompt go together"]),
-        ({"class_images": "clas", "class_prompt": CLASS}, ["class_images = 'clas'", "there is no folder"]),
-        ({"resolution": 20}, ["dreambooth.resolution = 20", "multiple of 8"]),
+        ({"instance_prompt": None}, ["instance_prompt is missing"]),
+        ({"resolution": 20}, ["resolution = 20", "multiple of 8"]),
         ({"draw": 3}, ["'draw'", "Did you mean 'draws'?"]),
-        ({"guidance": 0.5}, ["dreambooth.guidance = 0.5", "greater than or equal to 1"]),
+        ({"guidance": 0.5}, ["guidance = 0.5", "greater than or equal to 1"]),
         ({"instance_prompt": f"{SUBJECT} and of much else"}, ["tokens", "reads at most 8"]),
     ],
 )
@@ -54,20 +64,47 @@ def test_settings(refused, changed, expected):
     assert all(text in line for text in expected), line
 
 
-def test_pictures(refused, place, tmp_path):  # noqa: F811
-    few, broken, twins, empty = (tmp_path / name for name in ("few", "broken", "twins", "empty"))
-    for folder in (few, broken, twins):
-        folder.mkdir()
-        for path in sorted((place / "subject").iterdir())[: 3 if folder == few else 5]:
-            shutil.copy(path, folder)
+def test_missing_folders(refused, pictures, tmp_path):
+    assert "subjects' is not there" in refused({}, pictures=tmp_path / "subjects")
+    line = refused({"class_prompt": CLASS}, pictures=pictures("alone", 5))
+    assert "alone/class' is not there" in line
+    assert "those for class_prompt in PATH/class" in line
+
+
+def test_a_task_without_its_path(tmp_path, capsys):
+    command = ["run", "--methods", "lora", "--tasks", "dreambooth[instance_prompt=a]", "--results"]
+    assert main([*command, str(tmp_path / "results")]) == 2
+    assert "write dreambooth:PATH" in capsys.readouterr().err
+
+
+def test_too_few_pictures(refused, pictures):
+    assert "holds 3 pictures" in refused({}, pictures=pictures("few", 3))
+    assert "holds 0 pictures" in (line := refused({}, pictures=pictures("none", 0)))
+    assert "at least 4 are needed" in line
+
+
+def test_pictures_that_cannot_be_read(refused, pictures):
+    broken = pictures("broken", 5)
     (broken / "x.png").write_bytes(b"no picture")
+    assert "1 of 6 pictures cannot be read (at most 1 % may be left out): x.png" in refused({}, pictures=broken)
+
+
+def test_one_picture_in_a_hundred_is_left_out_and_named(script, model, tmp_path, capsys):
+    many = tmp_path / "many"
+    script.write_pictures(many, script.torch.rand(99, 3, 16, 16, generator=script.torch.Generator().manual_seed(0)))
+    (many / "x.png").write_bytes(b"no picture")
+    task = named(many, **SETTINGS | {"samples": 0})
+    where = ["--model", model, "--results", str(tmp_path / "results"), "--executor", "serial"]
+    assert main(["run", "--methods", "lora[rank=2]", "--tasks", task, "--batches", "1", *where]) == 0
+    (found,) = RecordStore(tmp_path / "results").records()
+    assert sum(found.rows.values()) == 99
+    assert found.data["train"] == {"left_out": ["x.png"]}
+
+
+def test_one_picture_twice(refused, pictures):
+    twins = pictures("twins", 5)
     shutil.copy(twins / "00.png", twins / "x.png")
-    empty.mkdir()
-    assert "holds 3 pictures; at least 4" in refused({"instance_images": few})
-    assert "1 of 6 pictures in" in (line := refused({"instance_images": broken}))
-    assert "first 'x.png'" in line
-    assert "'00.png' and 'x.png' are the same picture" in refused({"instance_images": twins})
-    assert "holds no picture (.bmp, .jpeg" in refused({"instance_images": empty})
+    assert "'00.png' and 'x.png' are the same picture" in refused({}, pictures=twins)
 
 
 def test_a_model_that_is_no_pipeline(refused, tmp_path):

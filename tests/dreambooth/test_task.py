@@ -1,7 +1,7 @@
-"""DreamBooth on a tiny Stable Diffusion pipeline: noise, prior preservation, samples, methods."""
+"""The DreamBooth task on a tiny Stable Diffusion pipeline: splits, layers, noise, prior preservation, samples."""
 
-import hashlib
-import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,80 +11,45 @@ from PIL import Image
 
 pytest.importorskip("diffusers", reason="needs the extra: pip install 'rank-adaptive-harness[diffusion]'")
 
-from harness.cli import main
 from harness.contracts import TASK_CONTRACTS, Subject
-from harness.record import RecordStore
 from harness.spec import Place
 from harness.task import make_splits
 from tasks.dreambooth import encoding, pipeline, sampling
 from tasks.dreambooth.pictures import read_pictures
 from tasks.dreambooth.task import DreamBooth
-from tests.report_records import board, record
-
-SUBJECT, CLASS = "a photo of a sks three", "a photo of a three"
-SETTINGS = {
-    "instance_images": "subject",
-    "instance_prompt": SUBJECT,
-    "resolution": 16,
-    "draws": 4,
-    "samples": 2,
-    "sampling_steps": 3,
-}
-PRIOR = {"class_images": "class", "class_prompt": CLASS}
+from tests.dreambooth.settings import PRIOR, SETTINGS, SUBJECT, named
 
 
-def named(**settings) -> str:
-    """The task as the command line names it."""
-    return f"dreambooth[{','.join(f'{key}={value}' for key, value in settings.items())}]"
+def made(path: Path, **settings) -> DreamBooth:
+    return DreamBooth(path=str(path), **SETTINGS, **settings)
 
 
 @pytest.fixture(scope="module")
-def script():
-    path = Path(__file__).parent.parent / "scripts" / "make_tiny_diffusion.py"
-    specification = importlib.util.spec_from_file_location("make_tiny_diffusion", path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def place(script, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny_diffusion")
-    script.write(folder, updates=4)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(place) -> str:
-    return str(place / "pipeline")
-
-
-@pytest.fixture(scope="module")
-def encoded(place, model) -> encoding.Encoded:
-    task = DreamBooth(**SETTINGS, **PRIOR)
-    return task.encode(make_splits(task, str(place), None).train, model)
+def encoded(subject, model) -> encoding.Encoded:
+    task = made(subject, **PRIOR)
+    return task.encode(make_splits(task, None, None).train, model)
 
 
 @pytest.mark.parametrize("contract", TASK_CONTRACTS, ids=lambda contract: contract.__name__)
-def test_contract(contract, place, model, tmp_path):
-    where = Place(data_root=str(place), model=model)
-    contract(Subject(named(**SETTINGS, **PRIOR), tmp_path, method="lora[rank=2]", batches=3, place=where))
+def test_contract(contract, subject, model, tmp_path):
+    where = Place(path=str(subject), model=model)
+    name = named(subject, **SETTINGS, **PRIOR)
+    contract(Subject(name, tmp_path, method="lora[rank=2]", batches=3, place=where))
 
 
-def test_splits_share_no_picture_and_use_every_one(place):
-    task = DreamBooth(**SETTINGS, **PRIOR)
-    train, evaluation = task.load(str(place))
+def test_splits_share_no_picture_and_use_every_one(subject):
+    train, evaluation = made(subject, **PRIOR).load(None)
     assert (len(train), len(evaluation["test"]), len(evaluation["class"])) == (16, 4, 12)
     for name, trained in (("test", train.columns["picture"]), ("class", train.columns["class_pictures"])):
         seen = {picture.tobytes() for picture in trained.reshape(-1, 16, 16, 3)}
         held = {picture.tobytes() for picture in evaluation[name].columns["picture"]}
         assert not seen & held
         assert len(seen | held) == {"test": 20, "class": 60}[name]
-    assert "class_pictures" not in DreamBooth(**SETTINGS).load(str(place))[0].columns
+    assert "class_pictures" not in made(subject).load(None)[0].columns
 
 
-def test_layers_are_attention_and_inner_convolutions(model):
-    backbone = DreamBooth(**SETTINGS).backbone(model)
+def test_layers_are_attention_and_inner_convolutions(subject, model):
+    backbone = made(subject).backbone(model)
     assert backbone.head == ()
     ends = {name.rsplit(".", 1)[-1] for name in backbone.layers if "attn" in name}
     assert ends == {"to_q", "to_k", "to_v", "0"}
@@ -116,8 +81,8 @@ def test_evaluation_noise_belongs_to_the_picture(encoded):
     assert not torch.equal(together.labels[0], together.labels[1])
 
 
-def test_predictions_are_mean_losses_over_the_draws(encoded, model):
-    task = DreamBooth(**SETTINGS)
+def test_predictions_are_mean_losses_over_the_draws(encoded, subject, model):
+    task = made(subject)
     network = task.backbone(model).module.eval()
     batch = task.collate(encoded, (0, 3), None)
     with torch.no_grad():
@@ -131,8 +96,8 @@ def test_predictions_are_mean_losses_over_the_draws(encoded, model):
     torch.testing.assert_close(found, torch.stack(slow), rtol=1e-4, atol=1e-5)
 
 
-def test_prior_preservation_adds_the_weighted_loss_of_class_pictures(encoded, place, model):
-    task = DreamBooth(**SETTINGS, **PRIOR, prior_weight=0.5)
+def test_prior_preservation_adds_the_weighted_loss_of_class_pictures(encoded, subject, model):
+    task = made(subject, **PRIOR, prior_weight=0.5)
     network = task.backbone(model).module.eval()
     batch = task.collate(encoded, (0, 3, 4), torch.Generator().manual_seed(1))
     assert batch.labels.shape == (3, 2, 4, 8, 8)
@@ -146,8 +111,8 @@ def test_prior_preservation_adds_the_weighted_loss_of_class_pictures(encoded, pl
             for kind in range(2)
         ]
         torch.testing.assert_close(task.loss(network, batch, None), errors[0] + 0.5 * errors[1])
-    plain = DreamBooth(**SETTINGS)
-    alone = plain.encode(make_splits(plain, str(place), None).train, model)
+    plain = made(subject)
+    alone = plain.encode(make_splits(plain, None, None).train, model)
     assert plain.collate(alone, (0, 3), torch.Generator().manual_seed(1)).labels.shape[1] == 1
 
 
@@ -161,10 +126,10 @@ def test_training_noise_follows_the_generator(encoded):
     assert steps.max() > 950
 
 
-def test_samples_are_those_of_the_stock_pipeline(model):
+def test_samples_are_those_of_the_stock_pipeline(subject, model):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    network = DreamBooth(**SETTINGS).backbone(model).module
+    network = made(subject).backbone(model).module
     ours = sampling.sample(network, model, [SUBJECT], count=2, side=16, steps=3, guidance=4.0)[0]
     stock = StableDiffusionPipeline.from_pretrained(model, use_safetensors=True)
     stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
@@ -194,69 +159,93 @@ def test_grid_has_a_row_for_each_prompt(tmp_path):
     assert (grid[16:18] == 255).all()
 
 
-def test_methods_end_to_end(place, model, tmp_path, capsys):
-    methods = "lora[rank=2],debora[rank=2,T_max=2,n0=0],debora[rank=2,T_max=2,n0=0,geometry=oblique],full,head"
-    command = ["run", "--methods", methods, "--tasks", named(**SETTINGS, **PRIOR), "--model", model]
-    where = ["--data-root", str(place), "--results", str(tmp_path)]
-    assert main([*command, *where, "--batches", "6", "--batch-size", "4"]) in (0, 1)
-    store = RecordStore(tmp_path)
-    by_status = {}
-    for found in store.records():
-        by_status.setdefault(found.status, []).append(found)
-    assert {status: len(found) for status, found in by_status.items()} == {"done": 4, "unsupported": 1}
-    before, after = set(), set()
-    for found in by_status["done"]:
-        assert found.batches == 6
-        assert not found.higher_is_better
-        assert set(found.metrics) == {"denoising_loss", "class_denoising_loss"}
-        for stage, digests in (("before", before), ("after", after)):
-            picture = store.folder(found.run_id) / "artifacts" / stage / "samples.png"
-            digests.add(hashlib.sha256(picture.read_bytes()).hexdigest())
-    assert len(before) == 1, "every method starts from the same network"
-    assert len(after - before) == 4
-    assert "no head" in by_status["unsupported"][0].error
-    assert "lower is better" in (tmp_path / "tables" / "leaderboard.md").read_text()
+def test_published_checkpoints_load(model, tmp_path):
+    """Their names of tensors are older than the libraries that read them here; their scheduler is PNDM."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(model, tmp_path / "pipeline"))
+
+    def rename(path: Path, new_name, **more) -> None:
+        save_file({new_name(name): value for name, value in load_file(path).items()} | more, path, {"format": "pt"})
+
+    def before_attention(name: str) -> str:
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            name = name.replace(new, old)
+        return name
+
+    buffer = {"text_model.embeddings.position_ids": torch.arange(8)[None]}
+    rename(folder / "text_encoder" / "model.safetensors", lambda name: f"text_model.{name}", **buffer)
+    rename(folder / "vae" / f"{pipeline.WEIGHTS}.safetensors", before_attention)
+    settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    settings |= {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "trained_betas": None}
+    del settings["prediction_type"]
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings))
+    texts = [pipeline.text_states(place, [SUBJECT]) for place in (model, str(folder))]
+    assert torch.equal(*texts)
+    ours, published = (pipeline.load_vae(place).state_dict() for place in (model, str(folder)))
+    assert ours.keys() == published.keys()
+    assert all(torch.equal(ours[name], published[name]) for name in ours)
+    schedules = [pipeline.load_schedule(place) for place in (model, str(folder))]
+    assert torch.equal(schedules[0].kept, schedules[1].kept)
+    assert schedules[1].prediction == "epsilon"
+    assert len(pipeline.load_sampler(str(folder)).alphas_cumprod) == len(schedules[0].kept)
 
 
-def test_training_lowers_the_loss_on_held_out_pictures(place, model, tmp_path, capsys):
-    settings = SETTINGS | {"samples": 0}
-    command = ["run", "--methods", "full[learning_rate=2e-3]", "--tasks", named(**settings), "--model", model]
-    where = ["--data-root", str(place), "--results", str(tmp_path)]
-    assert main([*command, *where, "--batches", "40", "--batch-size", "8"]) == 0
-    (found,) = RecordStore(tmp_path).records()
-    assert not (RecordStore(tmp_path).folder(found.run_id) / "artifacts").exists()
-    task = DreamBooth(**settings)
-    test = task.load(str(place))[1]["test"]
-    with torch.no_grad():
-        batch = task.collate(task.encode(test, model), range(len(test)), None)
-        untrained = task.predict(task.backbone(model).module.eval(), batch).mean().item()
-    assert found.score < 0.8 * untrained
+def test_what_is_fetched_of_a_published_repository():
+    from huggingface_hub.utils import filter_repo_objects
 
-
-def test_a_lower_loss_is_the_better_one_in_tables():
-    losses = [
-        record(method, "pictures", 0, score, higher_is_better=False) for method, score in (("a", 0.3), ("b", 0.2))
+    published = [
+        "README.md",
+        "model_index.json",
+        "v1-5-pruned.ckpt",
+        "v1-5-pruned-emaonly.safetensors",
+        "feature_extractor/preprocessor_config.json",
+        "safety_checker/config.json",
+        "safety_checker/pytorch_model.bin",
+        "safety_checker/model.safetensors",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/model.safetensors",
+        "text_encoder/pytorch_model.bin",
+        "tokenizer/merges.txt",
+        "tokenizer/special_tokens_map.json",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/vocab.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.bin",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
     ]
-    made = board(*losses)
-    assert [row.label for row in made.rows] == ["b", "a"]
-    assert made.is_best(made.rows[0], made.columns[0])
-    assert not made.is_best(made.rows[1], made.columns[0])
-    mixed = board(*losses, record("a", "digits", 0, 0.5), record("b", "digits", 0, 0.5))
-    assert all(row.average is None for row in mixed.rows)
+    fetched = set(filter_repo_objects(published, allow_patterns=list(pipeline.FILES)))
+    assert fetched == {
+        name
+        for name in published
+        if not name.startswith(("README", "v1-5", "feature_extractor", "safety_checker"))
+        and not name.endswith((".bin", ".fp16.safetensors", ".non_ema.safetensors"))
+    }
 
 
-def test_the_tiny_pipeline_is_the_same_every_time(script, place, model, tmp_path):
+def test_the_tiny_pipeline_is_the_same_every_time(script, subject, model, tmp_path):
     script.write(tmp_path, updates=4)
     assert pipeline.fingerprint(str(tmp_path / "pipeline")) == pipeline.fingerprint(model)
-    ours, again = (read_pictures("subject", 16, str(folder), "x") for folder in (place, tmp_path))
+    ours, again = (read_pictures(str(folder), 16)[0] for folder in (subject, tmp_path / "subject"))
     np.testing.assert_array_equal(ours, again)
 
 
-def test_pictures_are_the_middle_square(tmp_path):
-    wide = np.zeros((20, 60, 3), np.uint8)
-    wide[:, 20:40] = 255
-    Image.fromarray(wide).save(tmp_path / "a.png")
+def test_pictures_are_the_middle_squares(tmp_path):
+    for number in range(4):
+        wide = np.zeros((20, 60, 3), np.uint8)
+        wide[:, 20:40] = 200 + number
+        Image.fromarray(wide).save(tmp_path / f"{number}.png")
     (tmp_path / "notes.txt").write_text("no picture")
-    pictures = read_pictures(str(tmp_path), 16, None, "x")
-    assert pictures.shape == (1, 16, 16, 3)
-    assert pictures.min() > 200
+    (tmp_path / "class").mkdir()
+    pictures, left_out = read_pictures(str(tmp_path), 16)
+    assert pictures.shape == (4, 16, 16, 3)
+    assert (pictures.reshape(4, -1) == [[200], [201], [202], [203]]).mean() > 0.8
+    assert left_out == ()
