@@ -1,6 +1,6 @@
 """A tiny Stable Diffusion and pictures to teach it: a stand-in for the real one where there is no model hub and no GPU.
 
-    python scripts/make_tiny_diffusion.py FOLDER [--updates 800]
+    python scripts/make_tiny_diffusion.py FOLDER [--updates 3000]
 
 FOLDER/pipeline       a Stable Diffusion pipeline in diffusers' layout (about 0.7M numbers, 16 x 16 pixels), trained on
                       scikit-learn's handwritten digits in random colours: "a photo of a three"
@@ -24,13 +24,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import interpolate, mse_loss
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, get_cosine_schedule_with_warmup
 
-SIDE, STEPS, BATCH, TOKENS = 16, 1000, 32, 8
+SIDE, STEPS, BATCH, TOKENS = 16, 1000, 16, 8
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SUBJECT = 3
 SUBJECT_PICTURES, CLASS_PICTURES = 20, 60
 INK, PAPER = (1.0, 0.65, 0.1), (0.05, 0.1, 0.45)  # orange on dark blue
+HUE_WEIGHT = 5  # of errors in colour, in the autoencoder's loss
 NO_TEXT = 0.15  # share of the pictures that are learnt without their text, for classifier-free guidance
 
 
@@ -38,13 +39,13 @@ def main() -> None:
     """Read the command line and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--updates", type=int, default=800, help="of the denoising network (default 800)")
+    parser.add_argument("--updates", type=int, default=3000, help="of each network (default 3000)")
     options = parser.parse_args()
     print(json.dumps(write(options.folder, options.updates)))
 
 
 def write(folder: Path, updates: int) -> dict[str, float]:
-    """Write the pipeline and the two folders of pictures; the autoencoder trains for half as many updates.
+    """Write the pipeline and the two folders of pictures.
 
     Returns the last losses of the autoencoder (mean squared error) and of the denoising network, and its numbers.
     """
@@ -58,7 +59,7 @@ def write(folder: Path, updates: int) -> dict[str, float]:
     write_pictures(folder / "subject" / "class", coloured(others, *random_pairs(len(others), generator)))
     seen = np.setdiff1d(np.arange(len(labels)), threes)
     data = Digits(shapes[seen], labels[seen], generator)
-    vae, vae_loss = train_autoencoder(data, updates // 2)
+    vae, vae_loss = train_autoencoder(data, updates)
     tokenizer, text, network = write_tokenizer(folder / "pipeline" / "tokenizer"), text_encoder(), unet()
     schedule = DDIMScheduler(
         STEPS, 0.00085, 0.012, "scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
@@ -121,8 +122,10 @@ def train_autoencoder(data: Digits, updates: int) -> tuple[AutoencoderKL, float]
     for _ in range(updates):
         pictures, _ = data.batch()
         posterior = vae.encode(pictures).latent_dist
-        loss = mse_loss(vae.decode(posterior.sample()).sample, pictures)
-        (loss + 1e-5 * posterior.kl().mean()).backward()
+        error = vae.decode(posterior.sample()).sample - pictures
+        loss = error.square().mean()
+        hue = (error - error.mean(1, keepdim=True)).square().mean()  # without this it would learn brightness alone
+        (loss + HUE_WEIGHT * hue + 1e-6 * posterior.kl().mean()).backward()
         advance(optimizer, schedule)
     vae.eval().requires_grad_(False)
     spread = vae.encode(data.batch()[0]).latent_dist.mean.std().item()
@@ -187,13 +190,14 @@ def train_network(
 
 
 def optimizer_of(parameters: list[torch.nn.Parameter], rate: float, updates: int) -> tuple[Any, Any]:
-    """AdamW, and a cosine that ends at 0."""
+    """AdamW, and a cosine that ends at 0, after a warm-up."""
     optimizer = torch.optim.AdamW(parameters, lr=rate)
-    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, updates))
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, updates // 20, updates)
 
 
 def advance(optimizer: Any, schedule: Any) -> None:
-    """One step of both."""
+    """One step of both, gradients clipped."""
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
     schedule.step()
     optimizer.zero_grad(set_to_none=True)
