@@ -53,6 +53,7 @@ class RunRecord(Parameters):
     peak_bytes: int | None = Field(None, description="peak memory of the run: resident on a CPU, allocated on a GPU")
     environment: Environment
     started: str = Field(description="ISO 8601, UTC")
+    notes: tuple[str, ...] = Field((), description="what a person should know of how the run went, a line each")
     error: str | None = Field(None, description="one line")
     traceback: str | None = None
 
@@ -60,7 +61,14 @@ class RunRecord(Parameters):
         """The record without times and places: equal for equal runs."""
         return self.model_dump(
             mode="json",
-            exclude={"seconds": True, "peak_bytes": True, "environment": True, "started": True, "spec": {"place"}},
+            exclude={
+                "seconds": True,
+                "peak_bytes": True,
+                "environment": True,
+                "started": True,
+                "notes": True,
+                "spec": {"place"},
+            },
         )
 
 

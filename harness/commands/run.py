@@ -164,7 +164,7 @@ def _ids(specs: list[RunSpec]) -> list[str]:
 def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     from tabulate import tabulate
 
-    from harness import estimate, preflight
+    from harness import estimate, preflight, tuning
     from harness.record import RecordStore
 
     checked = preflight.check_tasks(sweep, place)
@@ -172,7 +172,9 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     cells = preflight.check_methods(sweep, checked, place, store.find)
     planned = preflight.plan_checked(sweep, checked, cells, place)
     specs = [spec for spec, _ in planned]
-    finished = sum(store.read(run_id) is not None for run_id in _ids(specs))
+    searches = tuning.searches_of(sweep, planned) if sweep.tune else []
+    trials = sweep.tune or 0
+    missing = tuning.missing(searches, trials, specs, store)
     rows, notes = [], []
     for task, column in zip(checked, cells, strict=True):
         for name, method, reason, said in column:
@@ -191,10 +193,12 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4)))
     for note in notes:
         print(note)
-    supported = [spec for spec, cell in planned if cell.reason is None]
-    for line in estimate.lines(supported, store, sweep.tune or 0):
+    unsupported = {spec.run_id for spec, cell in planned if cell.reason is not None}
+    for line in estimate.lines([spec for spec in missing if spec.run_id not in unsupported], store):
         print(line)
     seeds = ", ".join(map(str, sweep.seeds))
-    trials = f" after {sweep.tune} trials for each method and task" if sweep.tune else ""
-    print(f"{len(specs)} runs (seeds {seeds}){trials}, {finished} of them finished. Nothing was kept.")
+    tried = trials * len(searches)
+    before = f"{tried} trials ({trials} for each method and task), then " if searches else ""
+    finished = tried + len(specs) - len(missing)
+    print(f"{before}{len(specs)} runs (seeds {seeds}), {finished} of them finished. Nothing was kept.")
     return 0
