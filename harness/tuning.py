@@ -118,7 +118,9 @@ def chosen(searches: Sequence[MethodSearch], specs: Sequence[RunSpec]) -> list[R
     return [found[cell].chosen(spec.seed) if (cell := cell_of(spec)) in found else spec for spec in specs]
 
 
-def missing(searches: Sequence[MethodSearch], trials: int, specs: Sequence[RunSpec], store: RecordStore) -> list[RunSpec]:
+def missing(
+    searches: Sequence[MethodSearch], trials: int, specs: Sequence[RunSpec], store: RecordStore
+) -> list[RunSpec]:
     """What has no record yet: trials, then runs of the plan with the chosen settings.
 
     Trials that will be proposed from scores which are not there yet stand in it as the search's first.
