@@ -176,6 +176,18 @@ class RecordStore:
         with (self.folder(run_id) / "history.jsonl").open() as stream:
             return [json.loads(line) for line in stream]
 
+    def test_splits(self, run_id: str) -> list[str]:
+        """The splits that a run kept predictions for and that have no references: unlabelled test sets."""
+        from safetensors import safe_open
+
+        path = self.folder(run_id) / "predictions.safetensors"
+        if not path.exists():
+            return []
+        with safe_open(path, "numpy") as file:
+            keys = set(file.keys())
+        splits = sorted(key.removesuffix("/predictions") for key in keys if key.endswith("/predictions"))
+        return [split for split in splits if f"{split}/references" not in keys]
+
     def read_all(self) -> Found:
         """Every run folder read once, by run_id."""
         read = {path.name: self.read(path.name) for path in self._folders()}

@@ -163,6 +163,9 @@ def test_test_predictions_are_no_part_of_a_runs_identity(submitted, place, capsy
     options = ["--methods", "head", "--batches", "2", "--model", str(place / "bert"), "--results", str(submitted)]
     assert main(["run", "--executor", "serial", "--tasks", "glue", *options, "--data-root", str(place / "data")]) == 0
     assert "8 finished before, 0 to do" in capsys.readouterr().out
+    options += ["--data-root", str(place / "data"), "--seeds", "1,", "--predict-test"]
+    assert main(["run", "--executor", "serial", "--tasks", "glue/rte", *options]) == 0
+    assert "1 of the finished runs have kept no predictions for the test set" in capsys.readouterr().out
 
 
 def test_runs_that_make_no_submission(submitted, place, tmp_path, capsys):

@@ -33,11 +33,16 @@ def command(options: argparse.Namespace) -> int:
         raise (sweep_file.located(error, options.config) if options.config else None) or error from None
 
 
-def _check_adapters(store: RecordStore, finished: set[str], console: Console) -> None:
-    """A finished run is not run again for the sake of its adapter: say so."""
-    lacking = sum(not (store.folder(run_id) / "adapter").exists() for run_id in finished)
-    if lacking:
-        console.print(f"{lacking} of the finished runs have kept no adapter; delete their folders to run them again")
+def _check_kept(store: RecordStore, finished: set[str], place: Place, console: Console) -> None:
+    """A finished run is not run again for the sake of what it has not kept: say so."""
+    wanted = {
+        "adapter": (place.save_adapter, lambda run_id: (store.folder(run_id) / "adapter").exists()),
+        "predictions for the test set": (place.predict_test, lambda run_id: store.test_splits(run_id)),
+    }
+    for what, (asked, kept) in wanted.items():
+        lacking = sum(not kept(run_id) for run_id in finished) if asked else 0
+        if lacking:
+            console.print(f"{lacking} of the finished runs have kept no {what}; delete their folders to run them again")
 
 
 def sweep_of(options: argparse.Namespace) -> Sweep:
@@ -140,8 +145,7 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
             read = map(store.read, _ids(specs))
             finished = {record.run_id for record in read if record and record.status not in retried}
             missing = [spec for spec in specs if spec.run_id not in finished]
-            if place.save_adapter:
-                _check_adapters(store, finished, console)
+            _check_kept(store, finished, place, console)
             done = len(specs) - len(missing)
             console.print(f"{len(specs)} runs: {done} finished before, {len(missing)} to do", highlight=False)
             if missing:
