@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import functools
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,24 +180,25 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     searches = tuning.searches_of(sweep, planned) if sweep.tune else []
     trials = sweep.tune or 0
     missing = tuning.missing(searches, trials, specs, store)
-    rows, notes = [], []
+    rows, notes = [], defaultdict(list)
     for task, column in zip(checked, cells, strict=True):
         for name, method, reason, said in column:
             shown = registry.label_of(name, method.model_dump(mode="json"))
             batches = sweep.train.budget(len(task.splits.train))
             if reason is not None:
                 rows.append([shown, task.name, "unsupported", "", "", batches])
-                notes.append(f"{shown} on {task.name}: {reason}")
+                notes[shown, reason].append(task.name)
                 continue
             count = preflight.preview(method, task, sweep, place)
             rows.append(
                 [shown, task.name, *(f"{n:,}" for n in (count.adapter_initial, count.head, count.total)), batches]
             )
-            notes += [f"{shown} on {task.name}: {line}" for line in said]
+            for line in said:
+                notes[shown, line].append(task.name)
     headers = ["method", "task", "adapter at start", "head", "total", "batches"]
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4)))
-    for note in notes:
-        print(note)
+    for (shown, line), tasks in notes.items():
+        print(f"{shown} on {', '.join(tasks)}: {line}")
     unsupported = {spec.run_id for spec, cell in planned if cell.reason is not None}
     for line in estimate.lines([spec for spec in missing if spec.run_id not in unsupported], store):
         print(line)
