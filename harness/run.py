@@ -226,7 +226,11 @@ class _Run:
         folder = self.store.checkpoints / self.spec.run_id
         seed_everything(derived_seed(self.spec.seed, "training"))
         origin = _origin(self.spec)
-        saved = checkpoint.load_newest(folder, origin)
+        saved, damaged = checkpoint.load_newest(folder, origin)
+        if damaged:
+            after = "anew" if saved is None else "from the one before"
+            names = ", ".join(path.name for path in damaged)
+            self.known["notes"] = (f"damaged checkpoint {names} passed over: the run began {after}",)
         if saved is not None:
             training.load_state_dict(saved)
             self.earlier_seconds, self.evaluation_seconds = saved["seconds_total"], saved["seconds_evaluation"]

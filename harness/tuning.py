@@ -118,6 +118,25 @@ def chosen(searches: Sequence[MethodSearch], specs: Sequence[RunSpec]) -> list[R
     return [found[cell].chosen(spec.seed) if (cell := cell_of(spec)) in found else spec for spec in specs]
 
 
+def missing(
+    searches: Sequence[MethodSearch], trials: int, specs: Sequence[RunSpec], store: RecordStore
+) -> list[RunSpec]:
+    """What has no record yet: trials, then runs of the plan with the chosen settings.
+
+    Trials that will be proposed from scores which are not there yet stand in it as the search's first.
+    """
+    left: list[RunSpec] = []
+    for search in searches:
+        for first in range(0, trials, GENERATION):
+            proposed = search.propose(min(GENERATION, trials - first))
+            without = [spec for spec in proposed if store.read(spec.run_id) is None]
+            if without:
+                left += [*without, *[search.tried[0]] * (trials - len(search.tried))]
+                break
+            search.tell(proposed, store)
+    return left + [spec for spec in chosen(searches, specs) if store.read(spec.run_id) is None]
+
+
 def _space(name: str, method: Method) -> SearchSpace:
     """The hyperparameters to search over: those of the method's space that the user has not fixed."""
     space = dict(method.search_space)

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import functools
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +34,16 @@ def command(options: argparse.Namespace) -> int:
         raise (sweep_file.located(error, options.config) if options.config else None) or error from None
 
 
-def _check_adapters(store: RecordStore, finished: set[str], console: Console) -> None:
-    """A finished run is not run again for the sake of its adapter: say so."""
-    lacking = sum(not (store.folder(run_id) / "adapter").exists() for run_id in finished)
-    if lacking:
-        console.print(f"{lacking} of the finished runs have kept no adapter; delete their folders to run them again")
+def _check_kept(store: RecordStore, finished: set[str], place: Place, console: Console) -> None:
+    """A finished run is not run again for the sake of what it has not kept: say so."""
+    wanted = {
+        "adapter": (place.save_adapter, lambda run_id: (store.folder(run_id) / "adapter").exists()),
+        "predictions for the test set": (place.predict_test, lambda run_id: store.test_splits(run_id)),
+    }
+    for what, (asked, kept) in wanted.items():
+        lacking = sum(not kept(run_id) for run_id in finished) if asked else 0
+        if lacking:
+            console.print(f"{lacking} of the finished runs have kept no {what}; delete their folders to run them again")
 
 
 def sweep_of(options: argparse.Namespace) -> Sweep:
@@ -140,8 +146,7 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
             read = map(store.read, _ids(specs))
             finished = {record.run_id for record in read if record and record.status not in retried}
             missing = [spec for spec in specs if spec.run_id not in finished]
-            if place.save_adapter:
-                _check_adapters(store, finished, console)
+            _check_kept(store, finished, place, console)
             done = len(specs) - len(missing)
             console.print(f"{len(specs)} runs: {done} finished before, {len(missing)} to do", highlight=False)
             if missing:
@@ -164,7 +169,7 @@ def _ids(specs: list[RunSpec]) -> list[str]:
 def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     from tabulate import tabulate
 
-    from harness import estimate, preflight
+    from harness import estimate, preflight, tuning
     from harness.record import RecordStore
 
     checked = preflight.check_tasks(sweep, place)
@@ -172,29 +177,34 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     cells = preflight.check_methods(sweep, checked, place, store.find)
     planned = preflight.plan_checked(sweep, checked, cells, place)
     specs = [spec for spec, _ in planned]
-    finished = sum(store.read(run_id) is not None for run_id in _ids(specs))
-    rows, notes = [], []
+    searches = tuning.searches_of(sweep, planned) if sweep.tune else []
+    trials = sweep.tune or 0
+    missing = tuning.missing(searches, trials, specs, store)
+    rows, notes = [], defaultdict(list)
     for task, column in zip(checked, cells, strict=True):
         for name, method, reason, said in column:
             shown = registry.label_of(name, method.model_dump(mode="json"))
             batches = sweep.train.budget(len(task.splits.train))
             if reason is not None:
                 rows.append([shown, task.name, "unsupported", "", "", batches])
-                notes.append(f"{shown} on {task.name}: {reason}")
+                notes[shown, reason].append(task.name)
                 continue
             count = preflight.preview(method, task, sweep, place)
             rows.append(
                 [shown, task.name, *(f"{n:,}" for n in (count.adapter_initial, count.head, count.total)), batches]
             )
-            notes += [f"{shown} on {task.name}: {line}" for line in said]
+            for line in said:
+                notes[shown, line].append(task.name)
     headers = ["method", "task", "adapter at start", "head", "total", "batches"]
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4)))
-    for note in notes:
-        print(note)
-    supported = [spec for spec, cell in planned if cell.reason is None]
-    for line in estimate.lines(supported, store, sweep.tune or 0):
+    for (shown, line), tasks in notes.items():
+        print(f"{shown} on {', '.join(tasks)}: {line}")
+    unsupported = {spec.run_id for spec, cell in planned if cell.reason is not None}
+    for line in estimate.lines([spec for spec in missing if spec.run_id not in unsupported], store):
         print(line)
     seeds = ", ".join(map(str, sweep.seeds))
-    trials = f" after {sweep.tune} trials for each method and task" if sweep.tune else ""
-    print(f"{len(specs)} runs (seeds {seeds}){trials}, {finished} of them finished. Nothing was kept.")
+    tried = trials * len(searches)
+    before = f"{tried} trials ({trials} for each method and task), then " if searches else ""
+    finished = tried + len(specs) - len(missing)
+    print(f"{before}{len(specs)} runs (seeds {seeds}), {finished} of them finished. Nothing was kept.")
     return 0
