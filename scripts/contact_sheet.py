@@ -3,7 +3,8 @@
     python scripts/contact_sheet.py RESULTS SHEET.png [--seed 0]
 
 A panel for the subject's own pictures, one for the model before training, then one for each method with its score. In
-a panel of samples the upper row is of the instance prompt, the lower of the class prompt; a column starts from one noise.
+a panel of samples the upper row is of the instance prompt, the lower of the class prompt, and a column starts from one
+noise.
 """
 
 from __future__ import annotations
