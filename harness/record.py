@@ -40,6 +40,7 @@ class RunRecord(Parameters):
     spec: RunSpec
     status: Status
     headline: str = Field(description="name of the metric that `score` is")
+    higher_is_better: bool = Field(True, description="whether a higher score is the better one")
     score: float | None = Field(None, description="headline metric on the first evaluation split")
     metrics: dict[str, float] = Field({}, description="on the evaluation splits; a second split's carry its name")
     holdout: dict[str, float] = Field({}, description="on the holdout, at the end of training")

@@ -12,6 +12,8 @@ from pydantic import Field, model_validator
 from harness.parameters import Parameters
 
 MOST_ENTRIES = 3  # of a table that a label spells out
+NOT_SETTING = {"method", "method_version", "method_parameters", "task", "task_version", "task_parameters"}
+NOT_SETTING |= {"data_fingerprint", "seed", "place", "search"}  # what may differ within one table
 
 
 class TrainSpec(Parameters):
@@ -140,6 +142,16 @@ class RunSpec(Parameters):
     def is_trial(self) -> bool:
         """Whether the run is one of a search's."""
         return self.search is not None and self.search.role == "trial"
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What the runs of one table share, as JSON has it: everything but method, task, seed, search and place."""
+        return self.model_dump(mode="json", exclude=NOT_SETTING)
+
+    @property
+    def setting_key(self) -> str:
+        """8 hexadecimal digits of the SHA-256 of `setting`."""
+        return hashlib.sha256(json.dumps(self.setting, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
     def run_id(self) -> str:

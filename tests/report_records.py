@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from harness.environment import Environment
 from harness.method import ParameterCount
 from harness.record import RecordStore, RunRecord, Seconds
@@ -79,3 +82,9 @@ def stored(path: Path, *records: RunRecord) -> RecordStore:
     for each in records:
         store.write(each, [], store.draft(each.run_id))
     return store
+
+
+def predicted(folder: Path, predictions: np.ndarray, references: np.ndarray, split: str = "validation") -> None:
+    """Write a run's predictions on one split."""
+    arrays = {f"{split}/predictions": predictions, f"{split}/references": references}
+    save_file(arrays, folder / "predictions.safetensors")

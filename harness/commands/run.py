@@ -154,7 +154,7 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
             tuning.tune(searches, sweep.tune, carry_out, store)
             specs = tuning.chosen(searches, specs)
         carry_out(specs)
-    return show_sweep(store, _ids(specs))
+    return show_sweep(store, _ids(specs), options.tracking_uri)
 
 
 def _ids(specs: list[RunSpec]) -> list[str]:

@@ -1,0 +1,113 @@
+"""The report as one self-contained HTML page: tables that sort, pictures, and links from each cell to its runs."""
+
+from __future__ import annotations
+
+import base64
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
+
+from harness.report.leaderboard import Board, Cell, Column, Row, score_text
+from harness.report.text import LEGEND, cell_text, decimal, human
+
+PICTURES = {  # by name: what a picture shows
+    "score_vs_parameters": "Score against adapter parameters",
+    "learning_curves": "Learning curves",
+    "over_time": "Ranks, gap and active set over time",
+    "rank_heat_map": "Rank per layer and module",
+    "singular_values": "Singular values of the updates",
+    "critical_difference": "Mean ranks over tasks",
+}
+
+
+def page(boards: Sequence[Board], damaged: Iterable[str], pictures: Mapping[str, Sequence[Path]]) -> str:
+    """The page. `pictures`: PNG files by a board's key, taken into the page; links lead to runs/<run_id>/record.json
+    beside it. Scripts and styles are in it: it loads nothing."""
+    sections = [_section(board, pictures.get(board.key, ())) for board in boards]
+    return _template().render(sections=sections, legend=LEGEND, damaged=list(damaged))
+
+
+@functools.cache
+def _template() -> Template:
+    source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+        source
+    )
+
+
+def _section(board: Board, pictures: Sequence[Path]) -> dict[str, Any]:
+    headings = [("method", ""), ("parameters", "")]
+    headings += [("rank", "")] if board.has_ranks else []
+    headings += [(column.title, column.metric.replace("_", " ")) for column in board.columns]
+    headings += [("average", "")] if len(board.columns) > 1 else []
+    headings += [("settings", ""), ("batches", ""), ("seconds", ""), ("memory", "")]
+    headings += [("search", "batches")] if board.has_search else []
+    return {
+        "key": board.key,
+        "caption": board.caption,
+        "headings": headings,
+        "rows": [_row(board, row, place) for place, row in enumerate(board.rows)],
+        "cells": _details(board),
+        "notes": board.notes,
+        "pictures": [(_title(path), base64.b64encode(path.read_bytes()).decode()) for path in pictures],
+    }
+
+
+def _title(picture: Path) -> str:
+    return next((title for name, title in PICTURES.items() if picture.stem.startswith(name)), picture.stem)
+
+
+def _row(board: Board, row: Row, place: int) -> list[dict[str, Any]]:
+    """The row's cells: text, the number it sorts by, and what it is."""
+    cells: list[dict[str, Any]] = [_text(row.label.replace(",", ", ")), _number(human(row.parameters), row.parameters)]
+    if board.has_ranks:
+        cells.append(_number(decimal(row.rank), row.rank))
+    for across, column in enumerate(board.columns):
+        cells.append(_score(board, row, column, f"{board.key}-{place}-{across}"))
+    if len(board.columns) > 1:
+        cells.append(_number("-" if row.average is None else score_text(row.average), row.average))
+    cells += [
+        _text(row.tuning),
+        _number(decimal(row.batches), row.batches),
+        _number(decimal(row.seconds), row.seconds),
+        _number(human(row.peak_bytes, "B"), row.peak_bytes),
+    ]
+    return [*cells, _number(decimal(row.search_batches), row.search_batches)] if board.has_search else cells
+
+
+def _score(board: Board, row: Row, column: Column, anchor: str) -> dict[str, Any]:
+    cell = row.cells.get(column.title)
+    if cell is None:
+        return _number("-", None)
+    kind = "best" if board.is_best(row, column) else "second" if board.is_second(row, column) else ""
+    tie = " ≈" if board.is_tie(row, column) else ""
+    return _number(cell_text(cell) + tie, cell.score.mean) | {"kind": kind, "anchor": anchor}
+
+
+def _details(board: Board) -> list[dict[str, Any]]:
+    """Where each cell's link leads: its runs."""
+    return [
+        {"anchor": f"{board.key}-{place}-{across}", "title": f"{row.label} on {column.title}", "runs": _runs(cell)}
+        for place, row in enumerate(board.rows)
+        for across, column in enumerate(board.columns)
+        if (cell := row.cells.get(column.title)) is not None
+    ]
+
+
+def _runs(cell: Cell) -> list[dict[str, Any]]:
+    scores = {run["run_id"]: score_text(run["score"]) for run in cell.scored}
+    return [
+        {"run_id": run["run_id"], "seed": run["seed"], "result": scores.get(run["run_id"], run["status"])}
+        for run in cell.runs
+    ]
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"text": text, "sort": text, "kind": "text", "anchor": None}
+
+
+def _number(text: str, value: float | None) -> dict[str, Any]:
+    return {"text": text, "sort": "" if value is None else repr(float(value)), "kind": "", "anchor": None}
