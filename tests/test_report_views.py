@@ -18,13 +18,14 @@ from safetensors.numpy import save_file
 
 from harness import cli
 from harness.record import RecordStore, RunRecord
-from harness.report import budget, critical, curves, layers, scatter
+from harness.report import budget, critical, curves, layers, scatter, sensitivity
 from harness.report.build import build_report
 from harness.report.frame import to_frame
 from harness.report.histories import mean_series, traced
 from harness.report.leaderboard import leaderboards, sorted_by
 from harness.report.paper import against_paper, reported
-from tests.report_records import DEFAULTS, board, record, stored
+from harness.report.trials import trials_frame
+from tests.report_records import DEFAULTS, board, chosen, record, stored, trial
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -105,6 +106,18 @@ class TestBudget:
         (row,) = budget.costs(board(record(), failed)).to_dict("records")
         assert (row["runs"], row["batches"], row["seconds"], row["peak_bytes"]) == (2, 140, 120.0, 1.24e9)
 
+    def test_costs_count_the_search_once_for_each_task(self) -> None:
+        trials = [trial(learning_rate=1e-3), trial(learning_rate=1e-2, holdout=None, batches=30, peak_bytes=2 * 10**9)]
+        runs = [chosen(trials, 1e-3, seed=seed) for seed in (0, 1)]
+        (row,) = budget.costs(board(*trials, *runs)).to_dict("records")
+        assert (row["settings"], row["runs"], row["batches"], row["seconds"]) == ("tuned 2", 2, 200, 120.0)
+        assert (row["search_batches"], row["search_seconds"], row["peak_bytes"]) == (130, 120.0, 2e9)
+        (shown,) = board(*trials, *runs).rows
+        assert (shown.batches, shown.seconds, shown.peak_bytes) == (230, 180.0, 2e9)
+        lacking = board(trials[0], *runs)
+        assert (lacking.rows[0].batches, lacking.rows[0].search_batches) == (None, None), "a trial's record is gone"
+        assert math.isnan(budget.costs(lacking)["search_batches"][0])
+
     def test_time_to_score(self, tmp_path: Path) -> None:
         assert budget.time_to(history(0), "holdout_accuracy", 0.65) == 20
         assert budget.time_to(history(0), "holdout_accuracy", 0.95) is None
@@ -153,6 +166,19 @@ class TestPictures:
         assert points.get_xlabel() == "adapter parameters"
         assert layers.singular_values(only, store) is None
         assert critical.draw(only) is None
+
+    def test_learning_rate_sensitivity(self) -> None:
+        trials = [trial(learning_rate=rate, holdout=score) for rate, score in ((1e-2, 0.7), (1e-4, 0.6), (1e-1, None))]
+        trials += [trial("debora", holdout=0.8)]
+        runs = [chosen(trials[:3], 1e-2), chosen(trials[3:], 1e-3)]
+        table = trials_frame([*trials, *runs], DEFAULTS)
+        assert table["label"].tolist() == ["lora"] * 3 + ["debora"]
+        (panel,) = axes(sensitivity.draw(board(*trials, *runs), table))
+        curve = max(panel.lines, key=lambda line: len(line.get_xdata()))
+        assert (curve.get_xdata().tolist(), curve.get_ydata().tolist()) == ([1e-4, 1e-2], [0.6, 0.7])
+        assert [line.get_xdata() for line in panel.lines if line.get_marker() == "x"] == [[1e-1]], "it gave no score"
+        assert (panel.get_xscale(), panel.get_ylabel()) == ("log", "holdout accuracy")
+        assert sensitivity.draw(board(record()), trials_frame([record()])) is None
 
     def test_nothing_to_draw(self, tmp_path: Path) -> None:
         store = stored(tmp_path, record(score=None, parameters=None))
@@ -293,11 +319,12 @@ class TestBadInput:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
     ) -> None:
         stored(tmp_path, record())
+        before = sorted(tmp_path.rglob("*"))
         assert cli.main(["report", *arguments, "--results", str(tmp_path)]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+        assert sorted(tmp_path.rglob("*")) == before
 
     def test_mixed_versions_and_data_are_said(self) -> None:
         new = record().environment.model_copy(update={"packages": {"torch": "2.13.0"}})

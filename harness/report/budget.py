@@ -107,7 +107,7 @@ def _points(board: Board, column: Column) -> dict[str, list[Point]]:
 def costs(board: Board) -> pd.DataFrame:
     """What each row cost in all: columns method, settings, runs, batches, seconds (of training), search_batches,
     search_seconds, peak_bytes. Sums over the row's runs, failed ones too; the search for hyperparameters apart, once
-    for each task, and in the peak."""
+    for each task (not a number where a trial's record is gone), and in the peak."""
     rows = [_cost(row) for row in board.rows]
     return pd.DataFrame(rows)
 
@@ -121,10 +121,15 @@ def _cost(row: Row) -> dict[str, Any]:
         "runs": len(runs),
         "batches": sum(run["batches"] for run in runs),
         "seconds": math.fsum(run["seconds_training"] for run in runs),
-        "search_batches": sum(run["search_batches"] for run in searched),
-        "search_seconds": math.fsum(run["search_seconds"] for run in searched),
+        "search_batches": math.fsum(_number(run["search_batches"]) for run in searched),
+        "search_seconds": math.fsum(_number(run["search_seconds"]) for run in searched),
         "peak_bytes": peak_bytes(runs),
     }
+
+
+def _number(value: float | None) -> float:
+    """The value; NaN, which a sum keeps, where there is none."""
+    return math.nan if value is None else value
 
 
 class Sweep(NamedTuple):

@@ -12,15 +12,16 @@ from pathlib import Path
 import pandas as pd
 
 from harness.errors import InputError
-from harness.record import Found, RecordStore
+from harness.record import Found, RecordStore, RunRecord
 from harness.report.budget import costs, matched, sweeps, time_to_score
 from harness.report.compare import ExampleReader, with_ties
 from harness.report.data import structured, tidy
-from harness.report.frame import Defaults, to_frame, trials_frame
+from harness.report.frame import Defaults, to_frame
 from harness.report.latex import latex
 from harness.report.leaderboard import Board, leaderboards
 from harness.report.page import PICTURES, page
 from harness.report.text import markdown
+from harness.report.trials import trials_frame
 
 MOST_ILLUSTRATED = 6  # settings with pictures of their own
 
@@ -52,11 +53,11 @@ def build_report(store: RecordStore, found: Found | None = None, defaults: Defau
         "sweeps.csv": _csv(_by_setting(boards, sweeps)),
         "time_to_score.csv": _csv(_by_setting(boards, lambda board: time_to_score(board, store))),
     }
-    trials = trials_frame(chosen)
+    trials = trials_frame(chosen, defaults)
     if len(trials):
         texts["trials.csv"] = _csv(trials)
     paths = [_write(store.results / "tables" / name, text) for name, text in texts.items()]
-    drawn = _pictures(frame, boards, store, Found(chosen, damaged))
+    drawn = _pictures(frame, trials, boards, store, chosen)
     html = page(boards, damaged, {key: [path for path in drawn[key] if path.suffix == ".png"] for key in drawn})
     paths += [path for of_board in drawn.values() for path in of_board]
     return [*paths, _write(store.results / "report.html", html)]
@@ -76,17 +77,21 @@ def _by_setting(boards: Iterable[Board], table: Callable[[Board], pd.DataFrame])
     return pd.concat(tables, ignore_index=True)
 
 
-def _pictures(frame: pd.DataFrame, boards: list[Board], store: RecordStore, found: Found) -> dict[str, list[Path]]:
+def _pictures(
+    frame: pd.DataFrame, trials: pd.DataFrame, boards: list[Board], store: RecordStore, chosen: Iterable[RunRecord]
+) -> dict[str, list[Path]]:
     """The pictures' paths by setting."""
     from harness.report.figures import save  # takes matplotlib a second to import
     from harness.report.pictures import pictures
 
     folder = store.results / "pictures"
-    records = {record.run_id: record for record in found.records}
+    records = {record.run_id: record for record in chosen}
     paths: dict[str, list[Path]] = {}
     for board in boards[:MOST_ILLUSTRATED]:
         paths[board.key] = []
-        for name, figure in pictures(board, frame[frame["setting"] == board.key], store, records):
+        runs = frame[frame["setting"] == board.key]
+        searched = trials if trials.empty else trials[trials["setting"] == board.key]
+        for name, figure in pictures(board, runs, searched, store, records):
             full = name if len(boards) == 1 else f"{name}_{board.key}"
             pair = [folder / f"{full}.png", folder / f"{full}.pdf"]
             _replace(pair, functools.partial(save, figure))

@@ -55,38 +55,27 @@ def to_frame(records: Iterable[RunRecord], defaults: Defaults | None = None) -> 
     """
     every = {record.run_id: record for record in records}
     unique = {run_id: record for run_id, record in every.items() if not record.spec.is_trial}
-    methods = {run_id: _method(record.spec) for run_id, record in unique.items()}
-    tasks = {run_id: _task(record.spec) for run_id, record in unique.items()}
-    labels = _labels(set(methods.values()), defaults or {})
-    columns = _labels(set(tasks.values()), {})
+    labels, columns = labels_of(unique.values(), defaults), columns_of(every.values())
     rows = []
     for run_id, record in unique.items():
-        names = {"run_id": run_id, "label": labels[methods[run_id]], "column": columns[tasks[run_id]]}
-        of_spec = _of_spec(record.spec, methods[run_id], tasks[run_id])
+        names = {"run_id": run_id, "label": labels[run_id], "column": columns[run_id]}
         tuning = {"tuning": _tuning(record.spec, (defaults or {}).get(record.spec.method))}
-        rows.append(names | of_spec | _of_result(record) | tuning | _search_cost(record.spec, every))
+        rows.append(names | _of_spec(record.spec) | _of_result(record) | tuning | _search_cost(record.spec, every))
     return pd.DataFrame(rows)
 
 
-def trials_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
-    """One row per trial and hyperparameter searched over: how the score on the holdout depends on it.
+def labels_of(records: Iterable[RunRecord], defaults: Defaults | None = None) -> dict[str, str]:
+    """run_id -> label of the configuration, see `to_frame`."""
+    variants = {record.run_id: _method(record.spec) for record in records}
+    labels = _labels(set(variants.values()), defaults or {})
+    return {run_id: labels[variant] for run_id, variant in variants.items()}
 
-    Columns: method, method_version, fixed (the other hyperparameters, JSON), task, data_fingerprint, setting,
-    parameter, value, headline, holdout (None where the trial gave no score), status, run_id.
-    """
-    trials = [record for record in records if record.spec.is_trial]
-    rows = []
-    for record in trials:
-        spec, method = record.spec, _method(record.spec)
-        row = _of_spec(spec, method, _task(spec))
-        kept = {name: row[name] for name in ("method", "method_version", "task", "data_fingerprint", "setting")}
-        score = record.holdout.get(record.headline) if record.status == "done" else None
-        assert spec.search is not None
-        for parameter in spec.search.parameters:
-            value = {"parameter": parameter, "value": value_text(spec.method_parameters[parameter])}
-            result = {"headline": record.headline, "holdout": score, "status": record.status, "run_id": record.run_id}
-            rows.append(kept | {"fixed": method.parameters} | value | result)
-    return pd.DataFrame(rows)
+
+def columns_of(records: Iterable[RunRecord]) -> dict[str, str]:
+    """run_id -> column of the task on its data, see `to_frame`."""
+    variants = {record.run_id: _task(record.spec) for record in records}
+    columns = _labels(set(variants.values()), {})
+    return {run_id: columns[variant] for run_id, variant in variants.items()}
 
 
 def _method(spec: RunSpec) -> _Variant:
@@ -101,16 +90,16 @@ def _task(spec: RunSpec) -> _Variant:
     return _Variant(spec.task, spec.task_version, parameters, spec.data_fingerprint)
 
 
-def _of_spec(spec: RunSpec, method: _Variant, task: _Variant) -> dict[str, Any]:
+def _of_spec(spec: RunSpec) -> dict[str, Any]:
     return {
         "setting": spec.setting_key,
         "setting_text": _setting_text(spec),
-        "method": method.name,
-        "method_version": method.version,
+        "method": spec.method,
+        "method_version": spec.method_version,
         "method_parameters": json.dumps(spec.method_parameters, sort_keys=True),
-        "task": task.name,
-        "task_version": task.version,
-        "task_parameters": task.parameters,
+        "task": spec.task,
+        "task_version": spec.task_version,
+        "task_parameters": json.dumps(spec.task_parameters, sort_keys=True),
         "model": _model_name(spec.place.model),
         "model_fingerprint": spec.model_fingerprint,
         "data_fingerprint": spec.data_fingerprint,

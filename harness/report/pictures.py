@@ -8,18 +8,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from harness.record import RecordStore, RunRecord
-from harness.report import critical, curves, layers, scatter
+from harness.report import critical, curves, layers, scatter, sensitivity
 from harness.report.histories import traced
 from harness.report.leaderboard import Board
 
 
 def pictures(
-    board: Board, frame: pd.DataFrame, store: RecordStore, records: Mapping[str, RunRecord]
+    board: Board, frame: pd.DataFrame, trials: pd.DataFrame, store: RecordStore, records: Mapping[str, RunRecord]
 ) -> Iterator[tuple[str, Figure]]:
-    """(name, figure) of the pictures that the board's runs have something for; `frame` holds the board's runs."""
+    """(name, figure) of the pictures that the board's runs have something for; `frame` and `trials` hold the runs and
+    the searches' trials of the board's setting."""
     found = traced(board, store)
     drawn = {
         "score_vs_parameters": lambda: scatter.draw(frame, board),
+        "learning_rate_sensitivity": lambda: sensitivity.draw(board, trials),
         "learning_curves": lambda: curves.learning_curves(board, found),
         "over_time": lambda: curves.over_time(board, found),
         "rank_heat_map": lambda: layers.rank_heat_map(board, records),
