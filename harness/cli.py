@@ -204,7 +204,7 @@ def _add_fields(parser: Any, model: type[Parameters], leave_out: Sequence[str] =
         if name in leave_out:
             continue
         flag = f"--{name.replace('_', '-')}"
-        default = "" if field.default in (None, False) else f" (default {field.default})"
+        default = "" if field.default in (None, False, ()) else f" (default {field.default})"
         text = f"{field.description}{default}".replace("%", "%%")
         if field.annotation is bool:
             parser.add_argument(flag, dest=name, action="store_const", const=True, help=text)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -164,8 +165,7 @@ class Method(Parameters, ABC):
 
         Raises InputError for a hyperparameter that cannot be right on it (a rank above a layer's size, targets
         that match nothing). Called for every cell before anything runs, with the backbone on the meta device, so
-        look at shapes and names only.
-        """
+        look at shapes and names only."""
         return None
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
@@ -178,8 +178,7 @@ class Method(Parameters, ABC):
         """Adapt the backbone in place and return the run's state.
 
         The head is trained by every method. `rng` and torch's global generator are seeded for this run; draw
-        initial values from either. For a dry run the backbone is on the meta device: draw nothing from `data`.
-        """
+        initial values from either. For a dry run the backbone is on the meta device: draw nothing from `data`."""
 
 
 class Adaptation:
@@ -218,8 +217,7 @@ class Adaptation:
         """After the optimizer's step, gradients still there: rank allocation, Frank-Wolfe, truncation.
 
         Returns values for the run's history: numbers, lists of them, or tensors without or with one dimension (which
-        are fetched later, without a wait, as a number or a list).
-        """
+        are fetched later, without a wait, as a number or a list)."""
         return {}
 
     def finish(self, step: Step) -> None:
@@ -236,6 +234,11 @@ class Adaptation:
             for name, p in self.model.named_parameters()
             if p.requires_grad and not in_modules(name, self.head)
         )
+
+    def at_rank(self, rank: int) -> AbstractContextManager[None] | None:
+        """For `with`: every layer's update cut to its `rank` most important components, of fewer to what it has, and
+        afterwards as it was, bit for bit. None where the method has no such cut."""
+        return None
 
     def parameters_without_optimizer(self) -> tuple[str, ...]:
         """Names of the model's parameters that the method changes itself, not through the optimizer."""

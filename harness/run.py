@@ -22,6 +22,7 @@ from harness.environment import environment
 from harness.errors import Diverged, InputError
 from harness.memory import PeakMemory, is_out_of_memory
 from harness.method import Adaptation, Backbone, Method
+from harness.rank_curve import rank_curve
 from harness.record import RETRIED, RecordStore, RunRecord, Seconds, Status
 from harness.running import Progress
 from harness.spec import Place, RunSpec
@@ -266,20 +267,25 @@ class _Run:
         started = time.perf_counter()
         metrics: dict[str, float] = {}
         arrays: dict[str, np.ndarray] = {}
+
+        def on(name: str) -> tuple[np.ndarray, dict[str, float]]:
+            labels = data.splits.evaluation[name].labels
+            predictions = self._predictions(adaptation, name, data.encoded(name), labels)
+            return predictions, self.task.metrics(predictions, labels)
+
         for name, examples in data.splits.evaluation.items():
-            predictions = self._predictions(adaptation, name, data.encoded(name), examples.labels)
+            predictions, found = on(name)
             prefix = f"{name}_" if metrics else ""
-            found = _finite(self.task.metrics(predictions, examples.labels), f"split '{name}'")
-            metrics |= {f"{prefix}{key}": value for key, value in found.items()}
+            metrics |= {f"{prefix}{key}": value for key, value in _finite(found, f"split '{name}'").items()}
             arrays |= {f"{name}/predictions": predictions, f"{name}/references": examples.labels}
+        first, headline = next(iter(data.splits.evaluation)), self.task.headline
+        curve = rank_curve(adaptation, self.spec.place.rank_curve, lambda: on(first)[1][headline])
         if self.spec.place.predict_test:
             for name, examples in self.task.test(self.spec.place.data_root).items():
                 encoded = self.task.encode(examples, self.spec.place.model)
                 arrays[f"{name}/predictions"] = self._predictions(adaptation, name, encoded, examples.labels)
-        save_file(
-            {key: np.ascontiguousarray(value) for key, value in arrays.items()}, self.files / "predictions.safetensors"
-        )
-        self.known |= {"metrics": metrics, "score": metrics[self.task.headline]}
+        save_file({key: np.ascontiguousarray(a) for key, a in arrays.items()}, self.files / "predictions.safetensors")
+        self.known |= {"metrics": metrics, "score": metrics[headline], "rank_curve": curve}
         self.evaluation_seconds += time.perf_counter() - started
 
     def _tell(self, training: Training) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -63,6 +63,9 @@ class Place(Parameters):
     checkpoint_every: int = Field(0, ge=0, description="batches between whole-state checkpoints; 0 writes none")
     save_adapter: bool = Field(False, description="keep the trained adapter and head in the run's folder")
     predict_test: bool = Field(False, description="keep predictions for unlabelled test splits, for a submission")
+    rank_curve: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="score the trained adapter cut to these ranks as well: 1,2,4,8"
+    )
 
 
 class Execution(Parameters):

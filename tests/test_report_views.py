@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from harness import cli
 from harness.record import RecordStore, RunRecord
-from harness.report import budget, critical, curves, layers, scatter, sensitivity
+from harness.report import budget, critical, curves, layers, lines, rank_curves, scatter
 from harness.report.build import build_report
 from harness.report.frame import to_frame
 from harness.report.histories import mean_series, traced
@@ -74,22 +74,37 @@ class TestBudget:
 
     def test_rank_aurac_of_the_source(self) -> None:
         ranks, scores = [1, 2, 4, 8, 16, 32], [10.0, 20, 30, 40, 50, 60]
-        found = budget.rank_aurac(ranks, scores)
+        found = rank_curves.rank_aurac(ranks, scores)
         assert found["linear"] == pytest.approx(46.6129, abs=1e-4)
         assert found["log2"] == pytest.approx(35.0)
-        assert budget.rank_aurac(ranks[::-1], scores[::-1]) == found
-        tripled = budget.rank_aurac([3 * rank for rank in ranks], scores)
+        assert rank_curves.rank_aurac(ranks[::-1], scores[::-1]) == found
+        tripled = rank_curves.rank_aurac([3 * rank for rank in ranks], scores)
         assert (tripled["linear"], tripled["log2"]) == (pytest.approx(found["linear"]), pytest.approx(found["log2"]))
-        assert budget.rank_aurac([1, 3, 5], [0.4] * 3)["linear"] == pytest.approx(0.4)
-        assert budget.rank_aurac([7], [0.3]) == {"linear": 0.3, "log2": 0.3, "max_rank": 7}
+        assert rank_curves.rank_aurac([1, 3, 5], [0.4] * 3)["linear"] == pytest.approx(0.4)
+        assert rank_curves.rank_aurac([7], [0.3]) == {"linear": 0.3, "log2": 0.3}
         for wrong in ([], [1, 1], [0, 1]):
             with pytest.raises(ValueError, match="ranks"):
-                budget.rank_aurac(wrong, [0.5] * len(wrong))
+                rank_curves.rank_aurac(wrong, [0.5] * len(wrong))
 
-    def test_rank_grid_ends_at_the_adapters_rank(self) -> None:
-        assert budget.rank_grid(1) == [1]
-        assert budget.rank_grid(8) == [1, 2, 4, 8]
-        assert budget.rank_grid(12) == [1, 2, 4, 8, 12]
+    def test_areas_of_the_same_ranks_stand_together(self) -> None:
+        runs = [record("lora", seed=seed, rank_curve={2: 0.6 + seed / 10, 1: 0.4, 4: 0.8}) for seed in (0, 1)]
+        runs += [record("debora", rank_curve={1: 0.5, 2: 0.5}), record("adalora", rank_curve={1: 0.1, 2: 0.2, 4: 0.3})]
+        runs += [record("head")]
+        by_id = {run.run_id: run for run in runs}
+        table = rank_curves.areas(board(*runs), by_id)
+        assert table[["ranks", "method", "n"]].to_numpy().tolist() == [
+            ["1,2", "debora", 1], ["1,2,4", "adalora", 1], ["1,2,4", "lora", 2],
+        ]  # fmt: skip
+        # Over 1, 2, 4: (0.5 + 2 x 0.7) / 3 and (0.55 + 2 x 0.75) / 3; over their logarithms (0.5 + 0.7) / 2 and so on.
+        lora = table[table["method"] == "lora"].iloc[0]
+        assert lora["aurac_linear"] == pytest.approx((1.9 + 2.05) / 6)
+        assert lora["aurac_log2"] == pytest.approx((0.6 + 0.65) / 2)
+        assert lora["log2_interval_95"] == pytest.approx(12.706 * 0.025, rel=1e-3)
+        points = rank_curves.rank_curves(board(*runs), by_id).set_index("method").loc["lora"]
+        assert points[["rank", "mean"]].to_numpy().tolist() == [[1, 0.4], [2, 0.65], [4, 0.8]]
+        (panel,) = axes(lines.rank_curves(board(*runs), by_id))
+        assert [text.get_text() for text in panel.get_xticklabels()] == ["1", "2", "4"]
+        assert lines.rank_curves(board(record()), {record().run_id: record()}) is None
 
     def test_sweeps_differ_in_one_number(self) -> None:
         table = budget.sweeps(
@@ -173,12 +188,12 @@ class TestPictures:
         runs = [chosen(trials[:3], 1e-2), chosen(trials[3:], 1e-3)]
         table = trials_frame([*trials, *runs], DEFAULTS)
         assert table["label"].tolist() == ["lora"] * 3 + ["debora"]
-        (panel,) = axes(sensitivity.draw(board(*trials, *runs), table))
+        (panel,) = axes(lines.learning_rates(board(*trials, *runs), table))
         curve = max(panel.lines, key=lambda line: len(line.get_xdata()))
         assert (curve.get_xdata().tolist(), curve.get_ydata().tolist()) == ([1e-4, 1e-2], [0.6, 0.7])
         assert [line.get_xdata() for line in panel.lines if line.get_marker() == "x"] == [[1e-1]], "it gave no score"
         assert (panel.get_xscale(), panel.get_ylabel()) == ("log", "holdout accuracy")
-        assert sensitivity.draw(board(record()), trials_frame([record()])) is None
+        assert lines.learning_rates(board(record()), trials_frame([record()])) is None
 
     def test_nothing_to_draw(self, tmp_path: Path) -> None:
         store = stored(tmp_path, record(score=None, parameters=None))

@@ -17,7 +17,7 @@ from harness.spec import Execution, Place, RunSpec, TrainSpec
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from harness.record import RecordStore
+    from harness.record import RecordStore, RunRecord
 
 DATA_ROOT = "HARNESS_DATA_ROOT"
 MOST_SEEDS = 100_000
@@ -33,11 +33,16 @@ def command(options: argparse.Namespace) -> int:
         raise (sweep_file.located(error, options.config) if options.config else None) or error from None
 
 
-def _check_adapters(store: RecordStore, finished: set[str], console: Console) -> None:
-    """A finished run is not run again for the sake of its adapter: say so."""
-    lacking = sum(not (store.folder(run_id) / "adapter").exists() for run_id in finished)
-    if lacking:
-        console.print(f"{lacking} of the finished runs have kept no adapter; delete their folders to run them again")
+def _check_finished(store: RecordStore, finished: list[RunRecord], place: Place, console: Console) -> None:
+    """A finished run is not run again for the sake of its adapter or its rank curve: say so."""
+    adapters = [store.folder(record.run_id) / "adapter" for record in finished if place.save_adapter]
+    curves = [record.spec.place.rank_curve for record in finished if place.rank_curve]
+    for what, lacking in (
+        ("kept no adapter", sum(not path.exists() for path in adapters)),
+        ("no such rank curve", sum(curve != place.rank_curve for curve in curves)),
+    ):
+        if lacking:
+            console.print(f"{lacking} of the finished runs have {what}; delete their folders to run them again")
 
 
 def sweep_of(options: argparse.Namespace) -> Sweep:
@@ -65,6 +70,8 @@ def place_of(options: argparse.Namespace) -> Place:
     """Where and how: options over the environment. Raises InputError."""
     given = {name: getattr(options, name) for name in Place.model_fields if name not in ("model", "path")}
     given["checkpoint_every"] = _parsed(given["checkpoint_every"])
+    if given["rank_curve"] is not None:
+        given["rank_curve"] = [parse_value(rank) for rank in split_list(given["rank_curve"])]
     given["data_root"] = given["data_root"] or os.environ.get(DATA_ROOT)
     return Place.of({name: value for name, value in given.items() if value is not None}, "--")
 
@@ -138,10 +145,10 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
             """Make the records that are missing."""
             sweeps.write(store, specs)
             read = map(store.read, _ids(specs))
-            finished = {record.run_id for record in read if record and record.status not in retried}
-            missing = [spec for spec in specs if spec.run_id not in finished]
-            if place.save_adapter:
-                _check_adapters(store, finished, console)
+            finished = [record for record in read if record and record.status not in retried]
+            there = {record.run_id for record in finished}
+            missing = [spec for spec in specs if spec.run_id not in there]
+            _check_finished(store, finished, place, console)
             done = len(specs) - len(missing)
             console.print(f"{len(specs)} runs: {done} finished before, {len(missing)} to do", highlight=False)
             if missing:

@@ -46,36 +46,6 @@ def at_parameters(points: Iterable[Point], parameters: float) -> tuple[float, bo
     return None
 
 
-def rank_aurac(ranks: Sequence[int], scores: Sequence[float]) -> dict[str, float]:
-    """Area under the rank-accuracy curve of one trained adapter cut to several ranks, in the unit of the scores.
-
-    "linear" and "log2": trapezoid means over the rank and over its logarithm; "max_rank": comparable only at an equal
-    one. Any order of the ranks gives the same. From MatryoshkaLoRA's code (IST-DASLab, `metrics.py`); the name is ours,
-    since AURAC elsewhere is the area under a rejection curve. Raises ValueError for unequal lengths, a rank given twice
-    or below 1.
-    """
-    if len(ranks) != len(scores) or not ranks or len(set(ranks)) != len(ranks) or min(ranks) < 1:
-        raise ValueError(f"needs a score for each rank, ranks from 1 up and none twice: {ranks}, {scores}")
-    points = sorted(zip(ranks, scores, strict=True))
-    found = {
-        "linear": _trapezoid([(float(rank), score) for rank, score in points]),
-        "log2": _trapezoid([(math.log2(rank), score) for rank, score in points]),
-    }
-    return found | {"max_rank": float(points[-1][0])}
-
-
-def rank_grid(largest: int) -> list[int]:
-    """The ranks that `rank_aurac` evaluates for an adapter of this rank: powers of two below it, and itself."""
-    return [*(1 << power for power in range(largest.bit_length()) if 1 << power < largest), largest]
-
-
-def _trapezoid(points: Sequence[Point]) -> float:
-    if len(points) == 1:
-        return points[0][1]
-    area = math.fsum((right[0] - left[0]) * (left[1] + right[1]) / 2 for left, right in pairwise(points))
-    return area / (points[-1][0] - points[0][0])
-
-
 def matched(board: Board) -> pd.DataFrame:
     """Scores at matched parameters: a row for each task, method and count that a rival's configuration has.
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +20,7 @@ from harness.report.frame import Defaults, to_frame
 from harness.report.latex import latex
 from harness.report.leaderboard import Board, leaderboards
 from harness.report.page import PICTURES, page
+from harness.report.rank_curves import areas, rank_curves
 from harness.report.text import markdown
 from harness.report.trials import trials_frame
 
@@ -27,8 +28,9 @@ MOST_ILLUSTRATED = 6  # settings with pictures of their own
 
 
 def build_report(store: RecordStore, found: Found | None = None, defaults: Defaults | None = None) -> list[Path]:
-    """Write tables/leaderboard.{md,tex,csv,json}, tables/{costs,matched,sweeps,time_to_score}.csv, tables/trials.csv
-    where there was a search, pictures/*.{png,pdf} and report.html, all below `store.results`.
+    """Write tables/leaderboard.{md,tex,csv,json}, tables/{costs,matched,sweeps,time_to_score}.csv, pictures/*.{png,pdf}
+    and report.html, all below `store.results`; tables/trials.csv where there was a search, tables/{rank_curves,
+    rank_aurac}.csv where runs have rank curves.
 
     `found`: what to report on; None for all of the store. `defaults`: see `to_frame`. Several settings become
     sections of the same tables, and the first ones have pictures each, their names ending in the setting's key. Each
@@ -53,11 +55,16 @@ def build_report(store: RecordStore, found: Found | None = None, defaults: Defau
         "sweeps.csv": _csv(_by_setting(boards, sweeps)),
         "time_to_score.csv": _csv(_by_setting(boards, lambda board: time_to_score(board, store))),
     }
+    records = {record.run_id: record for record in chosen}
     trials = trials_frame(chosen, defaults)
-    if len(trials):
-        texts["trials.csv"] = _csv(trials)
+    of_some = {  # what only some runs have
+        "trials.csv": trials,
+        "rank_curves.csv": _by_setting(boards, lambda board: rank_curves(board, records)),
+        "rank_aurac.csv": _by_setting(boards, lambda board: areas(board, records)),
+    }
+    texts |= {name: _csv(table) for name, table in of_some.items() if len(table)}
     paths = [_write(store.results / "tables" / name, text) for name, text in texts.items()]
-    drawn = _pictures(frame, trials, boards, store, chosen)
+    drawn = _pictures(frame, trials, boards, store, records)
     html = page(boards, damaged, {key: [path for path in drawn[key] if path.suffix == ".png"] for key in drawn})
     paths += [path for of_board in drawn.values() for path in of_board]
     return [*paths, _write(store.results / "report.html", html)]
@@ -78,14 +85,13 @@ def _by_setting(boards: Iterable[Board], table: Callable[[Board], pd.DataFrame])
 
 
 def _pictures(
-    frame: pd.DataFrame, trials: pd.DataFrame, boards: list[Board], store: RecordStore, chosen: Iterable[RunRecord]
+    frame: pd.DataFrame, trials: pd.DataFrame, boards: list[Board], store: RecordStore, records: Mapping[str, RunRecord]
 ) -> dict[str, list[Path]]:
     """The pictures' paths by setting."""
     from harness.report.figures import save  # takes matplotlib a second to import
     from harness.report.pictures import pictures
 
     folder = store.results / "pictures"
-    records = {record.run_id: record for record in chosen}
     paths: dict[str, list[Path]] = {}
     for board in boards[:MOST_ILLUSTRATED]:
         paths[board.key] = []

@@ -8,9 +8,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from harness.report.figures import STYLE, Style, folded, log_if_wide, panels, plain, styles
+from harness.report.figures import STYLE, Style, line_handles, log_if_wide, panels, plain, styles
 from harness.report.histories import History, Traced, excerpt, mean_series, series
 from harness.report.leaderboard import Board, Column
 
@@ -29,7 +28,7 @@ def learning_curves(board: Board, found: Sequence[Traced]) -> Figure | None:
     holdouts = any(_holdout(each, column) for column in columns for each in found)
     caption = f"{board.caption} Lines: mean over seeds, the loss smoothed; shade: the seeds' range.{excerpt(board)}"
     with rc_context(STYLE):
-        figure, axes = panels(1 + holdouts, len(columns), caption, _handles(names), height=1.8)
+        figure, axes = panels(1 + holdouts, len(columns), caption, line_handles(names), height=1.8)
         for place, column in enumerate(columns):
             of_task = [each for each in found if each.title == column.title]
             axes[0][place].set_title(column.title, fontsize=8)
@@ -57,7 +56,7 @@ def over_time(board: Board, found: Sequence[Traced]) -> Figure | None:
     names = styles(each.label for each in able)
     caption = f"{board.caption} A line a seed; dots: the number of active components changed last.{excerpt(board)}"
     with rc_context(STYLE):
-        figure, axes = panels(len(shown), len(titles), caption, _handles(names), height=1.5)
+        figure, axes = panels(len(shown), len(titles), caption, line_handles(names), height=1.5)
         for down, (name, text) in enumerate(shown):
             for across, title in enumerate(titles):
                 panel = axes[down][across]
@@ -114,10 +113,3 @@ def _holdout(each: Traced, column: Column) -> bool:
 
 def _has(histories: Sequence[History], name: str) -> bool:
     return any(name in row for history in histories for row in history)
-
-
-def _handles(names: Mapping[str, Style]) -> list[Line2D]:
-    return [
-        Line2D([], [], color=colour, marker=marker, markersize=4, linewidth=1.1, label=folded(name))
-        for name, (colour, marker) in sorted(names.items())
-    ]

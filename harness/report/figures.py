@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,26 @@ def panels(
             handletextpad=0.4,
         )
     return figure, axes
+
+
+def panels_for(
+    count: int, caption: str, handles: Sequence[Line2D] = (), height: float = PANEL_HEIGHT
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels in as many rows as it takes; see `panels`."""
+    across = min(PANELS_ACROSS, count)
+    figure, axes = panels(math.ceil(count / across), across, caption, handles, height)
+    flat = [panel for row in axes for panel in row]
+    for panel in flat[count:]:
+        panel.set_visible(False)
+    return figure, flat[:count]
+
+
+def line_handles(names: Mapping[str, Style]) -> list[Line2D]:
+    """A legend's entries for lines with marks."""
+    return [
+        Line2D([], [], color=colour, marker=marker, markersize=4, linewidth=1.1, label=folded(name))
+        for name, (colour, marker) in sorted(names.items())
+    ]
 
 
 def plain(panel: Axes) -> None:

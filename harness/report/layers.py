@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from harness.record import RecordStore, RunRecord
-from harness.report.figures import PANELS_ACROSS, SEQUENTIAL, STYLE, folded, log_if_wide, panels, plain
+from harness.report.figures import PANELS_ACROSS, SEQUENTIAL, STYLE, folded, log_if_wide, panels_for, plain
 from harness.report.histories import MOST_ROWS, excerpt
 from harness.report.leaderboard import Board
 
@@ -62,25 +62,20 @@ def _heat_map(board: Board, title: str, found: Mapping[str, Mapping[tuple[str, s
     blocks.sort(key=lambda block: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", block)])
     modules = list(dict.fromkeys(module for table in found.values() for _, module in table))
     highest = max(value for table in found.values() for value in table.values())
-    across = min(PANELS_ACROSS, len(found))
-    down = -(-len(found) // across)
     caption = f"{board.caption} Live rank on {title}, mean over seeds; blank: not adapted.{excerpt(board)}"
     height = 1.3 + 0.16 * max(len(blocks), 3)
     with rc_context(STYLE):
-        figure, axes = panels(down, across, caption, height=height)
-        flat = [panel for row in axes for panel in row]
+        figure, axes = panels_for(len(found), caption, height=height)
         for place, (label, table) in enumerate(found.items()):
             grid = np.full((len(blocks), len(modules)), np.nan)
             for (block, module), value in table.items():
                 grid[blocks.index(block), modules.index(module)] = value
-            image = flat[place].imshow(grid, cmap=SEQUENTIAL, vmin=0, vmax=max(highest, 1), aspect="auto")
-            _name_axes(flat[place], _short(blocks), _short_modules(modules), first=place % across == 0)
-            flat[place].set_title(folded(label, 34), fontsize=7)
+            image = axes[place].imshow(grid, cmap=SEQUENTIAL, vmin=0, vmax=max(highest, 1), aspect="auto")
+            _name_axes(axes[place], _short(blocks), _short_modules(modules), first=place % PANELS_ACROSS == 0)
+            axes[place].set_title(folded(label, 34), fontsize=7)
             if grid.size <= 120:
-                _write_values(flat[place], grid, highest)
-        for panel in flat[len(found) :]:
-            panel.set_visible(False)
-        figure.colorbar(image, ax=flat[: len(found)], label="live rank", fraction=0.04, pad=0.02)
+                _write_values(axes[place], grid, highest)
+        figure.colorbar(image, ax=axes, label="live rank", fraction=0.04, pad=0.02)
     return figure
 
 
@@ -128,20 +123,15 @@ def singular_values(board: Board, store: RecordStore) -> Figure | None:
             found[row.label] = first
     if not found:
         return None
-    across = min(PANELS_ACROSS, len(found))
-    down = -(-len(found) // across)
     caption = (
         f"{board.caption} Singular values of each layer's update, largest first, dark for the first layer; "
         f"one run each.{excerpt(board)}"
     )
     with rc_context(STYLE):
-        figure, axes = panels(down, across, caption)
-        flat = [panel for row in axes for panel in row]
-        for panel, (label, spectra) in zip(flat, found.items(), strict=False):
+        figure, axes = panels_for(len(found), caption)
+        for panel, (label, spectra) in zip(axes, found.items(), strict=True):
             _draw_spectra(panel, spectra)
             panel.set_title(folded(label, 34), fontsize=7)
-        for panel in flat[len(found) :]:
-            panel.set_visible(False)
     return figure
 
 

@@ -16,6 +16,7 @@ from harness.report.text import LEGEND, cell_text, decimal, human
 PICTURES = {  # by name: what a picture shows
     "score_vs_parameters": "Score against adapter parameters",
     "learning_rate_sensitivity": "Learning-rate sensitivity",
+    "rank_curves": "Scores of trained adapters cut to several ranks",
     "learning_curves": "Learning curves",
     "over_time": "Ranks, gap and active set over time",
     "rank_heat_map": "Rank per layer and module",

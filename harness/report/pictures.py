@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from harness.record import RecordStore, RunRecord
-from harness.report import critical, curves, layers, scatter, sensitivity
+from harness.report import critical, curves, layers, lines, scatter
 from harness.report.histories import traced
 from harness.report.leaderboard import Board
 
@@ -21,7 +21,8 @@ def pictures(
     found = traced(board, store)
     drawn = {
         "score_vs_parameters": lambda: scatter.draw(frame, board),
-        "learning_rate_sensitivity": lambda: sensitivity.draw(board, trials),
+        "learning_rate_sensitivity": lambda: lines.learning_rates(board, trials),
+        "rank_curves": lambda: lines.rank_curves(board, records),
         "learning_curves": lambda: curves.learning_curves(board, found),
         "over_time": lambda: curves.over_time(board, found),
         "rank_heat_map": lambda: layers.rank_heat_map(board, records),

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from harness.report.budget import pareto_front, varied
-from harness.report.figures import PANELS_ACROSS, STYLE, Style, folded, panels, plain, styles, tick_text
+from harness.report.figures import PANELS_ACROSS, STYLE, Style, folded, panels_for, plain, styles, tick_text
 from harness.report.leaderboard import Board
 from harness.report.statistics import summarize
 
@@ -32,15 +32,12 @@ def draw(frame: pd.DataFrame, board: Board) -> Figure | None:
     by_name = styles(names.values())
     handles = [_point(*by_name[name], name) for name in sorted(by_name)]
     handles.append(Line2D([], [], color=FRONT, linewidth=0.8, linestyle="--", label="Pareto front"))
-    across = min(PANELS_ACROSS, len(columns))
-    down = math.ceil(len(columns) / across)
     caption = (
         f"{board.caption} Large: mean and 95 % interval over seeds, cut where it leaves the panel; small: single seeds."
     )
     with rc_context(STYLE):
-        figure, axes = panels(down, across, caption, handles)
-        flat = [panel for row in axes for panel in row]
-        for panel, column in zip(flat, columns, strict=False):
+        figure, axes = panels_for(len(columns), caption, handles)
+        for panel, column in zip(axes, columns, strict=True):
             of_task = runs[runs["column"] == column.title]
             _draw(panel, of_task, by_name, names)
             _connect(panel, of_task, by_name, names)
@@ -48,10 +45,8 @@ def draw(frame: pd.DataFrame, board: Board) -> Figure | None:
             panel.set_title(column.title, fontsize=8)
             panel.set_ylabel(column.metric.replace("_", " "))
             _scale(panel, runs["parameters_final"])
-        for panel in flat[max(0, len(columns) - across) : len(columns)]:  # the lowest of each column
+        for panel in axes[-PANELS_ACROSS:]:  # the lowest of each column
             panel.set_xlabel("adapter parameters")
-        for panel in flat[len(columns) :]:
-            panel.set_visible(False)
     return figure
 
 
