@@ -101,7 +101,7 @@ class TestBudget:
         assert lora["aurac_log2"] == pytest.approx((0.6 + 0.65) / 2)
         assert lora["log2_interval_95"] == pytest.approx(12.706 * 0.025, rel=1e-3)
         points = rank_curves.rank_curves(board(*runs), by_id).set_index("method").loc["lora"]
-        assert points[["rank", "mean"]].to_numpy().tolist() == [[1, 0.4], [2, 0.65], [4, 0.8]]
+        assert points[["rank", "mean"]].to_numpy() == pytest.approx(np.array([[1, 0.4], [2, 0.65], [4, 0.8]]))
         (panel,) = axes(lines.rank_curves(board(*runs), by_id))
         assert [text.get_text() for text in panel.get_xticklabels()] == ["1", "2", "4"]
         assert lines.rank_curves(board(record()), {record().run_id: record()}) is None
