@@ -8,8 +8,9 @@
     merged    the same with the adapter merged into the weights; "-" where it cannot be
 
 The bare backbone, the adapted model and the merged one take turns within one process on the same batch; ratios are
-those of the medians. Times are the process's CPU time: with one thread that is what a clock would show on a machine with
-nothing else to do. The merged model has to give what the adapted one gives. Methods are written as on the command line.
+those of the medians. Times are the process's CPU time: with one thread that is what a clock would show on a machine
+with nothing else to do. The merged model has to give what the adapted one gives. Methods are written as on the command
+line.
 """
 
 from __future__ import annotations
