@@ -7,6 +7,7 @@ found again by its tag `harness.run_id`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "rank-adaptive-harness"
 RUN_ID, CONTENT, SETTING, PARENT = "harness.run_id", "harness.content", "harness.setting", "mlflow.parentRunId"
-MOST_POINTS = 200  # of a curve
-MOST_METRICS, MOST_PARAMETERS = 1000, 100  # of one call, as MLflow allows
+MOST_POINTS = 100  # of a curve: MLflow takes a tenth of a millisecond for each
+MOST_METRICS, MOST_PARAMETERS = 900, 100  # of one call, to which MLflow allows 1000 of both together
 LONGEST_VALUE = 6000  # signs of a parameter, as MLflow allows
 
 
@@ -123,21 +124,18 @@ class _Log:
             self.client.delete_run(known.info.run_id)  # changed since, or cut off while it was logged
         started = _milliseconds(record.started)
         name = f"{record.spec.method} {record.spec.task} seed {record.spec.seed}"
-        tags = {RUN_ID: record.run_id, PARENT: self._parent(record), "harness.status": record.status}
+        tags = {RUN_ID: record.run_id, CONTENT: content, PARENT: self._parent(record), "harness.status": record.status}
         run = self.client.create_run(self.experiment, start_time=started, tags=tags, run_name=name)
         self._content(run.info.run_id, record, started)
-        self.client.set_tag(run.info.run_id, CONTENT, content)
         status = "FINISHED" if record.status in ("done", "unsupported") else "FAILED"
         self.client.set_terminated(run.info.run_id, status, started + round(1000 * record.seconds.total))
         return True
 
     def _content(self, mlflow_id: str, record: RunRecord, started: int) -> None:
-        parameters = _parameters(record)
-        metrics = _metrics(record, self._history(record.run_id), started)
-        for part in _parts(parameters, MOST_PARAMETERS):
-            self.client.log_batch(mlflow_id, params=part)
-        for part in _parts(metrics, MOST_METRICS):
-            self.client.log_batch(mlflow_id, metrics=part)
+        parameters = list(_parts(_parameters(record), MOST_PARAMETERS))
+        metrics = list(_parts(_metrics(record, self._history(record.run_id), started), MOST_METRICS))
+        for some_parameters, some_metrics in itertools.zip_longest(parameters, metrics, fillvalue=()):
+            self.client.log_batch(mlflow_id, params=some_parameters, metrics=some_metrics)
         folder = self.store.folder(record.run_id)
         for path in (folder / "record.json", folder / "adapter"):
             if path.is_dir():
@@ -181,7 +179,8 @@ def _parameters(record: RunRecord) -> list[Param]:
 
 
 def _metrics(record: RunRecord, history: list[dict[str, Any]], started: int) -> list[Metric]:
-    """Curves by batches, at the time in which the run reached them, evenly; then what holds at the end."""
+    """Curves by batches, at the time in which the run reached them, evenly; the rank curve, by ranks; then what holds at
+    the end."""
     from mlflow.entities import Metric
 
     total, last = 1000 * record.seconds.total, max(1, record.batches)
@@ -198,6 +197,7 @@ def _metrics(record: RunRecord, history: list[dict[str, Any]], started: int) -> 
     final |= {f"rank.{layer}": float(rank) for layer, rank in record.ranks.items()}
     final |= {"peak_bytes": record.peak_bytes, "batches": record.batches, "updates": record.updates}
     end = started + round(total)
+    found += [Metric("score_at_rank", value, end, rank) for rank, value in record.rank_curve.items()]
     return found + [
         Metric(name, float(value), end, record.batches) for name, value in final.items() if value is not None
     ]

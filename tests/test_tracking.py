@@ -17,7 +17,7 @@ from tests.report_records import record, stored
 
 def store_with_history(folder: Path) -> RecordStore:
     store = stored(folder)
-    run = record(ranks={"q": 3, "v": 5}, others={"f1": 0.25}, holdout={"accuracy": 0.6})
+    run = record(ranks={"q": 3, "v": 5}, others={"f1": 0.25}, holdout={"accuracy": 0.6}, rank_curve={1: 0.3, 4: 0.5})
     rows = [{"update": i, "batches": i + 1, "loss": 1 / (i + 1), "s": [0.1]} for i in range(500)]
     store.write(run, rows, store.draft(run.run_id))
     failed = record(seed=1, score=None, status="failed", error="boom")
@@ -51,8 +51,10 @@ class TestMlflow:
         assert done.data.params["train.batches"] == "100"
         assert done.data.params["environment.device"] == "cpu"
         points = client.get_metric_history(done.info.run_id, "loss")
-        assert len(points) == 200
+        assert len(points) == 100
         assert (min(p.step for p in points), max(p.step for p in points)) == (1, 500)
+        at_rank = client.get_metric_history(done.info.run_id, "score_at_rank")
+        assert [(point.step, point.value) for point in at_rank] == [(1, 0.3), (4, 0.5)]
         assert [each.path for each in client.list_artifacts(done.info.run_id)] == ["record.json"]
 
         assert log_records(store, store.records()) == 0, "nothing is logged twice"
@@ -116,11 +118,11 @@ class TestCurves:
     def test_thinned_keeps_the_ends_and_the_order(self) -> None:
         points = [(step, float(step)) for step in range(1234)]
         found = thinned(points)
-        assert len(found) == 200
+        assert len(found) == 100
         assert found[0] == points[0]
         assert found[-1] == points[-1]
         assert found == sorted(set(found))
-        assert thinned(points[:200]) == points[:200]
+        assert thinned(points[:100]) == points[:100]
 
     def test_numbers_only(self) -> None:
         history = [{"update": 0, "batches": 1, "loss": 0.5, "s": [1.0], "gap": None}, {"batches": 2, "loss": 0.25}]
