@@ -179,8 +179,8 @@ def _parameters(record: RunRecord) -> list[Param]:
 
 
 def _metrics(record: RunRecord, history: list[dict[str, Any]], started: int) -> list[Metric]:
-    """Curves by batches, at the time in which the run reached them, evenly; the rank curve, by ranks; then what holds at
-    the end."""
+    """Curves by batches, at the time in which the run reached them, evenly; then what holds at the end, the rank curve
+    by ranks."""
     from mlflow.entities import Metric
 
     total, last = 1000 * record.seconds.total, max(1, record.batches)
@@ -221,8 +221,8 @@ def _be_quick_and_quiet() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("alembic").setLevel(logging.ERROR)
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 

@@ -96,7 +96,7 @@ class TestBuild:
         store = stored(tmp_path, record(), record(seed=1), record("head", numbers=0))
         paths = build_report(store, defaults=DEFAULTS)
         names = [f"tables/leaderboard.{form}" for form in ("md", "tex", "csv", "json")]
-        names += [f"tables/{name}.csv" for name in ("costs", "matched", "sweeps", "time_to_score")]
+        names += ["tables/costs.csv"]
         names += ["pictures/score_vs_parameters.png", "pictures/score_vs_parameters.pdf", "report.html"]
         assert paths == [tmp_path / name for name in names]
         assert all(path.stat().st_size > 20 for path in paths)
@@ -116,6 +116,15 @@ class TestBuild:
         assert sorted(pictures) == [f"score_vs_parameters_{key}.png" for key in keys]
         assert sorted(path.name for path in (tmp_path / "pictures").glob("*.png")) == sorted(pictures)
         assert (tmp_path / "tables" / "leaderboard.md").read_text(encoding="utf-8").count("## Setting") == 2
+
+    def test_tables_that_have_no_rows_any_more_are_removed(self, tmp_path: Path) -> None:
+        other = record("lora", method_parameters={"rank": 4}, numbers=500)
+        store = stored(tmp_path, record("lora", method_parameters={"rank": 8}), other, record("head", numbers=500))
+        names = {"sweeps.csv", "matched.csv"}
+        assert names < {path.name for path in build_report(store)}
+        shutil.rmtree(store.folder(other.run_id))
+        assert not names & {path.name for path in build_report(store)}
+        assert not names & {path.name for path in (tmp_path / "tables").iterdir()}
 
     def test_runs_that_cannot_be_drawn(self, tmp_path: Path) -> None:
         paths = build_report(stored(tmp_path, record(score=None, status="unsupported", parameters=None)))

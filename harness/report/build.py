@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -22,15 +22,15 @@ from harness.report.leaderboard import Board, leaderboards
 from harness.report.page import PICTURES, page
 from harness.report.rank_curves import areas, rank_curves
 from harness.report.text import markdown
-from harness.report.trials import trials_frame
+from harness.report.trials import learning_rates, trials_frame
 
 MOST_ILLUSTRATED = 6  # settings with pictures of their own
+TABLES = ("costs", "matched", "sweeps", "time_to_score", "trials", "learning_rates", "rank_curves", "rank_aurac")
 
 
 def build_report(store: RecordStore, found: Found | None = None, defaults: Defaults | None = None) -> list[Path]:
-    """Write tables/leaderboard.{md,tex,csv,json}, tables/{costs,matched,sweeps,time_to_score}.csv, pictures/*.{png,pdf}
-    and report.html, all below `store.results`; tables/trials.csv where there was a search, tables/{rank_curves,
-    rank_aurac}.csv where runs have rank curves.
+    """Write tables/leaderboard.{md,tex,csv,json}, tables/NAME.csv for each of `TABLES` with rows, pictures/*.{png,pdf}
+    and report.html, all below `store.results`.
 
     `found`: what to report on; None for all of the store. `defaults`: see `to_frame`. Several settings become
     sections of the same tables, and the first ones have pictures each, their names ending in the setting's key. Each
@@ -42,46 +42,60 @@ def build_report(store: RecordStore, found: Found | None = None, defaults: Defau
     if all(record.spec.is_trial for record in chosen):
         left_out = f" (unreadable: {', '.join(damaged)})" if damaged else ""
         raise InputError(f"no records in {store.runs}{left_out}: run `python -m harness run ...` first")
-    frame = to_frame(chosen, defaults)
+    frame, trials = to_frame(chosen, defaults), trials_frame(chosen, defaults)
+    records = {record.run_id: record for record in chosen}
     read = ExampleReader(store)
     boards = [with_ties(board, read) for board in leaderboards(frame)]
+    tables = {board.key: _tables(board, _of(board, trials), store, records) for board in boards}
     texts = {
         "leaderboard.md": markdown(boards, damaged),
         "leaderboard.tex": latex(boards, damaged),
         "leaderboard.csv": _csv(tidy(boards)),
         "leaderboard.json": json.dumps(structured(boards), indent=1, ensure_ascii=False) + "\n",
-        "costs.csv": _csv(_by_setting(boards, costs)),
-        "matched.csv": _csv(_by_setting(boards, matched)),
-        "sweeps.csv": _csv(_by_setting(boards, sweeps)),
-        "time_to_score.csv": _csv(_by_setting(boards, lambda board: time_to_score(board, store))),
-    }
-    records = {record.run_id: record for record in chosen}
-    trials = trials_frame(chosen, defaults)
-    of_some = {  # what only some runs have
-        "trials.csv": trials,
-        "rank_curves.csv": _by_setting(boards, lambda board: rank_curves(board, records)),
-        "rank_aurac.csv": _by_setting(boards, lambda board: areas(board, records)),
-    }
-    texts |= {name: _csv(table) for name, table in of_some.items() if len(table)}
+    } | {f"{name}.csv": _csv(table) for name in TABLES if len(table := _by_setting(name, tables))}
     paths = [_write(store.results / "tables" / name, text) for name, text in texts.items()]
+    for name in TABLES:
+        if f"{name}.csv" not in texts:
+            (store.results / "tables" / f"{name}.csv").unlink(missing_ok=True)
     drawn = _pictures(frame, trials, boards, store, records)
-    html = page(boards, damaged, {key: [path for path in drawn[key] if path.suffix == ".png"] for key in drawn})
+    pngs = {key: [path for path in drawn[key] if path.suffix == ".png"] for key in drawn}
     paths += [path for of_board in drawn.values() for path in of_board]
-    return [*paths, _write(store.results / "report.html", html)]
+    return [*paths, _write(store.results / "report.html", page(boards, damaged, tables, pngs))]
+
+
+def _tables(
+    board: Board, trials: pd.DataFrame, store: RecordStore, records: Mapping[str, RunRecord]
+) -> dict[str, pd.DataFrame]:
+    """The board's `TABLES`."""
+    return {
+        "costs": costs(board),
+        "matched": matched(board),
+        "sweeps": sweeps(board),
+        "time_to_score": time_to_score(board, store),
+        "trials": trials,
+        "learning_rates": learning_rates(board, trials),
+        "rank_curves": rank_curves(board, records),
+        "rank_aurac": areas(board, records),
+    }
+
+
+def _of(board: Board, table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the board's setting."""
+    return table if table.empty else table[table["setting"] == board.key].drop(columns="setting")
 
 
 def _csv(table: pd.DataFrame) -> str:
     return table.to_csv(index=False, lineterminator="\n")
 
 
-def _by_setting(boards: Iterable[Board], table: Callable[[Board], pd.DataFrame]) -> pd.DataFrame:
-    """The boards' tables below each other, the setting's key first."""
-    tables = []
-    for board in boards:
-        made = table(board).astype(object)
-        made.insert(0, "setting", board.key)
-        tables.append(made)
-    return pd.concat(tables, ignore_index=True)
+def _by_setting(name: str, tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> pd.DataFrame:
+    """The boards' tables of this name below each other, the setting's key first."""
+    parts = []
+    for key, of_board in tables.items():
+        part = of_board[name].astype(object)
+        part.insert(0, "setting", key)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
 
 
 def _pictures(
@@ -95,9 +109,7 @@ def _pictures(
     paths: dict[str, list[Path]] = {}
     for board in boards[:MOST_ILLUSTRATED]:
         paths[board.key] = []
-        runs = frame[frame["setting"] == board.key]
-        searched = trials if trials.empty else trials[trials["setting"] == board.key]
-        for name, figure in pictures(board, runs, searched, store, records):
+        for name, figure in pictures(board, _of(board, frame), _of(board, trials), store, records):
             full = name if len(boards) == 1 else f"{name}_{board.key}"
             pair = [folder / f"{full}.png", folder / f"{full}.pdf"]
             _replace(pair, functools.partial(save, figure))

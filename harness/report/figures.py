@@ -39,12 +39,11 @@ def save(figure: Figure, png: Path, pdf: Path) -> None:
         figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
 
 
-def styles(names: Iterable[str]) -> dict[str, Style]:
-    """A colour and a marker for each name."""
-    return {
-        name: (COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)])
-        for place, name in enumerate(sorted(set(names)))
-    }
+def styles(names: Iterable[str], more: Iterable[str] = ()) -> dict[str, Style]:
+    """A colour and a marker for each name: those of `names` whatever `more` there is. With a board's labels as `names`,
+    all of its pictures show a label alike."""
+    ordered = dict.fromkeys([*sorted(set(names)), *sorted(set(more))])
+    return {name: (COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]) for place, name in enumerate(ordered)}
 
 
 def panels(
@@ -85,12 +84,17 @@ def panels_for(
     return figure, flat[:count]
 
 
-def line_handles(names: Mapping[str, Style]) -> list[Line2D]:
-    """A legend's entries for lines with marks."""
+def line_handles(names: Mapping[str, Style], shown: Iterable[str]) -> list[Line2D]:
+    """A legend's entries for the names that are shown, as lines with marks."""
     return [
-        Line2D([], [], color=colour, marker=marker, markersize=4, linewidth=1.1, label=folded(name))
-        for name, (colour, marker) in sorted(names.items())
+        Line2D([], [], color=names[name][0], marker=names[name][1], markersize=4, linewidth=1.1, label=folded(name))
+        for name in sorted(set(shown))
     ]
+
+
+def widths(count: int) -> list[float]:
+    """Of lines in the order in which they are drawn, thinner and thinner, so that none hides an equal one."""
+    return [1.0 + 0.6 * min(count - 1 - place, 4) for place in range(count)]
 
 
 def plain(panel: Axes) -> None:

@@ -11,6 +11,7 @@ from harness.record import RecordStore
 from harness.report.leaderboard import Board, Run
 
 MOST_ROWS, MOST_COLUMNS, MOST_SEEDS = 6, 3, 5  # of a board: its first ones
+MOST_POINTS = 200  # of a curve
 
 History = list[dict[str, Any]]
 
@@ -53,13 +54,14 @@ def series(history: History, name: str) -> tuple[np.ndarray, np.ndarray]:
 def mean_series(
     histories: Sequence[History], name: str, smooth: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(batches, means, half-ranges) over the runs on a common grid, each run smoothed by a running mean over a share
-    `smooth` of it."""
+    """(batches, means, half-ranges) over the runs, at most `MOST_POINTS` of the batches that a run has a value at; each
+    run smoothed by a running mean over a share `smooth` of it."""
     curves = [curve for history in histories if len((curve := series(history, name))[0])]
     if not curves:
         return (np.array([]),) * 3
-    last = min(batches[-1] for batches, _ in curves)
-    grid = np.unique(np.linspace(min(batches[0] for batches, _ in curves), last, 200).round())
+    points = np.unique(np.concatenate([batches for batches, _ in curves]))
+    grid = points[points <= min(batches[-1] for batches, _ in curves)]
+    grid = grid[np.unique(np.linspace(0, len(grid) - 1, min(MOST_POINTS, len(grid))).round().astype(int))]
     values = np.stack([np.interp(grid, batches, _running_mean(each, smooth)) for batches, each in curves])
     return grid, values.mean(axis=0), (values.max(axis=0) - values.min(axis=0)) / 2
 

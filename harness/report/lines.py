@@ -14,8 +14,9 @@ from harness.record import RunRecord
 from harness.report.figures import STYLE, Style, line_handles, panels_for, plain, styles
 from harness.report.leaderboard import Board, Column
 from harness.report.rank_curves import Curves, curves_of
+from harness.report.trials import LEARNING_RATE
 
-SEARCHED = "learning_rate"
+ASIDE = 0.06  # octaves between the bars of two curves
 
 
 def learning_rates(board: Board, trials: pd.DataFrame) -> Figure | None:
@@ -24,17 +25,17 @@ def learning_rates(board: Board, trials: pd.DataFrame) -> Figure | None:
     """
     if trials.empty:
         return None
-    found = trials[trials["parameter"] == SEARCHED].assign(value=lambda rows: rows["value"].astype(float))
+    found = trials[trials["parameter"] == LEARNING_RATE].assign(value=lambda rows: rows["value"].astype(float))
     columns = [column for column in board.columns if (found["column"] == column.title).any()]
     if not columns:
         return None
-    names = styles(found["label"])
+    names = styles((row.label for row in board.rows), found["label"])
     caption = (
         f"{board.caption} Trials of the search, each scored once on the holdout; lines by rising learning rate, "
         "whatever else the search varied; large: the best; x: no score."
     )
     with rc_context(STYLE):
-        figure, axes = panels_for(len(columns), caption, line_handles(names))
+        figure, axes = panels_for(len(columns), caption, line_handles(names, found["label"]))
         for panel, column in zip(axes, columns, strict=True):
             for label, of_label in found[found["column"] == column.title].groupby("label"):
                 _trials(panel, of_label.sort_values("value"), names[str(label)], column)
@@ -63,27 +64,28 @@ def rank_curves(board: Board, records: Mapping[str, RunRecord]) -> Figure | None
     columns = [column for column in board.columns if any(each.column == column for each in found)]
     if not columns:
         return None
-    names = styles(each.label for each in found)
+    names = styles(row.label for row in board.rows)
     caption = (
         f"{board.caption} Each trained adapter cut to at most this rank a layer, without further training; mean over "
         "seeds, bars: 95 % interval."
     )
     with rc_context(STYLE):
-        figure, axes = panels_for(len(columns), caption, line_handles(names))
+        figure, axes = panels_for(len(columns), caption, line_handles(names, (each.label for each in found)))
         for panel, column in zip(axes, columns, strict=True):
             of_task = [each for each in found if each.column == column]
-            for each in of_task:
-                _curve(panel, each, names[each.label])
+            for place, each in enumerate(of_task):
+                _curve(panel, each, names[each.label], 2 ** (ASIDE * (place - (len(of_task) - 1) / 2)))
             _log2(panel, sorted({rank for each in of_task for rank in each.ranks}))
             _finish(panel, column, "rank kept in each layer", column.metric)
     return figure
 
 
-def _curve(panel: Axes, each: Curves, style: Style) -> None:
+def _curve(panel: Axes, each: Curves, style: Style, aside: float) -> None:
+    """One configuration, its points moved by the factor `aside`, so that bars at one rank stand beside each other."""
     colour, marker = style
     summaries = [each.at(rank) for rank in each.ranks]
     panel.errorbar(
-        each.ranks,
+        [aside * rank for rank in each.ranks],
         [summary.mean or 0.0 for summary in summaries],
         yerr=[summary.half_width or float("nan") for summary in summaries],  # no bar for one run
         color=colour,

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, StrictUndefined, Template
 
-from harness.report.leaderboard import Board, Cell, Column, Row, score_text
+from harness.report.leaderboard import Board, Cell, Column, Row, is_present, score_text
 from harness.report.text import LEGEND, cell_text, decimal, human
 
 PICTURES = {  # by name: what a picture shows
@@ -23,12 +24,23 @@ PICTURES = {  # by name: what a picture shows
     "singular_values": "Singular values of the updates",
     "critical_difference": "Mean ranks over tasks",
 }
+TABLES = {  # by name: what a table of the page shows
+    "costs": "Costs of each row in all: its runs on every task and seed, failed ones too, and its searches",
+    "learning_rates": "Learning-rate sensitivity: scores of the searches' trials on the holdout",
+    "rank_aurac": "Area under the rank curves, comparable only on the same ranks",
+}
 
 
-def page(boards: Sequence[Board], damaged: Iterable[str], pictures: Mapping[str, Sequence[Path]]) -> str:
-    """The page. `pictures`: PNG files by a board's key, taken into the page; links lead to runs/<run_id>/record.json
-    beside it. Scripts and styles are in it: it loads nothing."""
-    sections = [_section(board, pictures.get(board.key, ())) for board in boards]
+def page(
+    boards: Sequence[Board],
+    damaged: Iterable[str],
+    tables: Mapping[str, Mapping[str, pd.DataFrame]],
+    pictures: Mapping[str, Sequence[Path]],
+) -> str:
+    """The page. By a board's key, `tables`: frames by their names, of which it shows some, and `pictures`: PNG files,
+    taken into the page. Links lead to runs/<run_id>/record.json beside it. Scripts and styles are in it: it loads
+    nothing."""
+    sections = [_section(board, tables.get(board.key, {}), pictures.get(board.key, ())) for board in boards]
     return _template().render(sections=sections, legend=LEGEND, damaged=list(damaged))
 
 
@@ -40,7 +52,7 @@ def _template() -> Template:
     )
 
 
-def _section(board: Board, pictures: Sequence[Path]) -> dict[str, Any]:
+def _section(board: Board, tables: Mapping[str, pd.DataFrame], pictures: Sequence[Path]) -> dict[str, Any]:
     headings = [("method", ""), ("parameters", "")]
     headings += [("rank", "")] if board.has_ranks else []
     headings += [(column.title, column.metric.replace("_", " ")) for column in board.columns]
@@ -52,6 +64,7 @@ def _section(board: Board, pictures: Sequence[Path]) -> dict[str, Any]:
         "caption": board.caption,
         "headings": headings,
         "rows": [_row(board, row, place) for place, row in enumerate(board.rows)],
+        "tables": [(TABLES[name], _plain(tables[name])) for name in TABLES if name in tables and len(tables[name])],
         "cells": _details(board),
         "notes": board.notes,
         "pictures": [(_title(path), base64.b64encode(path.read_bytes()).decode()) for path in pictures],
@@ -105,6 +118,25 @@ def _runs(cell: Cell) -> list[dict[str, Any]]:
         {"run_id": run["run_id"], "seed": run["seed"], "result": scores.get(run["run_id"], run["status"])}
         for run in cell.runs
     ]
+
+
+def _plain(table: pd.DataFrame) -> dict[str, Any]:
+    """A frame as a table of the page."""
+    rows = [
+        [_value(str(name), value) for name, value in zip(table, row, strict=True)]
+        for row in table.astype(object).itertuples(index=False, name=None)
+    ]
+    return {"headings": [(str(name).replace("_", " "), "") for name in table], "rows": rows}
+
+
+def _value(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        return _text(value)
+    if not is_present(value):
+        return _number("-", None)
+    if name.endswith("_bytes"):
+        return _number(human(value, "B"), value)
+    return _number(f"{value:,.0f}" if value == int(value) else f"{value:,.4g}", value)
 
 
 def _text(text: str) -> dict[str, Any]:

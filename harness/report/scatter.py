@@ -28,9 +28,10 @@ def draw(frame: pd.DataFrame, board: Board) -> Figure | None:
         return None
     columns = [column for column in board.columns if (runs["column"] == column.title).any()]
     labels = dict(zip(runs["label"], runs["method"], strict=True))
-    names = {label: folded(label if len(labels) <= MOST_LABELS else method) for label, method in labels.items()}
-    by_name = styles(names.values())
-    handles = [_point(*by_name[name], name) for name in sorted(by_name)]
+    few = len(labels) <= MOST_LABELS
+    names = {label: label if few else method for label, method in labels.items()}
+    by_name = styles([row.label for row in board.rows] if few else labels.values())
+    handles = [_point(*by_name[name], folded(name)) for name in sorted(set(names.values()))]
     handles.append(Line2D([], [], color=FRONT, linewidth=0.8, linestyle="--", label="Pareto front"))
     caption = (
         f"{board.caption} Large: mean and 95 % interval over seeds, cut where it leaves the panel; small: single seeds."

@@ -9,7 +9,10 @@ import pandas as pd
 
 from harness.record import RunRecord
 from harness.report.frame import Defaults, columns_of, labels_of
+from harness.report.leaderboard import Board
 from harness.spec import value_text
+
+LEARNING_RATE = "learning_rate"
 
 
 def trials_frame(records: Iterable[RunRecord], defaults: Defaults | None = None) -> pd.DataFrame:
@@ -37,3 +40,25 @@ def trials_frame(records: Iterable[RunRecord], defaults: Defaults | None = None)
             result = {"headline": record.headline, "holdout": score, "status": record.status, "run_id": record.run_id}
             rows.append(names | value | result)
     return pd.DataFrame(rows)
+
+
+def learning_rates(board: Board, trials: pd.DataFrame) -> pd.DataFrame:
+    """How sensitive each method is to its learning rate on each task: a row for each search over it.
+
+    Columns: task, metric, method, trials, without_score, best_learning_rate, best, median, worst (the last three of the
+    trials with a score on the holdout). `trials`: rows of `trials_frame` of the board's setting.
+    """
+    rows = []
+    searched = trials[trials["parameter"] == LEARNING_RATE] if len(trials) else trials
+    for column in board.columns if len(searched) else ():
+        for label, of_label in searched[searched["column"] == column.title].groupby("label"):
+            scored = of_label.dropna(subset="holdout").astype({"holdout": float, "value": float})
+            counts = len(of_label), len(of_label) - len(scored)
+            best = [None] * 4
+            if len(scored):
+                ordered = scored.iloc[scored["holdout"].map(column.merit).argsort(kind="stable")]
+                ends = [ordered["holdout"].iloc[place] for place in (-1, 0)]
+                best = [ordered["value"].iloc[-1], ends[0], scored["holdout"].median(), ends[1]]
+            rows.append((column.title, column.headline, label, *counts, *best))
+    names = ["task", "metric", "method", "trials", "without_score", "best_learning_rate", "best", "median", "worst"]
+    return pd.DataFrame(rows, columns=names)
