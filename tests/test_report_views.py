@@ -20,6 +20,7 @@ from harness import cli
 from harness.record import RecordStore, RunRecord
 from harness.report import budget, critical, curves, layers, lines, rank_curves, scatter
 from harness.report.build import build_report
+from harness.report.figures import COLOURS
 from harness.report.frame import to_frame
 from harness.report.histories import mean_series, traced
 from harness.report.leaderboard import leaderboards, sorted_by
@@ -189,8 +190,9 @@ class TestPictures:
         table = trials_frame([*trials, *runs], DEFAULTS)
         assert table["label"].tolist() == ["lora"] * 3 + ["debora"]
         (panel,) = axes(lines.learning_rates(board(*trials, *runs), table))
-        curve = max(panel.lines, key=lambda line: len(line.get_xdata()))
+        curve, large = (line for line in panel.lines if line.get_color() == COLOURS[1] and line.get_marker() != "x")
         assert (curve.get_xdata().tolist(), curve.get_ydata().tolist()) == ([1e-4, 1e-2], [0.6, 0.7])
+        assert (large.get_xdata().tolist(), large.get_ydata().tolist()) == ([1e-2], [0.7]), "the chosen one"
         assert [line.get_xdata() for line in panel.lines if line.get_marker() == "x"] == [[1e-1]], "it gave no score"
         assert (panel.get_xscale(), panel.get_ylabel()) == ("log", "holdout accuracy")
         assert lines.learning_rates(board(record()), trials_frame([record()])) is None
@@ -262,6 +264,8 @@ class TestPaper:
         assert "model,\n" in text
         assert "data (at most 100 rows)" in text
         assert text.count("LoRA r=8") == 1, "the paper has no LoRA of rank 2"
+        assert "GLUE" in text
+        assert "DreamBooth" not in text, "sources are those of the figures shown"
 
     def test_one_seed_has_no_interval(self) -> None:
         run = record("debora", "cifar10", method_parameters={"tau": 8.0})

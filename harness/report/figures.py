@@ -94,7 +94,7 @@ def line_handles(names: Mapping[str, Style], shown: Iterable[str]) -> list[Line2
 
 def widths(count: int) -> list[float]:
     """Of lines in the order in which they are drawn, thinner and thinner, so that none hides an equal one."""
-    return [1.0 + 0.6 * min(count - 1 - place, 4) for place in range(count)]
+    return [1.0 + 0.4 * min(count - 1 - place, 3) for place in range(count)]
 
 
 def plain(panel: Axes) -> None:
@@ -112,6 +112,19 @@ def log_if_wide(panel: Axes, values: Sequence[float]) -> None:
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten from `low` to `high`, at most five; multiples of them where there are fewer than three."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    powers = [10.0**decade for decade in decades if low <= 10.0**decade <= high]
+    if len(powers) >= 3:
+        return powers[:: math.ceil(len(powers) / 5)]
+    for steps in ((1, 2, 5), (1, 2, 3, 4, 6, 8)):
+        finer = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
+        if len(finer) >= 3:
+            break
+    return finer
 
 
 def folded(name: str, width: int = 44) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib import rc_context
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from harness.record import RunRecord
-from harness.report.figures import STYLE, Style, line_handles, panels_for, plain, styles
+from harness.report.figures import STYLE, Style, line_handles, log_ticks, panels_for, plain, styles
 from harness.report.leaderboard import Board, Column
 from harness.report.rank_curves import Curves, curves_of
 from harness.report.trials import LEARNING_RATE
@@ -25,37 +26,36 @@ def learning_rates(board: Board, trials: pd.DataFrame) -> Figure | None:
     """
     if trials.empty:
         return None
-    found = trials[trials["parameter"] == LEARNING_RATE].assign(value=lambda rows: rows["value"].astype(float))
+    found = trials[trials["parameter"] == LEARNING_RATE].astype({"value": float, "holdout": float})
     columns = [column for column in board.columns if (found["column"] == column.title).any()]
     if not columns:
         return None
     names = styles((row.label for row in board.rows), found["label"])
     caption = (
         f"{board.caption} Trials of the search, each scored once on the holdout; lines by rising learning rate, "
-        "whatever else the search varied; large: the best; x: no score."
+        "whatever else the search varied; large: the chosen setting; x: no score."
     )
     with rc_context(STYLE):
         figure, axes = panels_for(len(columns), caption, line_handles(names, found["label"]))
         for panel, column in zip(axes, columns, strict=True):
             for label, of_label in found[found["column"] == column.title].groupby("label"):
-                _trials(panel, of_label.sort_values("value"), names[str(label)], column)
-            panel.set_xscale("log")
+                _trials(panel, of_label.sort_values("value"), names[str(label)])
+            rates = found.loc[found["column"] == column.title, "value"]
+            _log(panel, log_ticks(rates.min() / 1.1, rates.max() * 1.1))
             _finish(panel, column, "learning rate", f"holdout {column.metric}")
     return figure
 
 
-def _trials(panel: Axes, trials: pd.DataFrame, style: Style, column: Column) -> None:
+def _trials(panel: Axes, trials: pd.DataFrame, style: Style) -> None:
     """One method's trials, by rising learning rate."""
     colour, marker = style
-    scores = trials.set_index("value")["holdout"].astype(float)
-    for value in scores[scores.isna()].index:
+    scored, lost = trials[trials["holdout"].notna()], trials[trials["holdout"].isna()]
+    for value in lost["value"]:
         panel.plot([value], [0.02], "x", color=colour, markersize=4, transform=panel.get_xaxis_transform())
-    scores = scores.dropna()
-    panel.plot(scores.index, scores, marker=marker, color=colour, linewidth=0.8, markersize=3)
-    if len(scores):
-        best = int(scores.map(column.merit).argmax())
-        place = [scores.index[best]], [scores.iloc[best]]
-        panel.plot(*place, marker=marker, color=colour, markersize=7, markeredgecolor="black", markeredgewidth=0.8)
+    panel.plot(scored["value"], scored["holdout"], marker=marker, color=colour, linewidth=0.8, markersize=3)
+    chosen = scored[scored["chosen"]]
+    outlined: Any = {"markersize": 7, "markeredgecolor": "black", "markeredgewidth": 0.8}
+    panel.plot(chosen["value"], chosen["holdout"], marker=marker, color=colour, linestyle="", **outlined)
 
 
 def rank_curves(board: Board, records: Mapping[str, RunRecord]) -> Figure | None:
@@ -75,7 +75,7 @@ def rank_curves(board: Board, records: Mapping[str, RunRecord]) -> Figure | None
             of_task = [each for each in found if each.column == column]
             for place, each in enumerate(of_task):
                 _curve(panel, each, names[each.label], 2 ** (ASIDE * (place - (len(of_task) - 1) / 2)))
-            _log2(panel, sorted({rank for each in of_task for rank in each.ranks}))
+            _log(panel, sorted({rank for each in of_task for rank in each.ranks}))
             _finish(panel, column, "rank kept in each layer", column.metric)
     return figure
 
@@ -97,9 +97,10 @@ def _curve(panel: Axes, each: Curves, style: Style, aside: float) -> None:
     )
 
 
-def _log2(panel: Axes, ranks: Sequence[int]) -> None:
-    panel.set_xscale("log", base=2)
-    panel.xaxis.set_major_locator(FixedLocator(ranks))
+def _log(panel: Axes, ticks: Sequence[float]) -> None:
+    """A logarithmic axis to the right, its ticks plain numbers."""
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(FixedLocator(ticks))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.xaxis.set_minor_locator(NullLocator())
 

@@ -61,7 +61,7 @@ def _section(board: Board, tables: Mapping[str, pd.DataFrame], pictures: Sequenc
     headings += [("search", "batches")] if board.has_search else []
     return {
         "key": board.key,
-        "caption": board.caption,
+        "caption": f"{board.caption} Intervals are over n = {board.n or 0} runs, or n as given.",
         "headings": headings,
         "rows": [_row(board, row, place) for place, row in enumerate(board.rows)],
         "tables": [(TABLES[name], _plain(tables[name])) for name in TABLES if name in tables and len(tables[name])],
@@ -99,7 +99,8 @@ def _score(board: Board, row: Row, column: Column, anchor: str) -> dict[str, Any
         return _number("-", None)
     kind = "best" if board.is_best(row, column) else "second" if board.is_second(row, column) else ""
     tie = " ≈" if board.is_tie(row, column) else ""
-    return _number(cell_text(cell) + tie, cell.score.mean) | {"kind": kind, "anchor": anchor}
+    text = cell_text(cell, with_n=cell.score.n != board.n)
+    return _number(text + tie, cell.score.mean) | {"kind": kind, "anchor": anchor}
 
 
 def _details(board: Board) -> list[dict[str, Any]]:
@@ -126,7 +127,8 @@ def _plain(table: pd.DataFrame) -> dict[str, Any]:
         [_value(str(name), value) for name, value in zip(table, row, strict=True)]
         for row in table.astype(object).itertuples(index=False, name=None)
     ]
-    return {"headings": [(str(name).replace("_", " "), "") for name in table], "rows": rows}
+    headings = [str(name).replace("_", " ").replace("interval 95", "± (95 %)") for name in table]
+    return {"headings": [(heading, "") for heading in headings], "rows": rows}
 
 
 def _value(name: str, value: Any) -> dict[str, Any]:

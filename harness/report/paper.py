@@ -53,13 +53,14 @@ def reported() -> tuple[Reported, ...]:
 def against_paper(board: Board) -> str:
     """A table of what papers report and what this board has: parameters, scores, our score less theirs with its
     interval, and what is not the paper's about ours. Configurations without a counterpart are left out."""
-    lines, remarks = [], set()
+    lines, remarks, sources = [], set(), set()
     for figure in reported():
         for row in board.rows:
             for title, cell in row.cells.items():
                 if _is_counterpart(figure, cell):
                     apart = ",\n".join(_apart(figure, cell.runs[0])) or NOTHING
                     remarks |= {f"{title} ({figure.metric}): {figure.note}."} if figure.note else set()
+                    sources.add(figure.source)
                     task = f"{title}\n{figure.metric}"
                     lines.append([figure.row, folded_label(row.label), task, *_numbers(figure, cell), apart])
     intro = f"Reported figures against ours. {board.caption}"
@@ -67,10 +68,9 @@ def against_paper(board: Board) -> str:
         return textwrap.fill(f"{intro} No configuration here has a counterpart in a paper's table.", CONSOLE_WIDTH)
     headers = ["reported as", "ours", "task\nmetric", "parameters\nreported, ours", "score\nreported, ours"]
     headers += ["difference\n95 % interval", "not the paper's"]
-    sources = sorted({figure.source for figure in reported() if any(line[0] == figure.row for line in lines)})
     notes = [
-        f"Reported: {'; '.join(sources)}. A reported figure has no spread: the interval is of our mean over seeds (t), "
-        "widened by the rounding of the reported one.",
+        f"Reported: {'; '.join(sorted(sources))}. A reported figure has no spread: the interval is of our mean over "
+        "seeds (t), widened by the rounding of the reported one.",
         "Data, head and training settings were not checked against the paper's; 'not the paper's' names what certainly "
         "differs.",
         *sorted(remarks),

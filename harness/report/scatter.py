@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from harness.report.budget import pareto_front, varied
-from harness.report.figures import PANELS_ACROSS, STYLE, Style, folded, panels_for, plain, styles, tick_text
+from harness.report.figures import PANELS_ACROSS, STYLE, Style, folded, log_ticks, panels_for, plain, styles, tick_text
 from harness.report.leaderboard import Board
 from harness.report.statistics import summarize
 
@@ -109,27 +109,14 @@ def _scale(panel: Axes, parameters: pd.Series[float]) -> None:
         start = 10.0 ** math.floor(math.log10(low))
         panel.set_xscale("symlog", linthresh=start, linscale=0.5)
         panel.set_xlim(-0.4 * start, high * 2.5)
-        ticks = [0.0, *_ticks(start, high * 2.5)]
+        ticks = [0.0, *log_ticks(start, high * 2.5)]
     else:
         panel.set_xscale("log")
         panel.set_xlim(low / 1.6, high * 1.6)
-        ticks = _ticks(low / 1.6, high * 1.6)
+        ticks = log_ticks(low / 1.6, high * 1.6)
     panel.xaxis.set_major_locator(FixedLocator(ticks))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter(FuncFormatter(tick_text))
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from `low` to `high`, at most five; multiples of them where there are fewer than three."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    powers = [10.0**decade for decade in decades if low <= 10.0**decade <= high]
-    if len(powers) >= 3:
-        return powers[:: math.ceil(len(powers) / 5)]
-    for steps in ((1, 2, 5), (1, 2, 3, 4, 6, 8)):
-        finer = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
-        if len(finer) >= 3:
-            break
-    return finer
 
 
 def _point(colour: str, marker: str, name: str) -> Line2D:
