@@ -18,7 +18,8 @@ SPREAD = (
     r"Scores: mean $\pm$ half-width of the 95\,\% interval (Student's t) over {n} seeds, or as many as are given in "
     r"brackets; n/a: no interval from one run; --: not run. Bold: the best mean of those cells in which every run gave "
     r"a score; underlined: the second; $\approx$: not told from the best by a paired, Holm-corrected test. Parameters: "
-    "adapter numbers in effect after training, without the head."
+    "adapter numbers in effect after training, without the head. Seconds and memory: of training, with the search for "
+    "hyperparameters where there was one."
 )
 SIGNS = {
     "\\": r"\textbackslash{}",
