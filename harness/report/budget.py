@@ -14,7 +14,7 @@ import pandas as pd
 
 from harness.record import RecordStore
 from harness.report.histories import series, traced
-from harness.report.leaderboard import Board, Column, Row, over, peak_bytes
+from harness.report.leaderboard import Board, Column, Row, over, peak_bytes, whole
 
 Point = tuple[float, float]  # adapter parameters, score
 
@@ -91,9 +91,9 @@ def _cost(row: Row) -> dict[str, Any]:
         "runs": len(runs),
         "batches": sum(run["batches"] for run in runs),
         "seconds": math.fsum(run["seconds_training"] for run in runs),
-        "search_batches": math.fsum(_number(run["search_batches"]) for run in searched),
+        "search_batches": whole(math.fsum(_number(run["search_batches"]) for run in searched)),
         "search_seconds": math.fsum(_number(run["search_seconds"]) for run in searched),
-        "peak_bytes": peak_bytes(runs),
+        "peak_bytes": whole(peak_bytes(runs)),
     }
 
 

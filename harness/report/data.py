@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness.report.leaderboard import Board, Column, Row, over, peak_bytes, with_search
+from harness.report.leaderboard import Board, Column, Row, over, peak_bytes, whole, with_search
 
 FAILURES = ("unsupported", "diverged", "out_of_memory", "failed")
 
@@ -94,14 +94,14 @@ def _tidy_cell(board: Board, row: Row, column: Column) -> Iterable[dict[str, Any
     counts = {"runs": len(cell.runs), "done": sum(run["status"] == "done" for run in cell.runs)}
     counts |= {status: sum(run["status"] == status for run in cell.runs) for status in FAILURES}
     costs = {
-        name: _whole(over(cell.scored, name)) for name in ("parameters_initial", "parameters_peak", "parameters_final")
+        name: whole(over(cell.scored, name)) for name in ("parameters_initial", "parameters_peak", "parameters_final")
     }
     costs |= {
-        name: _whole(over(cell.scored, name))
+        name: whole(over(cell.scored, name))
         for name in ("head", "stored_bytes", "rank", "search_batches", "search_seconds")
     }
-    costs |= {name: _whole(with_search(cell.scored, name)) for name in ("batches", "seconds_training")}
-    costs |= {"peak_bytes": _whole(peak_bytes(cell.scored))}
+    costs |= {name: whole(with_search(cell.scored, name)) for name in ("batches", "seconds_training")}
+    costs |= {"peak_bytes": whole(peak_bytes(cell.scored))}
     trace = {
         "seeds": json.dumps([run["seed"] for run in cell.runs]),
         "run_ids": " ".join(run["run_id"] for run in cell.runs),
@@ -114,7 +114,3 @@ def _tidy_cell(board: Board, row: Row, column: Column) -> Iterable[dict[str, Any
         if is_headline:
             named |= {"is_best": board.is_best(row, column), "ties_with_best": board.is_tie(row, column)}
         yield identity | named | numbers | {"settings": row.tuning} | counts | costs | trace
-
-
-def _whole(number: float | None) -> float | int | None:
-    return int(number) if number is not None and number == int(number) else number

@@ -18,7 +18,7 @@ SPREAD = (
     r"Scores: mean $\pm$ half-width of the 95\,\% interval (Student's t) over {n} seeds, or as many as are given in "
     r"brackets; n/a: no interval from one run; --: not run. Bold: the best mean of those cells in which every run gave "
     r"a score; underlined: the second; $\approx$: not told from the best by a paired, Holm-corrected test. Parameters: "
-    "adapter numbers in effect after training, without the head. Seconds and memory: of training, with the search for "
+    "adapter numbers in effect after training, without the head. Seconds: of training, with the search for "
     "hyperparameters where there was one."
 )
 SIGNS = {
@@ -113,7 +113,6 @@ def _columns(board: Board) -> list[list[_Text]]:
         columns.append([_plain("Average"), *(_plain(average) for average in averages)])
     columns.append([_plain("Settings"), *(_plain(row.tuning) for row in rows)])
     columns.append([_plain("Seconds"), *(_plain(decimal(row.seconds)) for row in rows)])
-    columns.append([_plain("Memory"), *(_plain(human(row.peak_bytes, "B")) for row in rows)])
     return columns
 
 

@@ -153,6 +153,11 @@ def peak_bytes(runs: list[Run]) -> float | None:
     return max(peaks) or None
 
 
+def whole(number: float | None) -> float | int | None:
+    """A number without a fraction as an integer."""
+    return int(number) if number is not None and float(number).is_integer() else number
+
+
 def leaderboards(frame: pd.DataFrame) -> list[Board]:
     """A board for each setting in `frame` (see `to_frame`), that with the most runs first."""
     settings: dict[str, list[Run]] = defaultdict(list)

@@ -115,7 +115,8 @@ def _main_table(board: Board) -> pd.DataFrame:
         texts |= {"settings": row.tuning, "batches": decimal(row.batches), "seconds": decimal(row.seconds)}
         texts["memory"] = human(row.peak_bytes, "B")
         if board.has_search:
-            texts["search"] = f"{decimal(row.search_batches)} batches, {decimal(row.search_seconds)} s"
+            searched = f"{decimal(row.search_batches)} batches, {decimal(row.search_seconds)} s"
+            texts["search"] = searched if row.search_batches else NOTHING
         rows.append(texts)
     return pd.DataFrame(rows)
 
