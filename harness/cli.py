@@ -1,4 +1,4 @@
-"""The command line: run, status, list, validate, report."""
+"""The command line: run, status, list, validate, report, compare, diff, export."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ examples:
   python -m harness run --preset quickstart             a first real comparison, in minutes
   python -m harness run --methods lora,debora --tasks glue/cola --seeds 3 --dry-run
   python -m harness run --methods "lora[rank=4],debora" --grid debora.tau=4,8,16 --tasks rotten_tomatoes
-  python -m harness report                              tables and pictures from the records"""
+  python -m harness report                              tables, pictures and a page from the records
+  python -m harness compare debora lora                 is it better, and how sure is that?"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,11 +123,35 @@ def _parser() -> argparse.ArgumentParser:
     submission.add_argument("runs", nargs="+", metavar="RUN", help="run ids, one run a task, made with --predict-test")
     submission.add_argument("--to", type=Path, default=Path("glue.zip"), metavar="FILE", help="default glue.zip")
     _add_results(submission)
-    report = _command(commands, "report", "rebuild tables and pictures from the records", _report)
+    _add_report(commands)
+    comparison = _command(
+        commands, "compare", "is one configuration better than another, and how sure is that?", _compare
+    )
+    for place in ("first", "second"):
+        comparison.add_argument(place, help="a row of the leaderboard: debora[tau=8], or a method that has one row")
+    comparison.add_argument("--tasks", type=_names, help="only these tasks")
+    _add_results(comparison)
+    difference = _command(commands, "diff", "how two runs differ: spec, versions, metrics, ranks", _diff)
+    difference.add_argument("runs", nargs=2, metavar="RUN_ID")
+    _add_results(difference)
+    export = _command(commands, "export", "a trained adapter with its model card and record", _export)
+    export.add_argument("run", metavar="RUN_ID")
+    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to make")
+    _add_results(export)
+    return parser
+
+
+def _add_report(commands: Any) -> None:
+    report = _command(commands, "report", "rebuild tables, pictures and the page from the records", _report)
     _add_results(report)
     report.add_argument("--methods", type=_names, help="only these methods")
     report.add_argument("--tasks", type=_names, help="only these tasks")
-    return parser
+    report.add_argument(
+        "--sort", metavar="COLUMN", help="order the printed rows by a task, or by parameters, rank, seconds and so on"
+    )
+    report.add_argument("--against", metavar="paper", help="print what the paper reports beside ours")
+    report.add_argument("--to-mlflow", action="store_true", help="log every record that MLflow does not have yet")
+    _add_tracking(report)
 
 
 def _command(commands: Any, name: str, text: str, function: Any) -> argparse.ArgumentParser:
@@ -166,6 +191,7 @@ def _add_run(commands: Any) -> None:
     _add_fields(place, Place, leave_out=("model", "path"))
     _add_fields(place, Execution)
     _add_results(place)
+    _add_tracking(place)
     place.add_argument(
         "--dry-run", action="store_true", help="show the cells with their parameter counts and the time they take"
     )
@@ -178,7 +204,7 @@ def _add_fields(parser: Any, model: type[Parameters], leave_out: Sequence[str] =
         if name in leave_out:
             continue
         flag = f"--{name.replace('_', '-')}"
-        default = "" if field.default in (None, False) else f" (default {field.default})"
+        default = "" if field.default in (None, False, ()) else f" (default {field.default})"
         text = f"{field.description}{default}".replace("%", "%%")
         if field.annotation is bool:
             parser.add_argument(flag, dest=name, action="store_const", const=True, help=text)
@@ -189,6 +215,15 @@ def _add_fields(parser: Any, model: type[Parameters], leave_out: Sequence[str] =
 def _add_results(parser: Any) -> None:
     parser.add_argument(
         "--results", type=Path, default=Path("results"), metavar="DIR", help="results folder (default results)"
+    )
+
+
+def _add_tracking(parser: Any) -> None:
+    parser.add_argument(
+        "--tracking-uri",
+        metavar="URI",
+        default=os.environ.get("HARNESS_TRACKING_URI"),
+        help="MLflow server or database, or off (default: mlflow.db in the results folder)",
     )
 
 
@@ -234,4 +269,23 @@ def _glue(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from harness.commands import report
 
-    return report.command(options.results, options.methods, options.tasks)
+    wanted = report.Wanted(options.sort, options.against, options.to_mlflow, options.tracking_uri)
+    return report.command(options.results, options.methods, options.tasks, wanted)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from harness.commands import compare
+
+    return compare.command(options.results, options.first, options.second, options.tasks)
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from harness.commands import diff
+
+    return diff.command(options.results, *options.runs)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from harness.commands import export
+
+    return export.command(options.results, options.run, options.to)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -237,6 +238,11 @@ class Adaptation:
             if p.requires_grad and not in_modules(name, self.head)
         )
 
+    def at_rank(self, rank: int) -> AbstractContextManager[None] | None:
+        """For `with`: every layer's update cut to its `rank` most important components, of fewer to what it has, and
+        afterwards as it was, bit for bit. None where the method has no such cut."""
+        return None
+
     def parameters_without_optimizer(self) -> tuple[str, ...]:
         """Names of the model's parameters that the method changes itself, not through the optimizer."""
         return ()
@@ -292,26 +298,3 @@ class Adaptation:
         path.mkdir(parents=True, exist_ok=True)
         trained = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
         save_file(trained, path / "trained.safetensors")
-
-
-def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW over the model's trainable parameters; biases, norms and other vectors are not decayed."""
-    import torch
-
-    groups = decay_groups(model.parameters(), weight_decay)
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=can_fuse(groups))
-
-
-def can_fuse(groups: Iterable[dict[str, Any]]) -> bool:
-    """Whether torch has its fused AdamW for these (not on meta): on a CPU 20 times as fast for small matrices."""
-    return all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-
-
-def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of the trainable ones: matrices, decayed, and vectors, not decayed; no empty group."""
-    trained = [p for p in parameters if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

@@ -44,6 +44,9 @@ class RunRecord(Parameters):
     score: float | None = Field(None, description="headline metric on the first evaluation split")
     metrics: dict[str, float] = Field({}, description="on the evaluation splits; a second split's carry its name")
     holdout: dict[str, float] = Field({}, description="on the holdout, at the end of training")
+    rank_curve: dict[int, float] = Field(
+        {}, description="rank -> headline metric on the first evaluation split, each layer cut to at most that rank"
+    )
     parameters: ParameterCount | None = None
     ranks: dict[str, int] = Field({}, description="live rank per adapted layer at the end")
     batches: int = Field(0, ge=0, description="batches put through forward and backward: the budget's unit")

@@ -18,31 +18,17 @@ from safetensors.numpy import save_file
 
 from harness import checkpoint, registry, running
 from harness.data import Data, data_of
-from harness.environment import environment
+from harness.environment import device_of, environment
 from harness.errors import Diverged, InputError
 from harness.memory import PeakMemory, is_out_of_memory
 from harness.method import Adaptation, Backbone, Method
+from harness.rank_curve import rank_curve
 from harness.record import RETRIED, RecordStore, RunRecord, Seconds, Status
 from harness.running import Progress
-from harness.spec import Place, RunSpec
+from harness.spec import RunSpec
 from harness.training import Training, TrainingData, derived_seed, predict, seed_everything
 
 Watch = Callable[[Progress], None]
-
-
-def device_of(place: Place) -> torch.device:
-    """The torch device of a place; "auto" is the first GPU, else the CPU. Raises InputError for one not there."""
-    if place.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(place.device)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        there = ["auto", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise InputError(f"--device '{place.device}' is not on this machine; available: {', '.join(there)}") from None
-    return device
 
 
 def run_once(spec: RunSpec, store: RecordStore, watch: Watch = lambda progress: None) -> RunRecord | None:
@@ -274,20 +260,25 @@ class _Run:
         started = time.perf_counter()
         metrics: dict[str, float] = {}
         arrays: dict[str, np.ndarray] = {}
+
+        def on(name: str) -> tuple[np.ndarray, dict[str, float]]:
+            labels = data.splits.evaluation[name].labels
+            predictions = self._predictions(adaptation, name, data.encoded(name), labels)
+            return predictions, self.task.metrics(predictions, labels)
+
         for name, examples in data.splits.evaluation.items():
-            predictions = self._predictions(adaptation, name, data.encoded(name), examples.labels)
+            predictions, found = on(name)
             prefix = f"{name}_" if metrics else ""
-            found = _finite(self.task.metrics(predictions, examples.labels), f"split '{name}'")
-            metrics |= {f"{prefix}{key}": value for key, value in found.items()}
+            metrics |= {f"{prefix}{key}": value for key, value in _finite(found, f"split '{name}'").items()}
             arrays |= {f"{name}/predictions": predictions, f"{name}/references": examples.labels}
+        first, headline = next(iter(data.splits.evaluation)), self.task.headline
+        curve = rank_curve(adaptation, self.spec.place.rank_curve, lambda: on(first)[1][headline])
         if self.spec.place.predict_test:
             for name, examples in self.task.test(self.spec.place.data_root).items():
                 encoded = self.task.encode(examples, self.spec.place.model)
                 arrays[f"{name}/predictions"] = self._predictions(adaptation, name, encoded, examples.labels)
-        save_file(
-            {key: np.ascontiguousarray(value) for key, value in arrays.items()}, self.files / "predictions.safetensors"
-        )
-        self.known |= {"metrics": metrics, "score": metrics[self.task.headline]}
+        save_file({key: np.ascontiguousarray(a) for key, a in arrays.items()}, self.files / "predictions.safetensors")
+        self.known |= {"metrics": metrics, "score": metrics[headline], "rank_curve": curve}
         self.evaluation_seconds += time.perf_counter() - started
 
     def _tell(self, training: Training) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from harness.parameters import Parameters
 
 MOST_ENTRIES = 3  # of a table that a label spells out
+NOT_SETTING = {"method", "method_version", "method_parameters", "task", "task_version", "task_parameters"}
+NOT_SETTING |= {"data_fingerprint", "seed", "place", "search"}  # what may differ within one table
 
 
 class TrainSpec(Parameters):
@@ -61,6 +63,9 @@ class Place(Parameters):
     checkpoint_every: int = Field(0, ge=0, description="batches between whole-state checkpoints; 0 writes none")
     save_adapter: bool = Field(False, description="keep the trained adapter and head in the run's folder")
     predict_test: bool = Field(False, description="keep predictions for unlabelled test splits, for a submission")
+    rank_curve: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="score the trained adapter cut to these ranks as well: 1,2,4,8"
+    )
 
 
 class Execution(Parameters):
@@ -140,6 +145,16 @@ class RunSpec(Parameters):
     def is_trial(self) -> bool:
         """Whether the run is one of a search's."""
         return self.search is not None and self.search.role == "trial"
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What the runs of one table share, as JSON has it: everything but method, task, seed, search and place."""
+        return self.model_dump(mode="json", exclude=NOT_SETTING)
+
+    @property
+    def setting_key(self) -> str:
+        """8 hexadecimal digits of the SHA-256 of `setting`."""
+        return hashlib.sha256(json.dumps(self.setting, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
     def run_id(self) -> str:

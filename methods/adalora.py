@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import Adaptation, Backbone, Method, Step, TrainData, adamw
+from harness.method import Adaptation, Backbone, Method, Step, TrainData
+from harness.optimizer import adamw
 from methods.lora import ADAPTER
 
 if TYPE_CHECKING:
@@ -169,6 +171,12 @@ class AdaLoraAdaptation(Adaptation):
         """See `Adaptation.ranks`. From the last allocation, since masked entries revive until the next one."""
         pattern = {name.partition(".lora_E")[0]: kept for name, kept in (self.config.rank_pattern or {}).items()}
         return {name: sum(pattern[name]) if pattern else layer.r[ADAPTER] for name, layer in self.layers.items()}
+
+    def at_rank(self, rank: int) -> AbstractContextManager[None]:
+        """See `Adaptation.at_rank`: the triplets with the largest |E|."""
+        from methods.truncation import largest, swapped
+
+        return swapped({E: largest(E, rank) for E in (layer.lora_E[ADAPTER] for layer in self.layers.values())})
 
     def adapter_numbers(self) -> int:
         """Numbers of the triplets that are left: outputs + inputs + 1 each."""

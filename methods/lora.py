@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
 from harness.errors import InputError, unknown
-from harness.method import Adaptation, Backbone, FinishedRun, Method, ParameterCount, TrainData, adamw
+from harness.method import Adaptation, Backbone, FinishedRun, Method, ParameterCount, TrainData
+from harness.optimizer import adamw
 
 if TYPE_CHECKING:
     import torch
@@ -256,6 +258,16 @@ class LoraAdaptation(Adaptation):
         """See `Adaptation.ranks`."""
         live = {name: layer.lora_A[ADAPTER].weight.shape[0] for name, layer in self.layers.items()}
         return {name: live.get(name, 0) for name in self.targets or live}
+
+    def at_rank(self, rank: int) -> AbstractContextManager[None] | None:
+        """See `Adaptation.at_rank`: the best approximation of B A; None where a part of the frozen weights is in it."""
+        if self.taken:
+            return None
+        from methods.truncation import best_approximation, swapped
+
+        pairs = [(layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight) for layer in self.layers.values()]
+        cut = {pair: best_approximation(*pair, rank) for pair in pairs}
+        return swapped({own: value for pair in cut for own, value in zip(pair, cut[pair], strict=True)})
 
     def parameter_count(self) -> ParameterCount:
         """See `Adaptation.parameter_count`; what was taken out of the frozen weights is stored as well."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
 
 from harness.environment import Environment
 from harness.method import ParameterCount
 from harness.record import RecordStore, RunRecord, Seconds
 from harness.report.frame import to_frame
 from harness.report.leaderboard import Board, leaderboards
-from harness.spec import RunSpec, TrainSpec
+from harness.spec import RunSpec, Search, TrainSpec
 
 ENVIRONMENT = Environment(
     harness="0.1.0",
@@ -79,3 +83,26 @@ def stored(path: Path, *records: RunRecord) -> RecordStore:
     for each in records:
         store.write(each, [], store.draft(each.run_id))
     return store
+
+
+def predicted(folder: Path, predictions: np.ndarray, references: np.ndarray, split: str = "validation") -> None:
+    """Write a run's predictions on one split."""
+    arrays = {f"{split}/predictions": predictions, f"{split}/references": references}
+    save_file(arrays, folder / "predictions.safetensors")
+
+
+def trial(method: str = "lora", learning_rate: float = 1e-3, holdout: float | None = 0.5, **changes: Any) -> RunRecord:
+    """A trial of a search for the learning rate; see `record`. `holdout` None: it diverged."""
+    parameters = {**DEFAULTS[method], "learning_rate": learning_rate}
+    search = Search(role="trial", parameters=("learning_rate",))
+    changes |= {"score": None, "status": "diverged" if holdout is None else "done", "seed": 1_000_000}
+    changes |= {"holdout": {} if holdout is None else {"accuracy": holdout}}
+    return record(method, method_parameters=parameters, search=search, **changes)
+
+
+def chosen(trials: Sequence[RunRecord], learning_rate: float, **changes: Any) -> RunRecord:
+    """A run of the setting that was chosen by the trials."""
+    spec = trials[0].spec
+    search = Search(role="chosen", parameters=("learning_rate",), trials=tuple(each.run_id for each in trials))
+    parameters = spec.method_parameters | {"learning_rate": learning_rate}
+    return record(spec.method, spec.task, method_parameters=parameters, search=search, **changes)

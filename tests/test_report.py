@@ -11,10 +11,11 @@ import pytest
 import scipy.stats
 
 from harness.record import RunRecord
+from harness.report.data import tidy
 from harness.report.frame import to_frame
 from harness.report.latex import latex
 from harness.report.statistics import summarize
-from harness.report.text import console, markdown, tidy
+from harness.report.text import console, markdown
 from harness.spec import Place, TrainSpec
 from tests.report_records import DEFAULTS, ENVIRONMENT, board, boards, record
 
@@ -99,9 +100,11 @@ class TestLeaderboard:
         )
         table = [line for line in text.splitlines() if line.startswith("|")]
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-        assert cells[0] == ["method", "parameters", "rank", "digits (accuracy)", "batches", "seconds", "memory"]
-        assert cells[2] == ["lora", "1.33M", "7.8", "**0.820 ± 0.014 (n=2)**", "100", "60", "1.24GB"]
-        assert cells[3] == ["head", "0", "-", "0.700 ± 0.000 (n=2)", "100", "60", "1.24GB"]
+        heads = ["method", "parameters", "rank", "digits (accuracy)", "settings", "batches", "seconds", "memory"]
+        assert cells[0] == heads
+        # 0.1271 = 12.706, Student's t at one degree of freedom, times 0.01, the standard error.
+        assert cells[2] == ["lora", "1.33M", "7.8", "**0.820 ± 0.127 (n=2)**", "default", "100", "60", "1.24GB"]
+        assert cells[3] == ["head", "0", "-", "<u>0.700 ± 0.000 (n=2)</u>", "as given", "100", "60", "1.24GB"]
         assert "Model 30de100000000000; 100 batches, batch size 32, all rows, 1 thread." in text
         assert f"- lora on digits: seed 0 `{record('lora', seed=0).run_id}`, seed 1" in text
 

@@ -15,10 +15,11 @@ import scipy.stats
 from harness.errors import InputError
 from harness.record import RecordStore
 from harness.report.build import build_report
+from harness.report.data import tidy
 from harness.report.frame import to_frame
 from harness.report.latex import escape, latex
 from harness.report.leaderboard import leaderboards
-from harness.report.text import console, human, tidy
+from harness.report.text import console, human
 from tests.report_records import DEFAULTS, board, boards, record, stored
 
 
@@ -70,8 +71,9 @@ class TestForms:
         ]
         lines = latex(boards(*runs)).splitlines()
         best = r"\textbf{\boldmath $0.800$} {\scriptsize $\pm$0.000}"
-        assert rf"lora & 1.00k & {best} & 60 & 1.24GB \\" in lines
-        assert r"my\_method & 1.00k & $0.750$ {\scriptsize $\pm$0.000} & 60 & 1.24GB \\" in lines
+        assert rf"lora & 1.00k & {best} & default & 60 \\" in lines
+        second = r"\underline{$0.750$} {\scriptsize $\pm$0.000}"
+        assert rf"my\_method & 1.00k & {second} & as given & 60 \\" in lines
 
     @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
     def test_latex_compiles(self, tmp_path: Path) -> None:
@@ -93,10 +95,11 @@ class TestBuild:
     def test_writes_everything(self, tmp_path: Path) -> None:
         store = stored(tmp_path, record(), record(seed=1), record("head", numbers=0))
         paths = build_report(store, defaults=DEFAULTS)
-        names = ["tables/leaderboard.md", "tables/leaderboard.tex", "tables/leaderboard.csv"]
-        names += ["pictures/score_vs_parameters.png", "pictures/score_vs_parameters.pdf"]
+        names = [f"tables/leaderboard.{form}" for form in ("md", "tex", "csv", "json")]
+        names += ["tables/costs.csv"]
+        names += ["pictures/score_vs_parameters.png", "pictures/score_vs_parameters.pdf", "report.html"]
         assert paths == [tmp_path / name for name in names]
-        assert all(path.stat().st_size > 100 for path in paths)
+        assert all(path.stat().st_size > 20 for path in paths)
         assert sorted(path for path in tmp_path.glob("[tp]*/*") if path not in paths) == []
 
     def test_same_records_give_the_same_bytes(self, tmp_path: Path) -> None:
@@ -114,13 +117,23 @@ class TestBuild:
         assert sorted(path.name for path in (tmp_path / "pictures").glob("*.png")) == sorted(pictures)
         assert (tmp_path / "tables" / "leaderboard.md").read_text(encoding="utf-8").count("## Setting") == 2
 
+    def test_tables_that_have_no_rows_any_more_are_removed(self, tmp_path: Path) -> None:
+        other = record("lora", method_parameters={"rank": 4}, numbers=500)
+        store = stored(tmp_path, record("lora", method_parameters={"rank": 8}), other, record("head", numbers=500))
+        names = {"sweeps.csv", "matched.csv"}
+        assert names < {path.name for path in build_report(store)}
+        shutil.rmtree(store.folder(other.run_id))
+        assert not names & {path.name for path in build_report(store)}
+        assert not names & {path.name for path in (tmp_path / "tables").iterdir()}
+
     def test_runs_that_cannot_be_drawn(self, tmp_path: Path) -> None:
         paths = build_report(stored(tmp_path, record(score=None, status="unsupported", parameters=None)))
-        assert [path.suffix for path in paths] == [".md", ".tex", ".csv"]
+        assert not any(path.parent.name == "pictures" for path in paths)
 
     def test_many_configurations_share_their_methods_colour(self, tmp_path: Path) -> None:
         runs = [record("debora", method_parameters={"tau": tau, "rank": 8}, numbers=tau) for tau in range(1, 40)]
-        assert len(build_report(stored(tmp_path, *runs), defaults=DEFAULTS)) == 5
+        paths = build_report(stored(tmp_path, *runs), defaults=DEFAULTS)
+        assert len([path for path in paths if path.parent.name == "pictures"]) == 2
 
     def test_no_records(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"no records in .*runs: run `python -m harness run \.\.\.` first"):
@@ -140,16 +153,17 @@ class TestBuild:
         pictures = [path for path in build_report(store) if path.parent.name == "pictures"]
         before = [path.read_bytes() for path in pictures]
 
-        def fail(runs: object, board: object, png: Path, pdf: Path) -> None:
+        def fail(figure: object, png: Path, pdf: Path) -> None:
             png.write_bytes(b"half a pict")
             raise OSError("disk full")
 
-        monkeypatch.setattr("harness.report.plots.save_pictures", fail)
+        monkeypatch.setattr("harness.report.figures.save", fail)
         with pytest.raises(InputError, match="disk full"):
             build_report(store)
         assert [path.read_bytes() for path in pictures] == before
         assert sorted((tmp_path / "pictures").iterdir()) == sorted(pictures)
 
     def test_imports_no_torch(self) -> None:
-        code = "import sys, harness.report.build, harness.report.plots; assert 'torch' not in sys.modules"
+        modules = "harness.report.build, harness.report.pictures, harness.report.paper, harness.tracking"
+        code = f"import sys, {modules}; assert 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from harness import checkpoint, registry, run, training
 from harness.contracts import Subject, spec_of, start
+from harness.environment import device_of
 from harness.errors import InputError
 from harness.executors import serial
 from harness.memory import PeakMemory
@@ -281,10 +282,10 @@ def test_an_unwritable_results_folder(tmp_path):
 
 def test_a_device_that_is_not_there():
     with pytest.raises(InputError, match=r"--device 'cuda:99' is not on this machine; available: auto, cpu"):
-        run.device_of(Place(device="cuda:99"))
+        device_of(Place(device="cuda:99"))
     for name in ("gpu", "meta"):
         with pytest.raises(InputError, match=f"'{name}'"):
-            run.device_of(Place(device=name))
+            device_of(Place(device=name))
 
 
 def test_checkpoints_are_read_back_exactly(tmp_path):

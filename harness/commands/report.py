@@ -1,23 +1,51 @@
-"""`report`: tables and pictures from the records."""
+"""`report`: tables, pictures and a page from the records."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness import registry
+from harness.commands.tracking import log
 from harness.errors import InputError, unknown
 from harness.record import Found, RecordStore, RunRecord
 
 FAILED = ("failed", "diverged", "out_of_memory")
+AGAINST = ("paper",)  # reported results that come with the program
+KINDS = {"tables": "table", "pictures": "picture"}  # of a file, by its folder
 
 
-def command(results: Path, methods: Sequence[str] | None, tasks: Sequence[str] | None) -> int:
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What `report` is asked for beside the tables, pictures and the page."""
+
+    sort: str | None = None  # a column of the printed table
+    against: str | None = None  # "paper"
+    to_mlflow: bool = False
+    tracking_uri: str | None = None  # None: the results folder's own
+
+
+def command(
+    results: Path, methods: Sequence[str] | None, tasks: Sequence[str] | None, wanted: Wanted | None = None
+) -> int:
     """Rebuild everything from the records below `results` and print it.
 
     Raises InputError where there are no records, or none of a method or task that was named.
     """
+    wanted = wanted or Wanted()
+    if wanted.against not in (None, *AGAINST):
+        raise InputError(f"--against '{wanted.against}' is not known; available: {', '.join(AGAINST)}")
+    store, found = chosen(results, methods, tasks)
+    _show(store, found.records, found, wanted)
+    if wanted.to_mlflow:
+        log(store, found.records, wanted.tracking_uri, must=True)
+    return 0
+
+
+def chosen(results: Path, methods: Sequence[str] | None, tasks: Sequence[str] | None) -> tuple[RecordStore, Found]:
+    """The store and its records of these methods and tasks (None: all). Raises InputError for names without records."""
     if not results.is_dir():
         raise InputError(f"--results '{results}' is not a folder; runs are made by `python -m harness run`")
     store = RecordStore(results)
@@ -28,12 +56,11 @@ def command(results: Path, methods: Sequence[str] | None, tasks: Sequence[str] |
     if tasks and records:
         _check("task", tasks, {record.spec.task for record in records} | {r.spec.task.split("/")[0] for r in records})
         records = [r for r in records if r.spec.task in tasks or r.spec.task.split("/")[0] in tasks]
-    _show(store, records, Found(records, damaged))
-    return 0
+    return store, Found(records, damaged)
 
 
-def show_sweep(store: RecordStore, run_ids: Sequence[str]) -> int:
-    """Print the leaderboard of these runs; the files cover every record of the store.
+def show_sweep(store: RecordStore, run_ids: Sequence[str], tracking_uri: str | None) -> int:
+    """Print the leaderboard of these runs and log them to MLflow; the files cover every record of the store.
 
     Returns the exit code: 1 where a run of the sweep failed, diverged, ran out of memory or has no record.
     """
@@ -41,33 +68,48 @@ def show_sweep(store: RecordStore, run_ids: Sequence[str]) -> int:
     wanted = set(run_ids)
     chosen = [record for record in found.records if record.run_id in wanted]
     trials = {run_id for record in chosen if record.spec.search for run_id in record.spec.search.trials}
-    _show(store, [record for record in found.records if record.run_id in wanted | trials], found)
+    shown = [record for record in found.records if record.run_id in wanted | trials]
+    _show(store, shown, found, Wanted())
+    log(store, shown, tracking_uri)
     if lacking := len(wanted) - len(chosen):
         print(f"{lacking} of {len(wanted)} cells have no record: give the same command again")
     return int(lacking > 0 or any(record.status in FAILED for record in chosen))
 
 
-def _show(store: RecordStore, shown: list[RunRecord], written: Found) -> None:
+def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wanted) -> None:
     """Print the boards of `shown`; the files are made of `written`."""
+    from harness.report import critical
     from harness.report.build import build_report
+    from harness.report.compare import ExampleReader, with_ties
     from harness.report.frame import to_frame
-    from harness.report.leaderboard import leaderboards
+    from harness.report.leaderboard import leaderboards, sorted_by
     from harness.report.text import console
 
-    defaults = _defaults({record.spec.method for record in written.records})
+    defaults = defaults_of(written.records)
+    boards = leaderboards(to_frame(shown, defaults)) if shown else []
+    if wanted.sort is not None:
+        boards = sorted_by(boards, wanted.sort)
     paths = build_report(store, written, defaults)
-    for board in leaderboards(to_frame(shown, defaults)):
-        print(f"\n{console(board, written.damaged)}")
+    for board in boards:
+        print(f"\n{console(with_ties(board, ExampleReader(store)), written.damaged)}")
+        refused = critical.refusal(board)
+        if refused and len(board.columns) > 1:
+            print(f"No diagram of mean ranks: {refused}.")
+    if wanted.against is not None:
+        from harness.report.paper import against_paper
+
+        for board in boards:
+            print(f"\n{against_paper(board)}")
     print(f"\nrecords   {store.runs}")
     for path in paths:
-        print(f"{'table' if path.parent.name == 'tables' else 'picture':<10}{path}")
+        print(f"{KINDS.get(path.parent.name, 'page'):<10}{path}")
 
 
-def _defaults(methods: set[str]) -> dict[str, dict[str, Any]]:
-    """Default parameters of the methods that are installed."""
+def defaults_of(records: Iterable[RunRecord]) -> dict[str, dict[str, Any]]:
+    """Default parameters of the records' methods, as far as they are installed."""
     known = registry.registered(registry.METHODS)
     found = {}
-    for name in methods & known.keys():
+    for name in {record.spec.method for record in records} & known.keys():
         try:
             found[name] = registry.method_class(name).defaults()
         except InputError:  # a plugin that no longer imports: its records are still shown

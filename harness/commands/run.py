@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from harness.spec import Execution, Place, RunSpec, TrainSpec
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from harness.record import RecordStore
+    from harness.record import RecordStore, RunRecord
 
 DATA_ROOT = "HARNESS_DATA_ROOT"
 MOST_SEEDS = 100_000
@@ -34,14 +35,15 @@ def command(options: argparse.Namespace) -> int:
         raise (sweep_file.located(error, options.config) if options.config else None) or error from None
 
 
-def _check_kept(store: RecordStore, finished: set[str], place: Place, console: Console) -> None:
+def _check_kept(store: RecordStore, finished: list[RunRecord], place: Place, console: Console) -> None:
     """A finished run is not run again for the sake of what it has not kept: say so."""
-    wanted = {
-        "adapter": (place.save_adapter, lambda run_id: (store.folder(run_id) / "adapter").exists()),
-        "predictions for the test set": (place.predict_test, lambda run_id: store.test_splits(run_id)),
+    wanted: dict[str, tuple[object, Callable[[RunRecord], object]]] = {
+        "adapter": (place.save_adapter, lambda record: (store.folder(record.run_id) / "adapter").exists()),
+        "predictions for the test set": (place.predict_test, lambda record: store.test_splits(record.run_id)),
+        "such rank curve": (place.rank_curve, lambda record: record.spec.place.rank_curve == place.rank_curve),
     }
     for what, (asked, kept) in wanted.items():
-        lacking = sum(not kept(run_id) for run_id in finished) if asked else 0
+        lacking = sum(not kept(record) for record in finished) if asked else 0
         if lacking:
             console.print(f"{lacking} of the finished runs have kept no {what}; delete their folders to run them again")
 
@@ -71,6 +73,8 @@ def place_of(options: argparse.Namespace) -> Place:
     """Where and how: options over the environment. Raises InputError."""
     given = {name: getattr(options, name) for name in Place.model_fields if name not in ("model", "path")}
     given["checkpoint_every"] = _parsed(given["checkpoint_every"])
+    if given["rank_curve"] is not None:
+        given["rank_curve"] = [parse_value(rank) for rank in split_list(given["rank_curve"])]
     given["data_root"] = given["data_root"] or os.environ.get(DATA_ROOT)
     return Place.of({name: value for name, value in given.items() if value is not None}, "--")
 
@@ -144,8 +148,9 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
             """Make the records that are missing."""
             sweeps.write(store, specs)
             read = map(store.read, _ids(specs))
-            finished = {record.run_id for record in read if record and record.status not in retried}
-            missing = [spec for spec in specs if spec.run_id not in finished]
+            finished = [record for record in read if record and record.status not in retried]
+            there = {record.run_id for record in finished}
+            missing = [spec for spec in specs if spec.run_id not in there]
             _check_kept(store, finished, place, console)
             done = len(specs) - len(missing)
             console.print(f"{len(specs)} runs: {done} finished before, {len(missing)} to do", highlight=False)
@@ -159,7 +164,7 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
             tuning.tune(searches, sweep.tune, carry_out, store)
             specs = tuning.chosen(searches, specs)
         carry_out(specs)
-    return show_sweep(store, _ids(specs))
+    return show_sweep(store, _ids(specs), options.tracking_uri)
 
 
 def _ids(specs: list[RunSpec]) -> list[str]:

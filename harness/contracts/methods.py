@@ -166,6 +166,27 @@ def nothing_is_pickled(subject: Subject) -> None:
     assert any(path.suffix == ".safetensors" for path in (subject.folder / "export").rglob("*"))
 
 
+def a_cut_to_a_rank_has_it_and_is_undone(subject: Subject) -> None:
+    """Within `at_rank`, where a method has it, no update has a higher rank, and at the live rank it is whole; after
+    it the model is bit-equal to what it was."""
+    started = start(subject)
+    started.training.run(lambda training: None)
+    adaptation, before = started.adaptation, _model_state(started)
+    ranks, whole = adaptation.ranks(), _updates(started)
+    cut = adaptation.at_rank(1)
+    if cut is None:
+        return
+    for rank in range(1, 1 + max(ranks.values())):
+        with adaptation.at_rank(rank) or contextlib.nullcontext():
+            found = _updates(started)
+        assert _same(before, _model_state(started)), f"the cut to rank {rank} was not undone"
+        for layer, update in found.items():
+            singular = torch.linalg.svdvals(update)
+            assert (singular[rank:] <= 1e-5 * max(1.0, float(singular[0]))).all(), f"'{layer}' is above rank {rank}"
+            if rank >= ranks[layer]:
+                torch.testing.assert_close(update, whole[layer], rtol=1e-4, atol=1e-6)
+
+
 METHOD_CONTRACTS = (
     unchanged_output_at_the_start,
     only_the_intended_parameters_train,
@@ -177,7 +198,31 @@ METHOD_CONTRACTS = (
     the_same_seed_gives_the_same_record,
     another_seed_gives_another_run,
     nothing_is_pickled,
+    a_cut_to_a_rank_has_it_and_is_undone,
 )
+
+
+def _updates(started: Started) -> dict[str, torch.Tensor]:
+    """What each adapted linear layer computes beside the backbone's own, as a matrix (inputs, outputs)."""
+    found = {}
+    model = started.adaptation.model.eval()
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for name in started.adaptation.ranks():
+            base = started.before.module.get_submodule(name)
+            (layer,) = (module for full, module in modules.items() if f".{full}".endswith(f".{name}"))
+            if isinstance(base, torch.nn.Linear):
+                unit = torch.eye(base.in_features)
+                found[name] = (layer(unit) - base(unit)).double()
+    return found
+
+
+def _model_state(started: Started) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in started.adaptation.model.state_dict().items()}
+
+
+def _same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
 
 
 def _head(started: Started) -> list[tuple[str, Any]]:

@@ -1,32 +1,40 @@
-"""The report: every table and picture that the records give, written below the results folder."""
+"""The report: every table, picture and page that the records give, written below the results folder."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
 
 from harness.errors import InputError
-from harness.record import Found, RecordStore
-from harness.report.frame import Defaults, to_frame, trials_frame
+from harness.record import Found, RecordStore, RunRecord
+from harness.report.budget import costs, matched, sweeps, time_to_score
+from harness.report.compare import ExampleReader, with_ties
+from harness.report.data import structured, tidy
+from harness.report.frame import Defaults, to_frame
 from harness.report.latex import latex
 from harness.report.leaderboard import Board, leaderboards
-from harness.report.text import markdown, tidy
+from harness.report.page import PICTURES, page
+from harness.report.rank_curves import areas, rank_curves
+from harness.report.text import markdown
+from harness.report.trials import learning_rates, trials_frame
 
-PICTURE = "score_vs_parameters"
+MOST_ILLUSTRATED = 6  # settings with pictures of their own
+TABLES = ("costs", "matched", "sweeps", "time_to_score", "trials", "learning_rates", "rank_curves", "rank_aurac")
 
 
 def build_report(store: RecordStore, found: Found | None = None, defaults: Defaults | None = None) -> list[Path]:
-    """Write tables/leaderboard.{md,tex,csv}, tables/trials.csv where there was a search, and
-    pictures/score_vs_parameters.{png,pdf} below `store.results`.
+    """Write tables/leaderboard.{md,tex,csv,json}, tables/NAME.csv for each of `TABLES` with rows, pictures/*.{png,pdf}
+    and report.html, all below `store.results`.
 
     `found`: what to report on; None for all of the store. `defaults`: see `to_frame`. Several settings become
-    sections of the same tables, and a picture each, its name ending in the setting's key. Each file is replaced whole
-    or stays as it was; pictures of an earlier report that this one does not make are removed.
+    sections of the same tables, and the first ones have pictures each, their names ending in the setting's key. Each
+    file is replaced whole or stays as it was; files of an earlier report that this one does not make are removed.
 
     Returns the paths of the files. Raises InputError where there is no record to report on.
     """
@@ -34,39 +42,89 @@ def build_report(store: RecordStore, found: Found | None = None, defaults: Defau
     if all(record.spec.is_trial for record in chosen):
         left_out = f" (unreadable: {', '.join(damaged)})" if damaged else ""
         raise InputError(f"no records in {store.runs}{left_out}: run `python -m harness run ...` first")
-    frame = to_frame(chosen, defaults)
-    boards = leaderboards(frame)
+    frame, trials = to_frame(chosen, defaults), trials_frame(chosen, defaults)
+    records = {record.run_id: record for record in chosen}
+    read = ExampleReader(store)
+    boards = [with_ties(board, read) for board in leaderboards(frame)]
+    tables = {board.key: _tables(board, _of(board, trials), store, records) for board in boards}
     texts = {
         "leaderboard.md": markdown(boards, damaged),
         "leaderboard.tex": latex(boards, damaged),
-        "leaderboard.csv": tidy(boards).to_csv(index=False, lineterminator="\n"),
+        "leaderboard.csv": _csv(tidy(boards)),
+        "leaderboard.json": json.dumps(structured(boards), indent=1, ensure_ascii=False) + "\n",
+    } | {f"{name}.csv": _csv(table) for name in TABLES if len(table := _by_setting(name, tables))}
+    paths = [_write(store.results / "tables" / name, text) for name, text in texts.items()]
+    for name in TABLES:
+        if f"{name}.csv" not in texts:
+            (store.results / "tables" / f"{name}.csv").unlink(missing_ok=True)
+    drawn = _pictures(frame, trials, boards, store, records)
+    pngs = {key: [path for path in drawn[key] if path.suffix == ".png"] for key in drawn}
+    paths += [path for of_board in drawn.values() for path in of_board]
+    return [*paths, _write(store.results / "report.html", page(boards, damaged, tables, pngs))]
+
+
+def _tables(
+    board: Board, trials: pd.DataFrame, store: RecordStore, records: Mapping[str, RunRecord]
+) -> dict[str, pd.DataFrame]:
+    """The board's `TABLES`."""
+    return {
+        "costs": costs(board),
+        "matched": matched(board),
+        "sweeps": sweeps(board),
+        "time_to_score": time_to_score(board, store),
+        "trials": trials,
+        "learning_rates": learning_rates(board, trials),
+        "rank_curves": rank_curves(board, records),
+        "rank_aurac": areas(board, records),
     }
-    trials = trials_frame(chosen)
-    if len(trials):
-        texts["trials.csv"] = trials.to_csv(index=False, lineterminator="\n")
-    paths = []
-    for name, text in texts.items():
-        path = store.results / "tables" / name
-        _replace([path], functools.partial(Path.write_text, data=text, encoding="utf-8"))
-        paths.append(path)
-    return paths + _pictures(frame, boards, store.results / "pictures")
 
 
-def _pictures(frame: pd.DataFrame, boards: list[Board], folder: Path) -> list[Path]:
-    from harness.report.plots import can_draw, save_pictures  # takes matplotlib a second to import
+def _of(board: Board, table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the board's setting."""
+    return table if table.empty else table[table["setting"] == board.key].drop(columns="setting")
 
-    paths: list[Path] = []
-    for board in boards:
-        runs = frame[frame["setting"] == board.key]
-        name = PICTURE if len(boards) == 1 else f"{PICTURE}_{board.key}"
-        if can_draw(runs):
-            pair = [folder / f"{name}.png", folder / f"{name}.pdf"]
-            _replace(pair, functools.partial(save_pictures, runs, board))
-            paths += pair
-    for old in [*folder.glob(f"{PICTURE}.p*"), *folder.glob(f"{PICTURE}_????????.p*")]:
-        if old not in paths and old.suffix in (".png", ".pdf"):
-            old.unlink()
+
+def _csv(table: pd.DataFrame) -> str:
+    return table.to_csv(index=False, lineterminator="\n")
+
+
+def _by_setting(name: str, tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> pd.DataFrame:
+    """The boards' tables of this name below each other, the setting's key first."""
+    parts = []
+    for key, of_board in tables.items():
+        part = of_board[name].astype(object)
+        part.insert(0, "setting", key)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _pictures(
+    frame: pd.DataFrame, trials: pd.DataFrame, boards: list[Board], store: RecordStore, records: Mapping[str, RunRecord]
+) -> dict[str, list[Path]]:
+    """The pictures' paths by setting."""
+    from harness.report.figures import save  # takes matplotlib a second to import
+    from harness.report.pictures import pictures
+
+    folder = store.results / "pictures"
+    paths: dict[str, list[Path]] = {}
+    for board in boards[:MOST_ILLUSTRATED]:
+        paths[board.key] = []
+        for name, figure in pictures(board, _of(board, frame), _of(board, trials), store, records):
+            full = name if len(boards) == 1 else f"{name}_{board.key}"
+            pair = [folder / f"{full}.png", folder / f"{full}.pdf"]
+            _replace(pair, functools.partial(save, figure))
+            paths[board.key] += pair
+    kept = {path for of_board in paths.values() for path in of_board}
+    for name in PICTURES:
+        for old in [*folder.glob(f"{name}.p*"), *folder.glob(f"{name}_????????.p*")]:
+            if old not in kept and old.suffix in (".png", ".pdf"):
+                old.unlink()
     return paths
+
+
+def _write(path: Path, text: str) -> Path:
+    _replace([path], functools.partial(Path.write_text, data=text, encoding="utf-8"))
+    return path
 
 
 def _replace(paths: list[Path], write: Callable[..., object]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -22,9 +23,7 @@ Defaults = Mapping[str, Mapping[str, Any]]  # method -> its default parameters
 
 METRICS = "metrics."  # prefix of the columns of the evaluation's metrics
 HOLDOUT = "holdout."
-OF_METHOD = {"method", "method_version", "method_parameters"}
-OF_TASK = {"task", "task_version", "task_parameters", "data_fingerprint"}
-NOT_SETTING = OF_METHOD | OF_TASK | {"seed", "place", "search"}
+VERSIONED = ("torch", "peft", "transformers")  # packages whose versions the tables tell apart in a note
 
 
 class _Variant(NamedTuple):
@@ -46,44 +45,37 @@ def to_frame(records: Iterable[RunRecord], defaults: Defaults | None = None) -> 
 
     Columns: run_id, label, column, setting (the three explained above; `setting` is 8 hexadecimal digits),
     setting_text, method, method_version, method_parameters (JSON), task, task_version, task_parameters (JSON),
-    model, model_fingerprint, data_fingerprint, seed, status, headline, higher_is_better, score, metrics.*, holdout.*,
-    parameters_initial, parameters_peak, parameters_final, head (numbers), stored_bytes, rank (mean live rank over the
-    layers), batches, updates, seconds_training, seconds_total (these four with the search that chose the setting),
-    peak_bytes, device, started, error. Trials of a search have no row of their own. Missing values are None or NaN.
+    model, model_fingerprint, data_fingerprint, limit, seed, status, headline, higher_is_better, score, metrics.*,
+    holdout.*, parameters_initial, parameters_peak, parameters_final, head (numbers), stored_bytes, rank (mean live
+    rank over the layers), batches, updates, seconds_training, seconds_total, peak_bytes, device, started, error,
+    versions (of the packages that results depend on), split (the evaluation split of the score), tuning ("tuned K"
+    after K trials, "default" where every parameter is at its default, else "as given"), search_batches,
+    search_seconds (of training), search_peak_bytes (of the search's trials together: 0 without one, None where a
+    trial's record is gone). Trials of a search have no row of their own. Missing values are None or NaN.
     """
     every = {record.run_id: record for record in records}
     unique = {run_id: record for run_id, record in every.items() if not record.spec.is_trial}
-    methods = {run_id: _method(record.spec) for run_id, record in unique.items()}
-    tasks = {run_id: _task(record.spec) for run_id, record in unique.items()}
-    labels = _labels(set(methods.values()), defaults or {})
-    columns = _labels(set(tasks.values()), {})
+    labels, columns = labels_of(unique.values(), defaults), columns_of(every.values())
     rows = []
     for run_id, record in unique.items():
-        names = {"run_id": run_id, "label": labels[methods[run_id]], "column": columns[tasks[run_id]]}
-        row = names | _of_spec(record.spec, methods[run_id], tasks[run_id]) | _of_result(record)
-        rows.append(row | _with_search(record.spec, every, _costs(record)))
+        names = {"run_id": run_id, "label": labels[run_id], "column": columns[run_id]}
+        tuning = {"tuning": _tuning(record.spec, (defaults or {}).get(record.spec.method))}
+        rows.append(names | _of_spec(record.spec) | _of_result(record) | tuning | _search_cost(record.spec, every))
     return pd.DataFrame(rows)
 
 
-def trials_frame(records: Iterable[RunRecord]) -> pd.DataFrame:
-    """One row per trial and hyperparameter searched over: how the score on the holdout depends on it.
+def labels_of(records: Iterable[RunRecord], defaults: Defaults | None = None) -> dict[str, str]:
+    """run_id -> label of the configuration, see `to_frame`."""
+    variants = {record.run_id: _method(record.spec) for record in records}
+    labels = _labels(set(variants.values()), defaults or {})
+    return {run_id: labels[variant] for run_id, variant in variants.items()}
 
-    Columns: method, method_version, fixed (the other hyperparameters, JSON), task, data_fingerprint, setting,
-    parameter, value, headline, holdout (None where the trial gave no score), status, run_id.
-    """
-    trials = [record for record in records if record.spec.is_trial]
-    rows = []
-    for record in trials:
-        spec, method = record.spec, _method(record.spec)
-        row = _of_spec(spec, method, _task(spec))
-        kept = {name: row[name] for name in ("method", "method_version", "task", "data_fingerprint", "setting")}
-        score = record.holdout.get(record.headline) if record.status == "done" else None
-        assert spec.search is not None
-        for parameter in spec.search.parameters:
-            value = {"parameter": parameter, "value": value_text(spec.method_parameters[parameter])}
-            result = {"headline": record.headline, "holdout": score, "status": record.status, "run_id": record.run_id}
-            rows.append(kept | {"fixed": method.parameters} | value | result)
-    return pd.DataFrame(rows)
+
+def columns_of(records: Iterable[RunRecord]) -> dict[str, str]:
+    """run_id -> column of the task on its data, see `to_frame`."""
+    variants = {record.run_id: _task(record.spec) for record in records}
+    columns = _labels(set(variants.values()), {})
+    return {run_id: columns[variant] for run_id, variant in variants.items()}
 
 
 def _method(spec: RunSpec) -> _Variant:
@@ -98,20 +90,20 @@ def _task(spec: RunSpec) -> _Variant:
     return _Variant(spec.task, spec.task_version, parameters, spec.data_fingerprint)
 
 
-def _of_spec(spec: RunSpec, method: _Variant, task: _Variant) -> dict[str, Any]:
-    setting = spec.model_dump(mode="json", exclude=NOT_SETTING)
+def _of_spec(spec: RunSpec) -> dict[str, Any]:
     return {
-        "setting": hashlib.sha256(json.dumps(setting, sort_keys=True).encode()).hexdigest()[:8],
-        "setting_text": _setting_text(spec.train, setting),
-        "method": method.name,
-        "method_version": method.version,
+        "setting": spec.setting_key,
+        "setting_text": _setting_text(spec),
+        "method": spec.method,
+        "method_version": spec.method_version,
         "method_parameters": json.dumps(spec.method_parameters, sort_keys=True),
-        "task": task.name,
-        "task_version": task.version,
-        "task_parameters": task.parameters,
+        "task": spec.task,
+        "task_version": spec.task_version,
+        "task_parameters": json.dumps(spec.task_parameters, sort_keys=True),
         "model": _model_name(spec.place.model),
         "model_fingerprint": spec.model_fingerprint,
         "data_fingerprint": spec.data_fingerprint,
+        "limit": spec.limit,
         "seed": spec.seed,
     }
 
@@ -129,37 +121,52 @@ def _of_result(record: RunRecord) -> dict[str, Any]:
         "head": count and count.head,
         "stored_bytes": count and count.stored_bytes,
         "rank": sum(record.ranks.values()) / len(record.ranks) if record.ranks else None,
-        **_costs(record),
+        "batches": record.batches,
+        "updates": record.updates,
+        "seconds_training": record.seconds.training,
+        "seconds_total": record.seconds.total,
         "peak_bytes": record.peak_bytes,
         "device": record.environment.device,
         "started": record.started,
         "error": record.error,
+        "versions": _versions(record),
+        "split": next((name for name in record.rows if name not in ("train", "holdout")), None),
         **{f"{METRICS}{name}": value for name, value in record.metrics.items()},
         **{f"{HOLDOUT}{name}": value for name, value in record.holdout.items()},
     }
 
 
-def _with_search(spec: RunSpec, every: Mapping[str, RunRecord], own: Mapping[str, float]) -> dict[str, float | None]:
-    """A run's costs with those of the trials that its setting was chosen by; None where a trial's record is gone."""
+def _versions(record: RunRecord) -> str:
+    packages = record.environment.packages
+    named = [f"{name} {packages[name]}" for name in VERSIONED if name in packages]
+    return ", ".join([f"harness {record.environment.harness}", *named])
+
+
+def _tuning(spec: RunSpec, defaults: Mapping[str, Any] | None) -> str:
+    """How the hyperparameters came about."""
+    if spec.search is not None:
+        return f"tuned {len(spec.search.trials)}"
+    given = json.loads(json.dumps(spec.method_parameters))
+    plain = None if defaults is None else json.loads(json.dumps(dict(defaults), default=str))
+    is_default = plain is not None and all(given[name] == plain.get(name) for name in given)
+    return "default" if is_default else "as given"
+
+
+def _search_cost(spec: RunSpec, every: Mapping[str, RunRecord]) -> dict[str, float | None]:
+    """What the trials took by which a run's setting was chosen."""
     trials = [every.get(run_id) for run_id in (spec.search.trials if spec.search else ())]
-    known = [_costs(trial) for trial in trials if trial is not None]
+    known = [trial for trial in trials if trial is not None]
+    names = ("search_batches", "search_seconds", "search_peak_bytes")
     if len(known) < len(trials):
-        return dict.fromkeys(own)
-    return {name: value + sum(costs[name] for costs in known) for name, value in own.items()}
+        return dict.fromkeys(names)
+    seconds = math.fsum(trial.seconds.training for trial in known)
+    peak = max((trial.peak_bytes or 0 for trial in known), default=0)
+    return dict(zip(names, (sum(trial.batches for trial in known), seconds, peak), strict=True))
 
 
-def _costs(record: RunRecord) -> dict[str, float]:
-    return {
-        "batches": record.batches,
-        "updates": record.updates,
-        "seconds_training": record.seconds.training,
-        "seconds_total": record.seconds.total,
-    }
-
-
-def _setting_text(train: TrainSpec, setting: Mapping[str, Any]) -> str:
+def _setting_text(spec: RunSpec) -> str:
     """The setting in words, the model left out; every value that is not a default is named."""
-    limit, threads = setting["limit"], setting["threads"]
+    train, limit, threads = spec.train, spec.limit, spec.threads
     words = [
         f"{train.batches} batches" if train.batches is not None else f"{train.epochs:g} epochs",
         f"batch size {train.batch_size}",
@@ -171,7 +178,7 @@ def _setting_text(train: TrainSpec, setting: Mapping[str, Any]) -> str:
         if name not in ("batches", "epochs", "batch_size") and value != field.default:
             words.append(f"{name} {value_text(value)}")
     known = {"limit", "threads", "train", "model_fingerprint"}
-    words += [f"{name} {value_text(value)}" for name, value in setting.items() if name not in known]
+    words += [f"{name} {value_text(value)}" for name, value in spec.setting.items() if name not in known]
     return ", ".join(words)
 
 
@@ -188,11 +195,11 @@ def _labels(variants: set[_Variant], defaults: Defaults) -> dict[_Variant, str]:
     for variant in sorted(variants):
         by_name[variant.name].append(variant)
     labels: dict[_Variant, str] = {}
-    some_tuned = any(variant.tuned for variant in variants)
     for name, group in by_name.items():
         parameters = {variant: json.loads(variant.parameters) for variant in group}
         shown = _shown(parameters, defaults[name]) if name in defaults else _varying(parameters)
         several_versions = len({variant.version for variant in group}) > 1
+        some_tuned = len({variant.tuned for variant in group}) > 1
         for variant in group:
             labels[variant] = label(name, shown[variant]) + (f" (v{variant.version})" if several_versions else "")
             if some_tuned:

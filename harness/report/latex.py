@@ -8,16 +8,18 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from harness.report.leaderboard import Board, Column, Row, score_text
-from harness.report.text import decimal, human
+from harness.report.text import decimal, human, spread_text
 
 NOTHING = "--"
 LINE_WIDTH = 345.0  # points: the narrowest of the usual classes (article); a wider table becomes several blocks
 SIGN, SMALL_SIGN, GAP = 4.6, 3.9, 6.0  # points: a sign of \footnotesize and of \scriptsize, the space between columns
 LABEL_SIGNS = 24
 SPREAD = (
-    r"Scores: mean $\pm$ sample standard deviation over {n} seeds, or as many as are given in brackets; n/a: no spread "
-    "from one run; --: not run. Bold: the best mean of those cells in which every run gave a score. Parameters: "
-    "adapter numbers in effect after training, without the head."
+    r"Scores: mean $\pm$ half-width of the 95\,\% interval (Student's t) over {n} seeds, or as many as are given in "
+    r"brackets; n/a: no interval from one run; --: not run. Bold: the best mean of those cells in which every run gave "
+    r"a score; underlined: the second; $\approx$: not told from the best by a paired, Holm-corrected test. Parameters: "
+    "adapter numbers in effect after training, without the head. Seconds: of training, with the search for "
+    "hyperparameters where there was one."
 )
 SIGNS = {
     "\\": r"\textbackslash{}",
@@ -109,8 +111,8 @@ def _columns(board: Board) -> list[list[_Text]]:
     if len(board.columns) > 1:
         averages = ("-" if row.average is None else score_text(row.average) for row in rows)
         columns.append([_plain("Average"), *(_plain(average) for average in averages)])
+    columns.append([_plain("Settings"), *(_plain(row.tuning) for row in rows)])
     columns.append([_plain("Seconds"), *(_plain(decimal(row.seconds)) for row in rows)])
-    columns.append([_plain("Memory"), *(_plain(human(row.peak_bytes, "B")) for row in rows)])
     return columns
 
 
@@ -121,10 +123,9 @@ def _score(board: Board, row: Row, column: Column) -> _Text:
         return _plain("-")
     lines = []
     if cell.score.mean is not None:
-        deviation = cell.score.standard_deviation
-        spread = f"±{'n/a' if deviation is None else score_text(deviation)}"
+        spread = f"±{spread_text(cell.score)}"
         spread += "" if cell.score.n == board.n else f" ({cell.score.n})"
-        mean = _number(score_text(cell.score.mean), board.is_best(row, column))
+        mean = _number(score_text(cell.score.mean), board, row, column)
         small = _small(spread)
         one_line = _Text(f"{mean.latex} {small.latex}", mean.width + small.width + SIGN)
         lines = [one_line] if len(board.columns) == 1 else [mean, small]
@@ -133,8 +134,14 @@ def _score(board: Board, row: Row, column: Column) -> _Text:
     return _stacked(lines, "r")
 
 
-def _number(text: str, bold: bool) -> _Text:
-    return _Text(rf"\textbf{{\boldmath ${text}$}}" if bold else f"${text}$", len(text) * SIGN * (1.15 if bold else 1))
+def _number(text: str, board: Board, row: Row, column: Column) -> _Text:
+    width = len(text) * SIGN
+    latex = f"${text}$"
+    if board.is_best(row, column):
+        latex, width = rf"\textbf{{\boldmath {latex}}}", width * 1.15
+    elif board.is_second(row, column):
+        latex = rf"\underline{{{latex}}}"
+    return _Text(latex + r"$^{\approx}$", width + SIGN) if board.is_tie(row, column) else _Text(latex, width)
 
 
 def _title(column: Column, columns: Iterable[Column]) -> _Text:

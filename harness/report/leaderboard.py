@@ -5,15 +5,17 @@ Nothing is averaged here but the seeds of one configuration on one task. A cell 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
+from harness.errors import unknown
 from harness.report.frame import METRICS
 from harness.report.statistics import Summary, summarize
 
@@ -52,12 +54,12 @@ class Cell:
 
     @property
     def scored(self) -> list[Run]:
-        return [run for run in self.runs if _present(run["score"])]
+        return [run for run in self.runs if is_present(run["score"])]
 
     @property
     def failures(self) -> list[tuple[str, int]]:
         """(status in words, runs), for the runs without a score."""
-        return sorted(Counter(_status(run) for run in self.runs if not _present(run["score"])).items())
+        return sorted(Counter(status_text(run) for run in self.runs if not is_present(run["score"])).items())
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,12 @@ class Row:
     average: float | None  # mean of the cells' scores; None unless every run on every column gave one, all of one sense
     parameters: float | None  # adapter numbers in effect after training, mean
     rank: float | None  # live rank, mean over layers and runs
-    batches: float | None  # mean
+    batches: float | None  # mean; None where what the search took is not known
     seconds: float | None  # of training, mean
-    peak_bytes: float | None  # largest
+    peak_bytes: float | None  # largest, the search's too
+    tuning: str  # "tuned K", "default" or "as given"; several, where runs differ
+    search_batches: float | None  # part of `batches`: of the hyperparameter search, mean
+    search_seconds: float | None  # part of `seconds`
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,9 @@ class Board:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]  # best mean of scores first, after them the rows that lack a run's score
     best: Mapping[str, float]  # by title: the best mean of a cell without failures, where two or more have a score
+    second: Mapping[str, float]  # by title: the next best that prints differently
     notes: tuple[str, ...]
+    ties: Mapping[str, frozenset[str]] = field(default_factory=dict)  # by title: labels no test tells from the best
 
     @functools.cached_property
     def n(self) -> int | None:
@@ -96,12 +103,28 @@ class Board:
         """Whether any row has a live rank."""
         return any(row.rank is not None for row in self.rows)
 
+    @functools.cached_property
+    def has_search(self) -> bool:
+        """Whether any row's hyperparameters were searched for."""
+        return any(row.search_batches for row in self.rows)
+
     def is_best(self, row: Row, column: Column) -> bool:
         """Whether this cell may be called best: every run of it gave a score, and its mean prints as the best does."""
-        best, cell = self.best.get(column.title), row.cells.get(column.title)
-        if best is None or cell is None or cell.score.mean is None or cell.failures:
+        return self._has(row, column, self.best)
+
+    def is_second(self, row: Row, column: Column) -> bool:
+        """Whether this cell may be called second, in the same way."""
+        return self._has(row, column, self.second)
+
+    def is_tie(self, row: Row, column: Column) -> bool:
+        """Whether the paired test could not tell this cell from the best one (see `harness.report.compare`)."""
+        return row.label in self.ties.get(column.title, frozenset())
+
+    def _has(self, row: Row, column: Column, scores: Mapping[str, float]) -> bool:
+        score, cell = scores.get(column.title), row.cells.get(column.title)
+        if score is None or cell is None or cell.score.mean is None or cell.failures:
             return False
-        return score_text(cell.score.mean) == score_text(best)
+        return score_text(cell.score.mean) == score_text(score)
 
 
 def score_text(score: float) -> str:
@@ -111,10 +134,28 @@ def score_text(score: float) -> str:
 
 def over(runs: list[Run], name: str, of: Callable[[list[float]], float] | None = None) -> float | None:
     """The mean of a column of the frame over `runs`, or what `of` makes of it; None where no run has a value."""
-    values = [float(run[name]) for run in runs if _present(run[name])]
+    values = [float(run[name]) for run in runs if is_present(run[name])]
     if not values:
         return None
     return of(values) if of else math.fsum(values) / len(values)
+
+
+def with_search(runs: list[Run], name: str) -> float | None:
+    """The mean over `runs` of batches or seconds_training, the search included; None where that is not known."""
+    search = "search_batches" if name == "batches" else "search_seconds"
+    costs = [run[name] + run[search] for run in runs if is_present(run[search])]
+    return math.fsum(costs) / len(costs) if costs and len(costs) == len(runs) else None
+
+
+def peak_bytes(runs: list[Run]) -> float | None:
+    """The largest peak memory of the runs and of their searches; None where none is known."""
+    peaks = [over(runs, name, max) or 0 for name in ("peak_bytes", "search_peak_bytes")]
+    return max(peaks) or None
+
+
+def whole(number: float | None) -> float | int | None:
+    """A number without a fraction as an integer."""
+    return int(number) if number is not None and float(number).is_integer() else number
 
 
 def leaderboards(frame: pd.DataFrame) -> list[Board]:
@@ -125,22 +166,54 @@ def leaderboards(frame: pd.DataFrame) -> list[Board]:
     return [_board(runs) for _, runs in sorted(settings.items(), key=lambda item: (-len(item[1]), item[0]))]
 
 
+def sorted_by(boards: Sequence[Board], name: str) -> list[Board]:
+    """The boards with their rows by a column, the best or smallest first, rows without a value last: a task, or
+    parameters, rank, average, batches, seconds, memory, method. Raises InputError where no board has such a column."""
+    numbers = {"memory": "peak_bytes"} | {key: key for key in ("parameters", "rank", "average", "batches", "seconds")}
+    titles = {column.title: column for board in boards for column in board.columns}
+    if name not in (*numbers, "method", *titles):
+        raise unknown("column", name, [*numbers, "method", *titles])
+
+    def key(row: Row) -> tuple[bool, float, str]:
+        if name == "method":
+            return False, 0.0, row.label
+        cell = row.cells.get(name)
+        value = getattr(row, numbers[name]) if name in numbers else cell.score.mean if cell else None
+        rises = name in numbers and name != "average"
+        number = 0.0 if value is None else value if rises else -value if name in numbers else -titles[name].merit(value)
+        return value is None, number, row.label
+
+    return [dataclasses.replace(board, rows=tuple(sorted(board.rows, key=key))) for board in boards]
+
+
 def _board(runs: list[Run]) -> Board:
+    from harness.report.notes import notes_on  # it knows rows and columns, which are made here
+
     columns = _columns(runs)
     cells: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: run["seed"]):
         cells[run["label"]][run["column"]].append(run)
     rows = [_row(label, by_title, columns) for label, by_title in cells.items()]
     rows.sort(key=lambda row: _order(row, columns))
-    best = {column.title: mean for column in columns if (mean := _best(rows, column)) is not None}
-    notes = [*_failure_notes(rows), *_seed_notes(rows, columns), *_device_notes(runs)]
-    return Board(runs[0]["setting"], _caption(runs), columns, tuple(rows), best, tuple(notes))
+    best, second = _two_best(rows, columns)
+    return Board(
+        runs[0]["setting"], _caption(runs), columns, tuple(rows), best, second, tuple(notes_on(runs, rows, columns))
+    )
 
 
-def _best(rows: Iterable[Row], column: Column) -> float | None:
-    scored = [cell for row in rows if (cell := row.cells.get(column.title)) is not None and cell.score.n]
-    whole = [cell.score.mean for cell in scored if cell.score.mean is not None and not cell.failures]
-    return max(whole, key=column.merit) if whole and len(scored) > 1 else None
+def _two_best(rows: Iterable[Row], columns: Iterable[Column]) -> tuple[dict[str, float], dict[str, float]]:
+    """Best and second best mean by title, where two or more rows have a score."""
+    best: dict[str, float] = {}
+    second: dict[str, float] = {}
+    for column in columns:
+        scored = [cell for row in rows if (cell := row.cells.get(column.title)) is not None and cell.score.n]
+        means = [cell.score.mean for cell in scored if cell.score.mean is not None and not cell.failures]
+        means.sort(key=column.merit, reverse=True)
+        if means and len(scored) > 1:
+            best[column.title] = means[0]
+            others = [mean for mean in means if score_text(mean) != score_text(means[0])]
+            second.update({column.title: others[0]} if others else {})
+    return best, second
 
 
 def _columns(runs: list[Run]) -> tuple[Column, ...]:
@@ -149,7 +222,7 @@ def _columns(runs: list[Run]) -> tuple[Column, ...]:
     reported = [name for name in runs[0] if name.startswith(METRICS)]
     for run in runs:
         headlines[run["column"]] = run["headline"], run["higher_is_better"]
-        metrics[run["column"]] |= {name: None for name in reported if _present(run[name])}
+        metrics[run["column"]] |= {name: None for name in reported if is_present(run[name])}
     columns = []
     for title, (headline, higher_is_better) in sorted(headlines.items()):
         names = (name.removeprefix(METRICS) for name in metrics[title])
@@ -169,16 +242,19 @@ def _row(label: str, runs: Mapping[str, list[Run]], columns: Sequence[Column]) -
         average=math.fsum(means) / len(means) if len(means) == len(columns) and one_sense else None,
         parameters=over(scored, "parameters_final"),
         rank=over(scored, "rank"),
-        batches=over(scored, "batches"),
-        seconds=over(scored, "seconds_training"),
-        peak_bytes=over(scored, "peak_bytes", max),
+        batches=with_search(scored, "batches"),
+        seconds=with_search(scored, "seconds_training"),
+        peak_bytes=peak_bytes(scored),
+        tuning=", ".join(sorted({run["tuning"] for of_task in runs.values() for run in of_task})),
+        search_batches=over(scored, "search_batches"),
+        search_seconds=over(scored, "search_seconds"),
     )
 
 
 def _cell(runs: list[Run], column: Column) -> Cell:
-    scored = [run for run in runs if _present(run["score"])]
+    scored = [run for run in runs if is_present(run["score"])]
     others = {
-        name: summarize(run[METRICS + name] for run in scored if _present(run[METRICS + name]))
+        name: summarize(run[METRICS + name] for run in scored if is_present(run[METRICS + name]))
         for name in column.others
     }
     return Cell(tuple(runs), summarize(run["score"] for run in scored), others)
@@ -192,63 +268,17 @@ def _order(row: Row, columns: Iterable[Column]) -> tuple[int, float, str]:
 
 
 def _caption(runs: list[Run]) -> str:
-    names = sorted({run["model"] for run in runs if _present(run["model"])})
+    names = sorted({run["model"] for run in runs if is_present(run["model"])})
     fingerprint = runs[0]["model_fingerprint"]
     model = f"{' or '.join(names)} (fingerprint {fingerprint})" if names else fingerprint
     return f"Model {model}; {runs[0]['setting_text']}."
 
 
-def _failure_notes(rows: Iterable[Row]) -> list[str]:
-    """One line for each reason why runs of a cell gave no score."""
-    notes = []
-    for row in rows:
-        for title, cell in row.cells.items():
-            seeds: dict[tuple[str, str], list[int]] = defaultdict(list)
-            for run in cell.runs:
-                if not _present(run["score"]):
-                    reason = _one_line(run["error"]) if _present(run["error"]) else "no reason recorded"
-                    seeds[_status(run), reason].append(run["seed"])
-            for (status, reason), which in seeds.items():
-                notes.append(f"{row.label} on {title}: {status} (seed {_listed(which)}): {reason}")
-    return notes
-
-
-def _one_line(text: str) -> str:
-    return "".join(sign if sign.isprintable() else "?" for sign in " ".join(text.split()))
-
-
-def _seed_notes(rows: Iterable[Row], columns: Iterable[Column]) -> list[str]:
-    """A line for each column whose means are over different seeds, and so are not means of paired runs."""
-    notes = []
-    for column in columns:
-        labels: dict[str, list[str]] = defaultdict(list)
-        for row in rows:
-            if column.title in row.cells and row.cells[column.title].score.n:
-                labels[_listed(run["seed"] for run in row.cells[column.title].scored)].append(row.label)
-        if len(labels) > 1:
-            groups = "; ".join(f"{seeds}: {_few(names)}" for seeds, names in sorted(labels.items()))
-            notes.append(f"Scores on {column.title} are over different seeds: {groups}.")
-    return notes
-
-
-def _device_notes(runs: Iterable[Run]) -> list[str]:
-    devices = sorted({run["device"] for run in runs})
-    if len(devices) == 1:
-        return []
-    return [f"Runs were made on different devices ({', '.join(devices)}): do not compare their seconds and memory."]
-
-
-def _listed(seeds: Iterable[int]) -> str:
-    return ", ".join(str(seed) for seed in seeds)
-
-
-def _few(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _status(run: Run) -> str:
+def status_text(run: Run) -> str:
+    """Why a run has no score, in words."""
     return NO_SCORE if run["status"] == "done" else run["status"].replace("_", " ")
 
 
-def _present(value: object) -> bool:
+def is_present(value: object) -> bool:
+    """Whether a frame's value is there: neither None nor NaN."""
     return value is not None and not (isinstance(value, float) and math.isnan(value))

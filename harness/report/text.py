@@ -1,30 +1,29 @@
-"""Leaderboards as Markdown, for the console, and as a tidy CSV."""
+"""Leaderboards as Markdown and for the console."""
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Iterable
-from typing import Any
 
 import pandas as pd
 from tabulate import tabulate
 
-from harness.report.leaderboard import Board, Cell, Column, Row, over, score_text
+from harness.report.leaderboard import Board, Cell, Column, Row, score_text
 from harness.report.statistics import Summary
 
 CONSOLE_WIDTH = 110
 NOTHING = "-"
 LEGEND = (
-    "Scores: mean ± sample standard deviation over the n runs (seeds) that gave one; n/a: no spread from one run; "
-    "-: not run. Bold: the best mean of those cells in which every run gave a score. parameters: adapter numbers in "
-    "effect after training, without the head. parameters, rank (live, over the adapted layers), batches (forward and "
-    "backward) and seconds (of training) are means over the row's scored runs, memory is their peak. Rows are ordered "
-    "by the mean of their scores, those that lack a run's score last. average: of a row that lacks none. tuned K: the "
-    "setting was chosen by K trials on the holdout, and batches and seconds include them."
+    "Scores: mean ± half-width of the 95 % interval (Student's t) over the n runs (seeds) that gave one; n/a: no "
+    "interval from one run; -: not run. Bold: the best mean of those cells in which every run gave a score; "
+    "underlined: the second; ≈: a paired test over seeds and examples, Holm-corrected over the column, does not "
+    "tell it from the best. parameters: adapter numbers in effect after training, without the head. settings: tuned "
+    "K: the best of K trials on the holdout; default; as given. parameters, rank (live, over the adapted layers), "
+    "batches (forward and backward) and seconds (of training) are means over the row's scored runs, memory is their "
+    "peak; all three include the search for hyperparameters, whose part is under search. Rows are ordered by the mean "
+    "of their scores, those that lack a run's score last. average: of a row that lacks none."
 )
-FAILURES = ("unsupported", "diverged", "out_of_memory", "failed")
 
 
 def human(number: float | None, unit: str = "") -> str:
@@ -40,11 +39,20 @@ def human(number: float | None, unit: str = "") -> str:
 
 
 def summary_text(summary: Summary, with_n: bool = True) -> str:
-    """0.823 ± 0.004 (n=2); "-" where there is no value."""
+    """0.823 ± 0.004 (n=2), with the half-width of the 95 % interval; "-" where there is no value."""
     if summary.mean is None:
         return NOTHING
-    spread = "n/a" if summary.standard_deviation is None else score_text(summary.standard_deviation)
-    return f"{score_text(summary.mean)} ± {spread}" + (f" (n={summary.n})" if with_n else "")
+    return f"{score_text(summary.mean)} ± {spread_text(summary)}" + (f" (n={summary.n})" if with_n else "")
+
+
+def folded_label(label: str) -> str:
+    """A row's label in lines that leave room for numbers."""
+    return textwrap.fill(label.replace(",", ", "), 36, break_on_hyphens=False)
+
+
+def spread_text(summary: Summary) -> str:
+    """The half-width of the 95 % interval; n/a where there is none, from one run."""
+    return "n/a" if summary.half_width is None else score_text(summary.half_width)
 
 
 def failures_text(cell: Cell) -> str:
@@ -84,28 +92,12 @@ def console(board: Board, damaged: Iterable[str] = (), width: int = CONSOLE_WIDT
         names.append(name)
     tables = [_plain(frame[names]) for names in [*blocks, names]]
     spread = (
-        f"± is the sample standard deviation over n = {board.n} runs (or n as given)."
-        if board.n
-        else "± is the sample standard deviation."
+        f"± is half the 95 % interval (Student's t) over n = {board.n or 0} runs, or n as given; * best; + second; "
     )
+    spread += "≈ a paired test does not tell it from the best."
     notes = [board.caption, *board.notes, spread, *_damaged_note(damaged)]
     lines = [textwrap.fill(note, width, subsequent_indent="  ", break_on_hyphens=False) for note in notes]
     return "\n".join([lines[0], "", "\n\n".join(tables), "", *lines[1:]])
-
-
-def tidy(boards: Iterable[Board]) -> pd.DataFrame:
-    """One row per cell and metric (`is_headline`: the score), numbers unrounded, for the CSV file.
-
-    `interval_95` is the half-width of the Student t interval. Runs that gave no score are counted by status;
-    costs are means over the scored runs (peak_bytes: the largest); run_ids holds all of the cell's runs.
-    """
-    rows: list[dict[str, Any]] = []
-    for board in boards:
-        for row in board.rows:
-            for column in board.columns:
-                if column.title in row.cells:
-                    rows += _tidy_cell(board, row, column)
-    return pd.DataFrame(rows, dtype=object)
 
 
 def _main_table(board: Board) -> pd.DataFrame:
@@ -117,16 +109,24 @@ def _main_table(board: Board) -> pd.DataFrame:
         for column in board.columns:
             text = cell_text(row.cells.get(column.title))
             name = _escape(f"{column.title} ({column.metric})")
-            texts[name] = f"**{text}**" if board.is_best(row, column) else text
+            texts[name] = _marked(board, row, column, text)
         if len(board.columns) > 1:
             texts["average"] = NOTHING if row.average is None else score_text(row.average)
-        texts |= {
-            "batches": decimal(row.batches),
-            "seconds": decimal(row.seconds),
-            "memory": human(row.peak_bytes, "B"),
-        }
+        texts |= {"settings": row.tuning, "batches": decimal(row.batches), "seconds": decimal(row.seconds)}
+        texts["memory"] = human(row.peak_bytes, "B")
+        if board.has_search:
+            searched = f"{decimal(row.search_batches)} batches, {decimal(row.search_seconds)} s"
+            texts["search"] = searched if row.search_batches else NOTHING
         rows.append(texts)
     return pd.DataFrame(rows)
+
+
+def _marked(board: Board, row: Row, column: Column, text: str) -> str:
+    if board.is_tie(row, column):
+        text += " ≈"
+    if board.is_best(row, column):
+        return f"**{text}**"
+    return f"<u>{text}</u>" if board.is_second(row, column) else text
 
 
 def _other_metrics(board: Board) -> pd.DataFrame:
@@ -149,45 +149,19 @@ def _run_lines(board: Board) -> Iterable[str]:
 
 
 def _console_row(board: Board, row: Row) -> dict[str, str]:
-    label = textwrap.fill(row.label.replace(",", ", "), 36, break_on_hyphens=False)
-    texts = {"method": label, "parameters": human(row.parameters)}
+    texts = {"method": folded_label(row.label), "parameters": human(row.parameters)}
     if board.has_ranks:
         texts["rank"] = decimal(row.rank)
     for column in board.columns:
         cell = row.cells.get(column.title)
         text = cell_text(cell, with_n=cell is not None and cell.score.n != board.n)
+        mark = "*" if board.is_best(row, column) else "+" if board.is_second(row, column) else ""
+        mark += "≈" if board.is_tie(row, column) else ""
         metric = column.metric.replace(", ", "\n")
-        texts[f"{column.title}\n{metric}"] = text.replace("; ", "\n")
+        texts[f"{column.title}\n{metric}"] = text.replace("; ", "\n") + (f" {mark}" if mark else "")
     if len(board.columns) > 1:
         texts["average"] = NOTHING if row.average is None else score_text(row.average)
-    return texts | {"seconds": decimal(row.seconds)}
-
-
-def _tidy_cell(board: Board, row: Row, column: Column) -> Iterable[dict[str, Any]]:
-    cell = row.cells[column.title]
-    first = cell.runs[0]
-    identity = {"setting": board.key, "setting_text": board.caption, "label": row.label}
-    names = ("method", "method_version", "method_parameters", "task", "task_version", "task_parameters")
-    identity |= {name: first[name] for name in (*names, "data_fingerprint", "model_fingerprint")}
-    counts = {"runs": len(cell.runs), "done": sum(run["status"] == "done" for run in cell.runs)}
-    counts |= {status: sum(run["status"] == status for run in cell.runs) for status in FAILURES}
-    costs = {
-        name: _whole(over(cell.scored, name)) for name in ("parameters_initial", "parameters_peak", "parameters_final")
-    }
-    costs |= {
-        name: _whole(over(cell.scored, name))
-        for name in ("head", "stored_bytes", "rank", "batches", "seconds_training")
-    }
-    costs |= {"peak_bytes": _whole(over(cell.scored, "peak_bytes", max))}
-    trace = {
-        "seeds": json.dumps([run["seed"] for run in cell.runs]),
-        "run_ids": " ".join(run["run_id"] for run in cell.runs),
-    }
-    for metric, summary in {column.headline: cell.score, **cell.others}.items():
-        numbers = {"n": summary.n, "mean": summary.mean, "standard_deviation": summary.standard_deviation}
-        numbers |= {"interval_95": summary.half_width}
-        named = {"column": column.title, "metric": metric, "is_headline": metric == column.headline}
-        yield identity | named | numbers | counts | costs | trace
+    return texts | {"settings": row.tuning, "seconds": decimal(row.seconds)}
 
 
 def _pipes(table: pd.DataFrame) -> str:
@@ -218,10 +192,6 @@ def decimal(number: float | None) -> str:
     if number is None:
         return NOTHING
     return f"{number:.0f}" if number == int(number) or number >= 100 else f"{number:.1f}"
-
-
-def _whole(number: float | None) -> float | int | None:
-    return int(number) if number is not None and number == int(number) else number
 
 
 def _escape(text: str) -> str:

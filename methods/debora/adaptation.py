@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from methods.debora.stock_lora import lora_pair
 from methods.debora.upper_level import UpperGradient, upper_gradient
 from methods.lora import ADAPTER
 from methods.stock_lora import export_stock_lora
+from methods.truncation import largest, swapped
 
 if TYPE_CHECKING:
     from methods.debora.method import Debora
@@ -108,6 +110,10 @@ class DeboraAdaptation(Adaptation):
     def ranks(self) -> dict[str, int]:
         """See `Adaptation.ranks`."""
         return {name: layer.r[ADAPTER] for name, layer in self.layers.items()}
+
+    def at_rank(self, rank: int) -> AbstractContextManager[None]:
+        """See `Adaptation.at_rank`: the components with the largest s, which is what the method prunes by."""
+        return swapped({s: largest(s, rank) for s in (layer.debora_s[ADAPTER] for layer in self.layers.values())})
 
     def adapter_numbers(self) -> int:
         """Factors and s of every layer: rank x (sizes of the weight's modes + 1)."""

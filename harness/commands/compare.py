@@ -1,0 +1,45 @@
+"""`compare`: is one configuration better than another, and how sure is that?"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.commands.report import chosen, defaults_of
+from harness.errors import InputError
+
+
+def command(results: Path, first: str, second: str, tasks: Sequence[str] | None) -> int:
+    """Print the verdict on each task and the numbers behind it, for every setting that has runs of both.
+
+    `first`, `second`: rows of the leaderboard, "debora[tau=8]", or a method that has one row. Raises InputError for an
+    unknown one, and where no setting has both.
+    """
+    from harness.report.compare import ExampleReader, compare, in_words, row_of
+    from harness.report.frame import to_frame
+    from harness.report.leaderboard import leaderboards
+    from harness.report.text import CONSOLE_WIDTH
+
+    store, found = chosen(results, None, tasks)
+    boards = leaderboards(to_frame(found.records, defaults_of(found.records)))
+    if not boards:
+        raise InputError(f"no records in {store.runs}: run `python -m harness run ...` first")
+    known, failure = 0, None
+    for board in boards:
+        try:
+            rows = row_of(board, first), row_of(board, second)
+        except InputError as error:
+            failure = failure or error
+            continue
+        if rows[0] is rows[1]:
+            raise InputError(f"'{first}' and '{second}' are the same row: give two")
+        comparisons = compare(board, *rows, ExampleReader(store))
+        if comparisons:
+            known += 1
+            heading = f"{rows[0].label} against {rows[1].label}. {board.caption}"
+            print("\n" + textwrap.fill(heading, CONSOLE_WIDTH, break_on_hyphens=False) + "\n")
+            print("\n".join(in_words(rows[0].label, rows[1].label, comparisons)))
+    if not known:
+        raise failure or InputError(f"'{first}' and '{second}' have no task in common")
+    return 0

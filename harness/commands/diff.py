@@ -1,0 +1,59 @@
+"""`diff`: how two runs differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from harness.errors import InputError
+from harness.record import RecordStore, RunRecord
+
+SECTIONS = ("spec", "environment", "status", "headline", "score", "metrics", "holdout", "parameters", "ranks")  # first
+WIDTH = 40  # signs of a value
+
+
+def command(results: Path, first: str, second: str) -> int:
+    """Print what differs between two runs, by the part of the record. Raises InputError for an unknown run."""
+    if not results.is_dir():
+        raise InputError(f"--results '{results}' is not a folder; runs are made by `python -m harness run`")
+    store = RecordStore(results)
+    records = store.find(first), store.find(second)
+    rows = list(differences(*records))
+    if rows:
+        print(tabulate(rows, ["", first, second], disable_numparse=True))
+    else:
+        print(f"{first} and {second} have the same spec, versions, metrics and ranks")
+    return 0
+
+
+def differences(first: RunRecord, second: RunRecord) -> Iterator[tuple[str, str, str]]:
+    """(name, first value, second value) of everything that is not equal: spec, environment, result, ranks."""
+    parts = [_parts(record) for record in (first, second)]
+    sections = list(dict.fromkeys([*SECTIONS, *(name.split(".")[0] for part in parts for name in part)]))
+    names = dict.fromkeys([*parts[0], *parts[1]])
+    for name in sorted(names, key=lambda name: sections.index(name.split(".")[0])):
+        values = [part.get(name) for part in parts]
+        if values[0] != values[1]:
+            yield name, _text(values[0]), _text(values[1])
+
+
+def _parts(record: RunRecord) -> dict[str, Any]:
+    values = record.model_dump(mode="json", exclude={"run_id", "schema_version", "traceback", "started"})
+    return dict(_flat({name: values.pop(name) for name in SECTIONS} | values))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _text(value: Any) -> str:
+    text = "-" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."

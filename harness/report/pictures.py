@@ -1,0 +1,35 @@
+"""Every picture of a board, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from harness.record import RecordStore, RunRecord
+from harness.report import critical, curves, layers, lines, scatter
+from harness.report.histories import traced
+from harness.report.leaderboard import Board
+
+
+def pictures(
+    board: Board, frame: pd.DataFrame, trials: pd.DataFrame, store: RecordStore, records: Mapping[str, RunRecord]
+) -> Iterator[tuple[str, Figure]]:
+    """(name, figure) of the pictures that the board's runs have something for; `frame` and `trials` hold the runs and
+    the searches' trials of the board's setting."""
+    found = traced(board, store)
+    drawn = {
+        "score_vs_parameters": lambda: scatter.draw(frame, board),
+        "learning_rate_sensitivity": lambda: lines.learning_rates(board, trials),
+        "rank_curves": lambda: lines.rank_curves(board, records),
+        "learning_curves": lambda: curves.learning_curves(board, found),
+        "over_time": lambda: curves.over_time(board, found),
+        "rank_heat_map": lambda: layers.rank_heat_map(board, records),
+        "singular_values": lambda: layers.singular_values(board, store),
+        "critical_difference": lambda: critical.draw(board),
+    }
+    for name, draw in drawn.items():
+        figure = draw()
+        if figure is not None:
+            yield name, figure

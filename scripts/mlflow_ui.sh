@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# MLflow's own pages of a results folder, on this machine alone: bash scripts/mlflow_ui.sh [RESULTS] [PORT]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+results=$(realpath "${1:-results}")
+exec .venv/bin/mlflow ui --backend-store-uri "sqlite:///$results/mlflow.db" --host 127.0.0.1 --port "${2:-5000}"
