@@ -3,7 +3,7 @@
 from pathlib import Path
 
 SUBJECT, CLASS = "a photo of a sks three", "a photo of a three"
-SETTINGS = {"instance_prompt": SUBJECT, "resolution": 16, "draws": 4, "samples": 2, "sampling_steps": 3}
+SETTINGS = {"instance_prompt": SUBJECT, "resolution": 16, "draws": 2, "samples": 2, "sampling_steps": 3}
 PRIOR = {"class_prompt": CLASS}
 
 

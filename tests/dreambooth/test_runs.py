@@ -15,14 +15,13 @@ from harness.data import data_of
 from harness.method import Backbone
 from harness.record import RecordStore
 from harness.run import run_one
-from harness.spec import Place, Search, TrainSpec
+from harness.spec import Place, Search
 from tasks.dreambooth.task import DreamBooth, layers_of
 from tests.dreambooth.settings import PRIOR, SETTINGS, named
 
 ATTENTION = 'target_modules=["to_q","to_k","to_v","to_out.0"]'
 METHODS = (
     "lora[rank=2]",
-    f"lora[rank=2,{ATTENTION}]",
     "adalora[init_rank=3,target_rank=2,learning_rate=0.1]",
     "debora[rank=2,T_max=2,n0=0]",
     "debora[rank=2,T_max=2,n0=0,geometry=oblique]",
@@ -30,10 +29,17 @@ METHODS = (
 )
 
 
-def ran(results, subject, model, methods, *extra, batches=6, executor="serial", **changed) -> int:
+def ran(results, subject, model, methods, batches, *extra, executor="serial", **changed) -> int:
+    """The command line's exit code."""
     task = named(subject, **(SETTINGS | PRIOR | changed))
     where = ["--model", model, "--results", str(results), "--executor", executor]
     return main(["run", "--methods", methods, "--tasks", task, "--batches", str(batches), *where, *extra])
+
+
+def ready(folder) -> RecordStore:
+    store = RecordStore(folder)
+    store.make_ready()
+    return store
 
 
 def digest_of(store, record, stage) -> str:
@@ -41,50 +47,52 @@ def digest_of(store, record, stage) -> str:
     return hashlib.sha256(picture.read_bytes()).hexdigest()
 
 
-def test_methods(subject, model, tmp_path, capsys):
-    assert ran(tmp_path, subject, model, ",".join([*METHODS, "head"]), "--batch-size", "4") in (0, 1)
-    store = RecordStore(tmp_path)
-    by_status = {}
-    for found in store.records():
-        by_status.setdefault(found.status, []).append(found)
-    assert {status: len(found) for status, found in by_status.items()} == {"done": len(METHODS), "unsupported": 1}
-    for found in by_status["done"]:
-        assert found.spec.task == "dreambooth:subject"
-        assert found.batches == 6
+@pytest.fixture
+def spec_with(subject, model, tmp_path):
+    """Makes the spec of a run of a method."""
+
+    def make(method, batches=4, **place):
+        task = named(subject, **SETTINGS, **PRIOR)
+        return spec_of(
+            Subject(method, tmp_path, task, batches=batches, place=Place(path=str(subject), model=model, **place))
+        )
+
+    return make
+
+
+def test_methods(spec_with, tmp_path):
+    store = ready(tmp_path)
+    records = [run_one(spec_with(method), store) for method in METHODS]
+    for found in records:
+        assert found.status == "done", found.traceback
+        assert found.batches == 4
         assert not found.higher_is_better
         assert set(found.metrics) == {"denoising_loss", "class_denoising_loss"}
-    before, after = ({digest_of(store, found, stage) for found in by_status["done"]} for stage in ("before", "after"))
+    before, after = ({digest_of(store, found, stage) for found in records} for stage in ("before", "after"))
     assert len(before) == 1, "every method starts from the same network"
     assert len(after - before) == len(METHODS)
-    assert "no head" in by_status["unsupported"][0].error
+
+
+def test_from_the_command_line_to_the_table(subject, model, tmp_path, capsys):
+    methods = "full[learning_rate=2e-3],head"
+    assert ran(tmp_path, subject, model, methods, 25, "--batch-size", "8", samples=0) in (0, 1)
+    store = RecordStore(tmp_path)
+    found, head = sorted(store.records(), key=lambda record: record.spec.method)
+    assert found.spec.task == "dreambooth:subject"
+    assert not (store.folder(found.run_id) / "artifacts").exists()
+    assert (head.status, head.error) == ("unsupported", "the backbone has no head to train")
     assert "lower is better" in (tmp_path / "tables" / "leaderboard.md").read_text()
-
-
-def test_training_lowers_the_loss_on_held_out_pictures(subject, model, tmp_path, capsys):
-    changed = {"samples": 0}
-    assert ran(tmp_path, subject, model, "full[learning_rate=2e-3]", "--batch-size", "8", batches=40, **changed) == 0
-    (found,) = RecordStore(tmp_path).records()
-    assert not (RecordStore(tmp_path).folder(found.run_id) / "artifacts").exists()
     task = DreamBooth(path=str(subject), **SETTINGS)
     test = task.load(None)[1]["test"]
     with torch.no_grad():
         batch = task.collate(task.encode(test, model), range(len(test)), None)
         untrained = task.predict(task.backbone(model).module.eval(), batch).mean().item()
-    assert found.score < 0.8 * untrained
+    assert found.score < 0.85 * untrained
 
 
-@pytest.fixture
-def spec(subject, model, tmp_path):
-    """A run of dEBORA with a checkpoint every three batches."""
-    place = Place(path=str(subject), model=model, checkpoint_every=3)
-    task = named(subject, **SETTINGS, **PRIOR)
-    return spec_of(Subject("debora[rank=2,T_max=2,n0=0]", tmp_path, task, batches=12, place=place))
-
-
-def test_an_interrupted_run_equals_the_uninterrupted_one(spec, tmp_path):
-    whole, broken = RecordStore(tmp_path / "whole"), RecordStore(tmp_path / "broken")
-    for store in (whole, broken):
-        store.make_ready()
+def test_an_interrupted_run_equals_the_uninterrupted_one(spec_with, tmp_path):
+    spec = spec_with("lora[rank=2]", batches=11, checkpoint_every=5)
+    whole, broken = ready(tmp_path / "whole"), ready(tmp_path / "broken")
     expected = run_one(spec, whole)
     assert expected.status == "done", expected.traceback
 
@@ -101,12 +109,9 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(spec, tmp_path):
         assert digest_of(broken, resumed, stage) == digest_of(whole, expected, stage)
 
 
-def test_a_trial_of_a_search_draws_no_samples(spec, tmp_path):
-    store = RecordStore(tmp_path)
-    store.make_ready()
-    trial = spec.model_copy(
-        update={"search": Search(role="trial", parameters=()), "train": TrainSpec(batches=2, batch_size=4)}
-    )
+def test_a_trial_of_a_search_draws_no_samples(spec_with, tmp_path):
+    store = ready(tmp_path)
+    trial = spec_with("lora[rank=2]", batches=2).model_copy(update={"search": Search(role="trial", parameters=())})
     record = run_one(trial, store)
     assert record.holdout["denoising_loss"] > 0
     assert not (store.folder(record.run_id) / "artifacts").exists()
@@ -130,7 +135,7 @@ def test_ray_gives_the_records_of_serial(subject, model, tmp_path, capsys):
     found = []
     for executor in ("serial", "ray"):
         store = RecordStore(tmp_path / executor)
-        ran(store.results, subject, model, "lora[rank=2]", "--seeds", "2", batches=3, executor=executor)
+        ran(store.results, subject, model, "lora[rank=2]", 3, "--seeds", "2", executor=executor)
         found.append({r.run_id: (r.result(), digest_of(store, r, "after")) for r in store.records()})
     assert len(found[0]) == 2
     assert found[0] == found[1]
