@@ -19,8 +19,8 @@ TABLES = ("leaderboard.md", "leaderboard.tex", "leaderboard.csv", "costs.csv", "
 
 
 def tables(folder: Path) -> dict[str, str]:
-    """The tables of the sample records: lora as given, debora after a search of two trials a task, the head alone, which
-    diverged on a seed, and a method that does not fit."""
+    """The tables of the sample records: lora as given, debora after a search of two trials a task, the head alone,
+    which diverged on a seed, and a method that does not fit."""
     lines = (GOLDEN / "records.jsonl").read_text(encoding="utf-8").splitlines()
     build_report(stored(folder, *map(RunRecord.model_validate_json, lines)), defaults=DEFAULTS)
     return {name: (folder / "tables" / name).read_text(encoding="utf-8") for name in TABLES}

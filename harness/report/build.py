@@ -25,12 +25,11 @@ from harness.report.text import markdown
 from harness.report.trials import learning_rates, trials_frame
 
 MOST_ILLUSTRATED = 6  # settings with pictures of their own
-TABLES = ("costs", "matched", "sweeps", "time_to_score", "trials", "learning_rates", "rank_curves", "rank_aurac")
 
 
 def build_report(store: RecordStore, found: Found | None = None, defaults: Defaults | None = None) -> list[Path]:
-    """Write tables/leaderboard.{md,tex,csv,json}, tables/NAME.csv for each of `TABLES` with rows, pictures/*.{png,pdf}
-    and report.html, all below `store.results`.
+    """Write tables/leaderboard.{md,tex,csv,json}, tables/trials.csv and those of `_tables` that have rows,
+    pictures/*.{png,pdf} and report.html, all below `store.results`.
 
     `found`: what to report on; None for all of the store. `defaults`: see `to_frame`. Several settings become
     sections of the same tables, and the first ones have pictures each, their names ending in the setting's key. Each
@@ -47,14 +46,15 @@ def build_report(store: RecordStore, found: Found | None = None, defaults: Defau
     read = ExampleReader(store)
     boards = [with_ties(board, read) for board in leaderboards(frame)]
     tables = {board.key: _tables(board, _of(board, trials), store, records) for board in boards}
+    whole = {name: _by_setting(name, tables) for name in tables[boards[0].key]} | {"trials": trials}
     texts = {
         "leaderboard.md": markdown(boards, damaged),
         "leaderboard.tex": latex(boards, damaged),
         "leaderboard.csv": _csv(tidy(boards)),
         "leaderboard.json": json.dumps(structured(boards), indent=1, ensure_ascii=False) + "\n",
-    } | {f"{name}.csv": _csv(table) for name in TABLES if len(table := _by_setting(name, tables))}
+    } | {f"{name}.csv": _csv(table) for name, table in whole.items() if len(table)}
     paths = [_write(store.results / "tables" / name, text) for name, text in texts.items()]
-    for name in TABLES:
+    for name in whole:
         if f"{name}.csv" not in texts:
             (store.results / "tables" / f"{name}.csv").unlink(missing_ok=True)
     drawn = _pictures(frame, trials, boards, store, records)
@@ -66,13 +66,12 @@ def build_report(store: RecordStore, found: Found | None = None, defaults: Defau
 def _tables(
     board: Board, trials: pd.DataFrame, store: RecordStore, records: Mapping[str, RunRecord]
 ) -> dict[str, pd.DataFrame]:
-    """The board's `TABLES`."""
+    """The board's tables beside the leaderboard, by name; some have no rows."""
     return {
         "costs": costs(board),
         "matched": matched(board),
         "sweeps": sweeps(board),
         "time_to_score": time_to_score(board, store),
-        "trials": trials,
         "learning_rates": learning_rates(board, trials),
         "rank_curves": rank_curves(board, records),
         "rank_aurac": areas(board, records),

@@ -100,7 +100,7 @@ def _of_spec(spec: RunSpec) -> dict[str, Any]:
         "task": spec.task,
         "task_version": spec.task_version,
         "task_parameters": json.dumps(spec.task_parameters, sort_keys=True),
-        "model": _model_name(spec.place.model),
+        "model": model_name(spec.place.model),
         "model_fingerprint": spec.model_fingerprint,
         "data_fingerprint": spec.data_fingerprint,
         "limit": spec.limit,
@@ -182,7 +182,7 @@ def _setting_text(spec: RunSpec) -> str:
     return ", ".join(words)
 
 
-def _model_name(model: str | None) -> str | None:
+def model_name(model: str | None) -> str | None:
     """A Hub id as it is; of a folder the last part, since where it lies is nobody's business in a table."""
     if model is None or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         return model
