@@ -126,6 +126,12 @@ class TestBuild:
         assert not names & {path.name for path in build_report(store)}
         assert not names & {path.name for path in (tmp_path / "tables").iterdir()}
 
+    def test_a_pdf_of_an_earlier_report_does_not_stay(self, tmp_path: Path) -> None:
+        store = stored(tmp_path, record())
+        assert len([path for path in build_report(store) if path.suffix == ".pdf"]) == 1
+        assert not [path for path in build_report(store, forms=("png",)) if path.suffix == ".pdf"]
+        assert [path.suffix for path in (tmp_path / "pictures").iterdir()] == [".png"]
+
     def test_runs_that_cannot_be_drawn(self, tmp_path: Path) -> None:
         paths = build_report(stored(tmp_path, record(score=None, status="unsupported", parameters=None)))
         assert not any(path.parent.name == "pictures" for path in paths)
@@ -153,7 +159,7 @@ class TestBuild:
         pictures = [path for path in build_report(store) if path.parent.name == "pictures"]
         before = [path.read_bytes() for path in pictures]
 
-        def fail(figure: object, png: Path, pdf: Path) -> None:
+        def fail(figure: object, png: Path, *others: Path) -> None:
             png.write_bytes(b"half a pict")
             raise OSError("disk full")
 

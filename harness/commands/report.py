@@ -25,6 +25,7 @@ class Wanted:
     against: str | None = None  # "paper"
     to_mlflow: bool = False
     tracking_uri: str | None = None  # None: the results folder's own
+    forms: tuple[str, ...] = ("png", "pdf")  # of the pictures
 
 
 def command(
@@ -69,7 +70,7 @@ def show_sweep(store: RecordStore, run_ids: Sequence[str], tracking_uri: str | N
     chosen = [record for record in found.records if record.run_id in wanted]
     trials = {run_id for record in chosen if record.spec.search for run_id in record.spec.search.trials}
     shown = [record for record in found.records if record.run_id in wanted | trials]
-    _show(store, shown, found, Wanted())
+    _show(store, shown, found, Wanted(forms=("png",)))
     log(store, shown, tracking_uri)
     if lacking := len(wanted) - len(chosen):
         print(f"{lacking} of {len(wanted)} cells have no record: give the same command again")
@@ -89,7 +90,7 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
     boards = leaderboards(to_frame(shown, defaults)) if shown else []
     if wanted.sort is not None:
         boards = sorted_by(boards, wanted.sort)
-    paths = build_report(store, written, defaults)
+    paths = build_report(store, written, defaults, wanted.forms)
     for board in boards:
         print(f"\n{console(with_ties(board, ExampleReader(store)), written.damaged)}")
         refused = critical.refusal(board)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -27,11 +27,17 @@ from harness.report.trials import learning_rates, trials_frame
 MOST_ILLUSTRATED = 6  # settings with pictures of their own
 
 
-def build_report(store: RecordStore, found: Found | None = None, defaults: Defaults | None = None) -> list[Path]:
+def build_report(
+    store: RecordStore,
+    found: Found | None = None,
+    defaults: Defaults | None = None,
+    forms: Sequence[str] = ("png", "pdf"),
+) -> list[Path]:
     """Write tables/leaderboard.{md,tex,csv,json}, tables/trials.csv and those of `_tables` that have rows,
     pictures/*.{png,pdf} and report.html, all below `store.results`.
 
-    `found`: what to report on; None for all of the store. `defaults`: see `to_frame`. Several settings become
+    `found`: what to report on; None for all of the store. `defaults`: see `to_frame`. `forms`: of the pictures, "png"
+    among them, which the page takes in; a PDF takes as long again, for its fonts. Several settings become
     sections of the same tables, and the first ones have pictures each, their names ending in the setting's key. Each
     file is replaced whole or stays as it was; files of an earlier report that this one does not make are removed.
 
@@ -57,7 +63,7 @@ def build_report(store: RecordStore, found: Found | None = None, defaults: Defau
     for name in whole:
         if f"{name}.csv" not in texts:
             (store.results / "tables" / f"{name}.csv").unlink(missing_ok=True)
-    drawn = _pictures(frame, trials, boards, store, records)
+    drawn = _pictures(frame, trials, boards, store, records, forms)
     pngs = {key: [path for path in drawn[key] if path.suffix == ".png"] for key in drawn}
     paths += [path for of_board in drawn.values() for path in of_board]
     return [*paths, _write(store.results / "report.html", page(boards, damaged, tables, pngs))]
@@ -98,7 +104,12 @@ def _by_setting(name: str, tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> 
 
 
 def _pictures(
-    frame: pd.DataFrame, trials: pd.DataFrame, boards: list[Board], store: RecordStore, records: Mapping[str, RunRecord]
+    frame: pd.DataFrame,
+    trials: pd.DataFrame,
+    boards: list[Board],
+    store: RecordStore,
+    records: Mapping[str, RunRecord],
+    forms: Sequence[str],
 ) -> dict[str, list[Path]]:
     """The pictures' paths by setting."""
     from harness.report.figures import save  # takes matplotlib a second to import
@@ -110,9 +121,9 @@ def _pictures(
         paths[board.key] = []
         for name, figure in pictures(board, _of(board, frame), _of(board, trials), store, records):
             full = name if len(boards) == 1 else f"{name}_{board.key}"
-            pair = [folder / f"{full}.png", folder / f"{full}.pdf"]
-            _replace(pair, functools.partial(save, figure))
-            paths[board.key] += pair
+            files = [folder / f"{full}.{form}" for form in forms]
+            _replace(files, functools.partial(save, figure))
+            paths[board.key] += files
     kept = {path for of_board in paths.values() for path in of_board}
     for name in PICTURES:
         for old in [*folder.glob(f"{name}.p*"), *folder.glob(f"{name}_????????.p*")]:
