@@ -8,7 +8,7 @@ import shutil
 import uuid
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -45,18 +45,27 @@ def save(folder: Path, batches: int, state: dict[str, Any], origin: dict[str, An
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_newest(folder: Path, origin: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """The state of the newest checkpoint that is whole; None where there is none.
+class Newest(NamedTuple):
+    """The newest checkpoint that is whole, and the newer ones that are not."""
+
+    state: dict[str, Any] | None  # None where there is none
+    damaged: list[Path]
+
+
+def load_newest(folder: Path, origin: dict[str, Any] | None = None) -> Newest:
+    """Read the newest checkpoint that is whole.
 
     Raises InputError, naming the difference, for a checkpoint of another origin.
     """
+    damaged: list[Path] = []
     for path in reversed(_folders(folder)):
         if _is_whole(path):
             _check(path, json.loads((path / ORIGIN).read_bytes()), json.loads(json.dumps(origin or {})))
             state = _unflatten(json.loads((path / STATE).read_bytes()), load_file(path / TENSORS))
             assert isinstance(state, dict)
-            return state
-    return None
+            return Newest(state, damaged)
+        damaged.append(path)
+    return Newest(None, damaged)
 
 
 def _is_whole(path: Path) -> bool:

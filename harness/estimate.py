@@ -11,8 +11,8 @@ import torch
 
 from harness import registry
 from harness.data import data_of
+from harness.device import device_of
 from harness.record import RecordStore
-from harness.run import device_of
 from harness.running import duration
 from harness.spec import RunSpec
 from harness.training import Training, TrainingData
@@ -31,16 +31,12 @@ class Kind(NamedTuple):
     threads: int
 
 
-def lines(specs: Sequence[RunSpec], store: RecordStore, trials: int = 0) -> list[str]:
-    """What to say of the time that these runs take, those that are finished left out.
-
-    `trials`: of a search, before the runs of each method on each task.
-    """
-    known, finished = _finished(store)
-    missing = [spec for spec in specs if spec.run_id not in finished]
+def lines(specs: Sequence[RunSpec], store: RecordStore) -> list[str]:
+    """What to say of the time that these runs take."""
+    known = _finished(store)
     seconds: dict[Kind, float | None] = {}
     told = []
-    for spec in missing:
+    for spec in specs:
         kind = _kind(spec)
         if kind in seconds:
             continue
@@ -55,25 +51,22 @@ def lines(specs: Sequence[RunSpec], store: RecordStore, trials: int = 0) -> list
             seconds[kind], how = _timed(spec)
         text = "unknown" if seconds[kind] is None else f"about {seconds[kind]:.3g} s a batch"
         told.append(f"time: {kind.method} on {kind.task}: {text} ({how})")
-    searched = [spec for spec in missing if spec.seed == specs[0].seed] * trials
     total = 0.0
-    for spec in [*missing, *searched]:
+    for spec in specs:
         a_batch = seconds[_kind(spec)]
         if a_batch is None:
             return told
         total += a_batch * _batches(spec)
-    return [*told, f"time: training takes about {duration(total)} in all, one run at a time"] if missing else []
+    return [*told, f"time: training takes about {duration(total)} in all, one run at a time"] if specs else []
 
 
-def _finished(store: RecordStore) -> tuple[dict[Kind, list[float]], set[str]]:
-    """Seconds a batch of the runs in the store, and their run_ids."""
+def _finished(store: RecordStore) -> dict[Kind, list[float]]:
+    """Seconds a batch of the runs in the store."""
     known: dict[Kind, list[float]] = defaultdict(list)
-    run_ids = set()
     for record in store.records():
-        run_ids.add(record.run_id)
         if record.status == "done" and record.batches:
             known[_kind(record.spec)].append(record.seconds.training / record.batches)
-    return known, run_ids
+    return known
 
 
 def _kind(spec: RunSpec) -> Kind:

@@ -48,6 +48,8 @@ class View:
         self.at_work.pop(record.run_id, None)
         self.num_ended += 1
         self.note(f"{self.num_ended}/{len(self.titles)} {outcome(record)}")
+        for line in record.notes:
+            self.note(f"  {line}")
 
     def note(self, line: str) -> None:
         """Print a line."""

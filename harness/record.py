@@ -57,14 +57,26 @@ class RunRecord(Parameters):
     peak_bytes: int | None = Field(None, description="peak memory of the run: resident on a CPU, allocated on a GPU")
     environment: Environment
     started: str = Field(description="ISO 8601, UTC")
+    notes: tuple[str, ...] = Field((), description="what a person should know of how the run went, a line each")
     error: str | None = Field(None, description="one line")
     traceback: str | None = None
+
+    def merit(self, score: float) -> float:
+        """A value of the headline metric, turned so that more is better."""
+        return score if self.higher_is_better else -score
 
     def result(self) -> dict[str, Any]:
         """The record without times and places: equal for equal runs."""
         return self.model_dump(
             mode="json",
-            exclude={"seconds": True, "peak_bytes": True, "environment": True, "started": True, "spec": {"place"}},
+            exclude={
+                "seconds": True,
+                "peak_bytes": True,
+                "environment": True,
+                "started": True,
+                "notes": True,
+                "spec": {"place"},
+            },
         )
 
 
@@ -171,6 +183,18 @@ class RecordStore:
         """The run's rows of step, loss, learning rate and whatever its method reported."""
         with (self.folder(run_id) / "history.jsonl").open() as stream:
             return [json.loads(line) for line in stream]
+
+    def test_splits(self, run_id: str) -> list[str]:
+        """The splits that a run kept predictions for and that have no references: unlabelled test sets."""
+        from safetensors import safe_open
+
+        path = self.folder(run_id) / "predictions.safetensors"
+        if not path.exists():
+            return []
+        with safe_open(path, "numpy") as file:
+            keys = set(file.keys())
+        splits = sorted(key.removesuffix("/predictions") for key in keys if key.endswith("/predictions"))
+        return [split for split in splits if f"{split}/references" not in keys]
 
     def read_all(self) -> Found:
         """Every run folder read once, by run_id."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,9 +74,29 @@ def make_method(name: str, parameters: dict[str, Any]) -> Method:
 
 
 def label_of(name: str, parameters: dict[str, Any]) -> str:
-    """A method with those of its parameters that are not at their default: "debora[tau=8]"."""
+    """A method with those of its parameters that cannot be left out: "debora[geometry=oblique]"."""
+    return label(name, shown_parameters(name, parameters))
+
+
+def shown_parameters(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that would have another value if they were left out, in the method's order.
+
+    Those are the ones that are not at their default, but for defaults that follow from another parameter.
+    """
     defaults = method_class(name).defaults()
-    return label(name, {key: value for key, value in parameters.items() if value != defaults.get(key)})
+    shown = {key: value for key, value in parameters.items() if value != defaults.get(key)}
+    return {key: value for key, value in shown.items() if not _follows(name, json.dumps(shown), key)}
+
+
+@functools.cache
+def _follows(name: str, parameters: str, key: str) -> bool:
+    """Whether a parameter (of some, as JSON) gets the value that it has without being given."""
+    given: dict[str, Any] = json.loads(parameters)
+    value = given.pop(key)
+    try:
+        return bool(method_class(name).of(given, owner=name).model_dump(mode="json")[key] == value)
+    except (InputError, KeyError):  # needed, or of another version of the method
+        return False
 
 
 def make_task(name: str, parameters: dict[str, Any], path: str | None = None) -> Task:

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from harness import checkpoint, registry, running
 from harness.data import Data, data_of
+from harness.device import device_of
 from harness.environment import environment
 from harness.errors import Diverged, InputError
 from harness.memory import PeakMemory, is_out_of_memory
@@ -25,25 +26,10 @@ from harness.method import Adaptation, Backbone, Method
 from harness.rank_curve import rank_curve
 from harness.record import RETRIED, RecordStore, RunRecord, Seconds, Status
 from harness.running import Progress
-from harness.spec import Place, RunSpec
+from harness.spec import RunSpec
 from harness.training import Training, TrainingData, derived_seed, predict, seed_everything
 
 Watch = Callable[[Progress], None]
-
-
-def device_of(place: Place) -> torch.device:
-    """The torch device of a place; "auto" is the first GPU, else the CPU. Raises InputError for one not there."""
-    if place.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(place.device)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        there = ["auto", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise InputError(f"--device '{place.device}' is not on this machine; available: {', '.join(there)}") from None
-    return device
 
 
 def run_once(spec: RunSpec, store: RecordStore, watch: Watch = lambda progress: None) -> RunRecord | None:
@@ -161,6 +147,7 @@ class _Run:
             spec=self.spec,
             status=status,
             headline=self.task.headline,
+            higher_is_better=self.task.higher_is_better,
             batches=training.used if training else 0,
             updates=training.index if training else 0,
             seconds=Seconds(
@@ -188,10 +175,13 @@ class _Run:
         if self.error is not None:
             return "unsupported"
         backbone.module.to(self.device)
+        if not spec.is_trial:
+            task.artifacts(backbone.module, place.model, self.files / "artifacts" / "before")
         adaptation = self._start(method, backbone, data)
         self._train(adaptation, data)
         if not spec.is_trial:
             self._evaluate(adaptation, data)
+            task.artifacts(adaptation.model, place.model, self.files / "artifacts" / "after")
         if place.save_adapter:
             adaptation.export(self.files / "adapter")
         return "done"
@@ -223,7 +213,11 @@ class _Run:
         folder = self.store.checkpoints / self.spec.run_id
         seed_everything(derived_seed(self.spec.seed, "training"))
         origin = _origin(self.spec)
-        saved = checkpoint.load_newest(folder, origin)
+        saved, damaged = checkpoint.load_newest(folder, origin)
+        if damaged:
+            after = "anew" if saved is None else "from the one before"
+            names = ", ".join(path.name for path in damaged)
+            self.known["notes"] = (f"damaged checkpoint {names} passed over: the run began {after}",)
         if saved is not None:
             training.load_state_dict(saved)
             self.earlier_seconds, self.evaluation_seconds = saved["seconds_total"], saved["seconds_evaluation"]

@@ -11,6 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from harness.errors import Diverged, InputError
@@ -84,11 +85,12 @@ class Task(Parameters, ABC):
     members: ClassVar[tuple[str, ...]] = ()
     default_model: ClassVar[str | None] = None  # None: the task builds its own model and takes no --model
     capabilities: ClassVar[tuple[str, ...]] = ()  # words for `list`: "text", "image", "regression"
+    higher_is_better: ClassVar[bool] = True  # of the headline metric; False for a loss
 
     @property
     @abstractmethod
     def headline(self) -> str:
-        """The metric that is the run's score; higher is better."""
+        """The metric that is the run's score; see `higher_is_better`."""
 
     @abstractmethod
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
@@ -160,6 +162,14 @@ class Task(Parameters, ABC):
     @abstractmethod
     def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
         """Every metric of one split; `headline` among them."""
+
+    def artifacts(self, model: nn.Module, source: str | None, folder: Path) -> None:
+        """Write what is worth a look (pictures, generated text) into `folder`, which is made by whoever writes.
+
+        Called twice in a run, with the backbone before a method has touched it and with the trained model; the files
+        are kept with the run, below artifacts/before and artifacts/after. `source` is the model as `backbone` took it.
+        torch's global generator may be drawn from, and the model be left in evaluation mode.
+        """
 
 
 def make_splits(task: Task, data_root: str | None, limit: int | None) -> Splits:

@@ -44,7 +44,7 @@ class MethodSearch:
         start = {name: template.method_parameters[name] for name in self.space}
         self.searcher = OptunaSearch(
             {name: _distribution(method, name, values) for name, values in self.space.items()},
-            metric="score",
+            metric="merit",
             mode="max",
             points_to_evaluate=[start],
             seed=0,
@@ -73,10 +73,10 @@ class MethodSearch:
             if record is None or record.status != "done":
                 self.searcher.on_trial_complete(str(number), error=True)
                 continue
-            score = record.holdout[record.headline]
-            self.searcher.on_trial_complete(str(number), {"score": score})
-            if self.best is None or score > self.best[0]:
-                self.best = score, {name: spec.method_parameters[name] for name in self.space}
+            merit = record.merit(record.holdout[record.headline])
+            self.searcher.on_trial_complete(str(number), {"merit": merit})
+            if self.best is None or merit > self.best[0]:
+                self.best = merit, {name: spec.method_parameters[name] for name in self.space}
 
     def chosen(self, seed: int) -> RunSpec:
         """The run of the best setting; of the setting as given, where no trial gave a score."""
@@ -116,6 +116,25 @@ def chosen(searches: Sequence[MethodSearch], specs: Sequence[RunSpec]) -> list[R
     """The plan with the chosen setting in every run that was searched for."""
     found = {cell_of(search.template): search for search in searches}
     return [found[cell].chosen(spec.seed) if (cell := cell_of(spec)) in found else spec for spec in specs]
+
+
+def missing(
+    searches: Sequence[MethodSearch], trials: int, specs: Sequence[RunSpec], store: RecordStore
+) -> list[RunSpec]:
+    """What has no record yet: trials, then runs of the plan with the chosen settings.
+
+    Trials that will be proposed from scores which are not there yet stand in it as the search's first.
+    """
+    left: list[RunSpec] = []
+    for search in searches:
+        for first in range(0, trials, GENERATION):
+            proposed = search.propose(min(GENERATION, trials - first))
+            without = [spec for spec in proposed if store.read(spec.run_id) is None]
+            if without:
+                left += [*without, *[search.tried[0]] * (trials - len(search.tried))]
+                break
+            search.tell(proposed, store)
+    return left + [spec for spec in chosen(searches, specs) if store.read(spec.run_id) is None]
 
 
 def _space(name: str, method: Method) -> SearchSpace:

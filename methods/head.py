@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from harness.method import Adaptation, Backbone, Method, TrainData, adamw
+from harness.parameters import Range
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +20,13 @@ class Head(Method):
 
     version = 2
     capabilities = ("any layer",)
+    search_space = {"learning_rate": Range(1e-4, 1e-1, log=True)}
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+
+    def unsupported(self, backbone: Backbone) -> str | None:
+        """See `Method.unsupported`."""
+        return None if backbone.head else "the backbone has no head to train"
 
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """See `Method.start`."""

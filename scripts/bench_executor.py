@@ -4,7 +4,8 @@
     python scripts/bench_executor.py real [--runs 12]       real runs: throughput of Ray's workers over serial's
     python scripts/bench_executor.py store [--cells 10000]  skipping finished cells, and `status` over them
 
-`empty` and `real` time what comes after the workers have started: from the first ended run to the last.
+`empty` and `real` time what comes after the workers have started, with one worker a CPU: from the end of each worker's
+first run to the end of the last run.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import resource
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -47,15 +51,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["empty", "real", "store"])
     parser.add_argument("--runs", type=int)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cells", type=int, default=10_000)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.what == "store":
             many_cells(Path(folder), options.cells)
         elif options.what == "empty":
-            compare(Path(folder), empty_specs(options.runs or 200))
+            compare(Path(folder), empty_specs(options.runs or 200), options.repeats)
         else:
-            compare(Path(folder), real_specs(options.runs or 12))
+            compare(Path(folder), real_specs(options.runs or 12), options.repeats)
 
 
 def empty_specs(number: int) -> list[RunSpec]:
@@ -73,22 +78,26 @@ def real_specs(number: int) -> list[RunSpec]:
     return [spec.model_copy(update={"seed": seed}) for seed in range(number)]
 
 
-def compare(folder: Path, specs: list[RunSpec]) -> None:
-    """Both executors on the same runs, from the first end to the last."""
-    seconds = {}
-    for name in ("serial", "ray"):
-        execution = Execution(executor=name)
-        store = RecordStore(folder / name)
-        store.make_ready()
-        clock = Clock(specs)
-        began = time.perf_counter()
-        with executors.session(execution, 1, "cpu") as execute:
-            execute(specs, store, clock)
-        first, last = clock.times[0], clock.times[-1]
-        seconds[name] = (last - first) / (len(specs) - 1)
-        print(f"{name}: first run after {first - began:.1f} s, then {seconds[name]:.3f} s a run")
-    more, ratio = seconds["ray"] - seconds["serial"], seconds["serial"] / seconds["ray"]
-    print(f"ray over serial: {more:+.3f} s a run, {ratio:.2f} x throughput")
+def compare(folder: Path, specs: list[RunSpec], repeats: int) -> None:
+    """Both executors on the same runs, in turn; medians of the seconds a run."""
+    seconds: dict[str, list[float]] = {"serial": [], "ray": []}
+    for repeat in range(repeats):
+        for name, found in seconds.items():
+            found.append(seconds_a_run(folder / f"{name}{repeat}", specs, name))
+            print(f"{name}: {found[-1]:.3f} s a run", flush=True)
+    serial, ray = (statistics.median(found) for found in seconds.values())
+    print(f"medians of {repeats}: ray over serial {ray - serial:+.3f} s a run, {serial / ray:.2f} x throughput")
+
+
+def seconds_a_run(folder: Path, specs: list[RunSpec], name: Literal["serial", "ray"]) -> float:
+    """From the end of every worker's first run to the end of the last one."""
+    store = RecordStore(folder)
+    store.make_ready()
+    clock = Clock(specs)
+    with executors.session(Execution(executor=name), 1, "cpu") as execute:
+        execute(specs, store, clock)
+    workers = 1 if name == "serial" else os.cpu_count() or 1
+    return (clock.times[-1] - clock.times[workers - 1]) / (len(specs) - workers)
 
 
 def many_cells(folder: Path, cells: int) -> None:

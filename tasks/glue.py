@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from harness.errors import unknown
-from harness.task import Examples
+from harness.errors import InputError, unknown
+from harness.task import Examples, holdout_rows
 from tasks import glue_submission
 from tasks.hub import read_split
 from tasks.metrics import scores
@@ -67,6 +67,12 @@ class Glue(TextClassification):
     capabilities: ClassVar[tuple[str, ...]] = ("text", "regression")
 
     member: str = Field("", description="which of the eight; the registry sets it from the task's name")
+    reserved: int = Field(
+        0,
+        ge=0,
+        description="training rows that no run trains on or selects by, as a further evaluation split: "
+        "a smaller error of measurement where the validation set is small",
+    )
 
     @classmethod
     def of(cls, values: dict[str, Any], owner: str) -> Self:
@@ -92,7 +98,18 @@ class Glue(TextClassification):
         return len(self.table.classes) or 1
 
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
-        return self._split("train", data_root), {name: self._split(name, data_root) for name in self.table.evaluation}
+        train = self._split("train", data_root)
+        evaluation = {name: self._split(name, data_root) for name in self.table.evaluation}
+        if self.reserved:
+            if self.reserved > len(train) // 2:
+                raise InputError(
+                    f"reserved = {self.reserved} is more than half of the {len(train):,} training rows of "
+                    f"glue/{self.member}: at most {len(train) // 2:,} are allowed",
+                    "reserved",
+                )
+            rest, held = holdout_rows(train, 1.0, self.reserved)
+            train, evaluation["reserved"] = train.select(rest), train.select(held)
+        return train, evaluation
 
     def test(self, data_root: str | None) -> dict[str, Examples]:
         """The unlabelled test splits, in the order of their `idx`."""

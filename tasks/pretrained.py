@@ -41,16 +41,27 @@ def model_folder(model: str, *, trust_remote_code: bool = False) -> Path:
     """
     if model == PACKAGED_MODEL:
         return _packaged_folder()
+    folder = local_folder(model)
+    if folder is None:
+        wanted = (*PARTS, *WEIGHTS[0], *(("*.py",) if trust_remote_code else ()))
+        folder = download(model, wanted)
+        if not _weights(folder):
+            folder = download(model, (*wanted, *WEIGHTS[1]))
+    return _checked_folder(folder, model)
+
+
+def local_folder(model: str) -> Path | None:
+    """The folder that `model` names; None for what may be a Hub id. Raises InputError for a path without a folder."""
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return _checked_folder(folder, model)
+        return folder
     looks_like_path = model.startswith(("/", ".", "~")) or model.endswith("/") or model.count("/") > 1
     if looks_like_path or "\\" in model or folder.exists():
         what = "it is a file" if folder.is_file() else "there is no such folder"
         raise InputError(
-            f"model '{model}' is not a model folder: {what}; it should hold config.json and weights", model
+            f"model '{model}' is not a model folder: {what}; it should hold the configuration and weights", model
         )
-    return _checked_folder(_download(model, trust_remote_code), model)
+    return None
 
 
 def fingerprint(model: str) -> str:
@@ -59,7 +70,11 @@ def fingerprint(model: str) -> str:
 
     The same for a copy in another place. Raises InputError where there is no such model.
     """
-    files = _files(model_folder(model))
+    return content_hash(_files(model_folder(model)))
+
+
+def content_hash(files: Iterable[Path]) -> str:
+    """SHA-256 over the files' names, sizes and contents, 16 hexadecimal digits."""
     return _fingerprint_of(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
 
 
@@ -153,16 +168,15 @@ def _checked_folder(folder: Path, model: str) -> Path:
 
 
 @functools.cache
-def _download(model: str, with_code: bool) -> Path:
+def download(model: str, patterns: tuple[str, ...]) -> Path:
+    """The folder of a Hub id's files that match `patterns`, from the Hub or its cache. Raises InputError where it is
+    not there or out of reach."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     quieten()
-    wanted = [*PARTS, *WEIGHTS[0], *(["*.py"] if with_code else [])]
     try:
-        folder = Path(snapshot_download(model, allow_patterns=wanted, etag_timeout=HUB_SECONDS))
-        if not _weights(folder):
-            folder = Path(snapshot_download(model, allow_patterns=[*wanted, *WEIGHTS[1]], etag_timeout=HUB_SECONDS))
+        return Path(snapshot_download(model, allow_patterns=list(patterns), etag_timeout=HUB_SECONDS))
     except HFValidationError:
         raise InputError(f"model '{model}' is neither a folder nor a Hub id (owner/name)", model) from None
     except RepositoryNotFoundError:
@@ -176,7 +190,6 @@ def _download(model: str, with_code: bool) -> Path:
             f"folder, filled elsewhere by 'hf download --local-dir DIR {model}', or run on a machine with internet.",
             model,
         ) from None
-    return folder
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -172,7 +172,7 @@ def test_a_resume_keeps_the_averages_and_the_pattern(tmp_path):
     for _ in range(7):
         run.training.update()
     checkpoint.save(tmp_path, 0, run.training.state_dict())
-    state = checkpoint.load_newest(tmp_path)
+    state = checkpoint.load_newest(tmp_path).state
     assert state is not None
     resumed.training.load_state_dict(state)
     for name in ("exp_avg_ipt", "exp_avg_unc"):

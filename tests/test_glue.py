@@ -13,6 +13,7 @@ import pytest
 
 from harness import registry, sweep_file
 from harness.cli import main
+from harness.errors import InputError
 from harness.plan import Sweep, task_cells
 from harness.record import RecordStore
 from harness.task import Examples, make_splits
@@ -86,6 +87,22 @@ def test_batches_by_length_are_the_same_for_a_seed_and_in_random_order():
         set(np.concatenate([data.draw(stream) for _ in range(20)])) for data in (one,) for stream in ("lower", "upper")
     ]
     assert not halves[0] & halves[1]
+
+
+def test_reserved_rows_are_neither_trained_on_nor_selected_by(place, tmp_path):
+    root = str(place / "data")
+    whole, part = make_splits(glue("mnli"), root, None), make_splits(glue("mnli", reserved=10), root, None)
+    assert list(part.evaluation) == ["validation_matched", "validation_mismatched", "reserved"]
+
+    def premises(*splits):
+        return [text for split in splits for text in split.columns["premise"]]
+
+    held = part.evaluation["reserved"]
+    assert 0 < len(held) <= 10
+    assert not set(premises(held)) & set(premises(part.train, part.holdout))
+    assert sorted(premises(part.train, part.holdout, held)) == sorted(premises(whole.train, whole.holdout))
+    with pytest.raises(InputError, match=r"reserved = 1000 is more than half of the .* training rows of glue/mnli"):
+        glue("mnli", reserved=1000).load(root)
 
 
 def test_batches_by_length_on_the_command_line(place, tmp_path):
@@ -163,6 +180,9 @@ def test_test_predictions_are_no_part_of_a_runs_identity(submitted, place, capsy
     options = ["--methods", "head", "--batches", "2", "--model", str(place / "bert"), "--results", str(submitted)]
     assert main(["run", "--executor", "serial", "--tasks", "glue", *options, "--data-root", str(place / "data")]) == 0
     assert "8 finished before, 0 to do" in capsys.readouterr().out
+    options += ["--data-root", str(place / "data"), "--seeds", "1,", "--predict-test"]
+    assert main(["run", "--executor", "serial", "--tasks", "glue/rte", *options]) == 0
+    assert "1 of the finished runs have kept no predictions for the test set" in capsys.readouterr().out
 
 
 def test_runs_that_make_no_submission(submitted, place, tmp_path, capsys):

@@ -110,7 +110,7 @@ def test_changed_frozen_weights_come_back_with_a_checkpoint(init, tmp_path):
     whole.training.update()
     checkpoint.save(tmp_path / "c", 1, whole.training.state_dict())
     resumed = start(Subject(name, tmp_path), seed=1)
-    resumed.training.load_state_dict(checkpoint.load_newest(tmp_path / "c"))
+    resumed.training.load_state_dict(checkpoint.load_newest(tmp_path / "c").state)
     for name, layer in whole.adaptation.layers.items():
         other = resumed.adaptation.layers[name]
         assert torch.equal(layer.get_base_layer().weight, other.get_base_layer().weight)

@@ -169,7 +169,7 @@ def test_layers_that_eva_gives_no_rank(tmp_path):
     run.training.update()
     resumed, other = started(EVA)
     checkpoint.save(tmp_path, 0, run.training.state_dict())
-    state = checkpoint.load_newest(tmp_path)
+    state = checkpoint.load_newest(tmp_path).state
     assert state is not None
     resumed.training.load_state_dict(state)
     for training in (run.training, resumed.training):

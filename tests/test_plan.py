@@ -2,6 +2,7 @@
 
 import pytest
 
+from harness import registry
 from harness.errors import InputError
 from harness.plan import Fingerprints, Sweep, method_cells, parse_choice, parse_value, plan, split_list, task_cells
 from harness.spec import Place, RunSpec, TrainSpec
@@ -129,3 +130,14 @@ def test_large_plans_have_distinct_cells():
     specs = specs_of(grid={"lora.alpha": list(range(1, 101))}, seeds=list(range(1000)))
     assert len(specs) == 100_000
     assert len({spec.run_id for spec in specs[::997]}) == len(specs[::997])
+
+
+def test_a_label_leaves_out_what_follows_from_the_rest():
+    def labelled(**parameters):
+        return registry.label_of("debora", registry.make_method("debora", parameters).model_dump(mode="json"))
+
+    assert labelled() == "debora"
+    assert labelled(geometry="oblique") == "debora[geometry=oblique]"  # tau and learning rate follow
+    assert labelled(geometry="oblique", tau=4) == "debora[geometry=oblique,tau=4]"
+    assert labelled(tau=8) == "debora[tau=8]"  # what oblique would take is not what matrix takes
+    assert registry.label_of("peft", {"type": "ia3"}) == "peft[type=ia3]"

@@ -163,7 +163,7 @@ class TestRun:
         assert main([*what, "--results", str(tmp_path), "--rank-curve", "1,2"]) == 0
         assert "no such rank curve" not in capsys.readouterr().out
         assert main([*what, "--results", str(tmp_path), "--rank-curve", "1,4"]) == 0
-        assert "1 of the finished runs have no such rank curve; delete their folders" in capsys.readouterr().out
+        assert "1 of the finished runs have kept no such rank curve; delete their folders" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         ("value", "message"),

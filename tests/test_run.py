@@ -1,5 +1,6 @@
 """run_one and the store: every outcome becomes a record, nothing half-written, the evaluation read once."""
 
+import io
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 
 from harness import checkpoint, registry, run, training
 from harness.contracts import Subject, spec_of, start
+from harness.device import device_of
 from harness.errors import InputError
 from harness.executors import serial
 from harness.memory import PeakMemory
@@ -280,10 +282,10 @@ def test_an_unwritable_results_folder(tmp_path):
 
 def test_a_device_that_is_not_there():
     with pytest.raises(InputError, match=r"--device 'cuda:99' is not on this machine; available: auto, cpu"):
-        run.device_of(Place(device="cuda:99"))
+        device_of(Place(device="cuda:99"))
     for name in ("gpu", "meta"):
         with pytest.raises(InputError, match=f"'{name}'"):
-            run.device_of(Place(device=name))
+            device_of(Place(device=name))
 
 
 def test_checkpoints_are_read_back_exactly(tmp_path):
@@ -293,7 +295,7 @@ def test_checkpoints_are_read_back_exactly(tmp_path):
         "json": {"a": None, "b": [1, "x", True, 0.1], "tuple": (1, 2)},
     }
     checkpoint.save(tmp_path / "c", 5, state)
-    loaded = checkpoint.load_newest(tmp_path / "c")
+    loaded = checkpoint.load_newest(tmp_path / "c").state
     for one, two in zip(state["tensors"], loaded["tensors"], strict=True):
         assert torch.equal(one, two)
     assert loaded["optimizer"][0]["step"] == 3.0
@@ -305,8 +307,8 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for batches in (1, 2, 10):
         checkpoint.save(tmp_path, batches, {"at": batches})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000002", "000000010"]
-    assert checkpoint.load_newest(tmp_path) == {"at": 10}
-    assert checkpoint.load_newest(tmp_path / "nowhere") is None
+    assert checkpoint.load_newest(tmp_path).state == {"at": 10}
+    assert checkpoint.load_newest(tmp_path / "nowhere").state is None
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "origin.json", "sums.json"])
@@ -320,7 +322,25 @@ def test_a_garbled_checkpoint_gives_way_to_the_one_before(tmp_path, name, how):
     content[-2] ^= 1
     if how != "missing":
         path.write_bytes(content if how == "flipped" else content[:-3])
-    assert checkpoint.load_newest(tmp_path, {"spec": "mine"})["at"] == 1
+    assert checkpoint.load_newest(tmp_path, {"spec": "mine"}).state["at"] == 1
+
+
+@pytest.mark.parametrize(("damaged", "began"), [(1, "from the one before"), (2, "anew")])
+def test_a_damaged_checkpoint_is_told_of_and_changes_no_result(store, tmp_path, damaged, began):
+    mine = spec(tmp_path, batches=20, checkpoint_every=4)
+    interrupt_at(10, mine, store)
+    folders = sorted((store.checkpoints / mine.run_id).iterdir())
+    for folder in folders[2 - damaged :]:
+        (folder / "tensors.safetensors").write_bytes(b"not tensors")
+    record = run_one(mine, store)
+    names = ", ".join(folder.name for folder in reversed(folders[2 - damaged :]))
+    assert record.notes == (f"damaged checkpoint {names} passed over: the run began {began}",)
+    whole = RecordStore(tmp_path / "whole")
+    whole.make_ready()
+    assert record.result() == run_one(spec(tmp_path, batches=20), whole).result()
+    console = Console(file=io.StringIO())
+    View([mine], console).ended(record)
+    assert record.notes[0] in console.file.getvalue()
 
 
 def test_a_checkpoint_of_another_run_or_version_is_refused_with_the_difference(store, tmp_path):

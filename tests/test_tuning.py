@@ -1,5 +1,7 @@
 """Equal tuning: the same number of trials for every method, scored on the holdout, costs told."""
 
+import re
+
 import pandas as pd
 import pytest
 
@@ -69,6 +71,18 @@ def test_again_nothing_runs_and_more_seeds_or_trials_run_only_the_new_ones(resul
     assert "6 runs: 4 finished before, 2 to do" in capsys.readouterr().out
     tuned(results, trials=7)
     assert "6 runs: 4 finished before, 2 to do" in capsys.readouterr().out
+
+
+def test_a_dry_run_counts_the_trials_and_runs_that_are_left(results, capsys):
+    assert tuned(results, "--dry-run") == 0
+    assert "12 trials (6 for each method and task), then 4 runs (seeds 0, 1), 16 of them finished" in (
+        capsys.readouterr().out
+    )
+    assert tuned(results, "--dry-run", trials=9, seeds=4) == 0  # trials 7 to 9 may be there, of the test above
+    output = capsys.readouterr().out
+    found = re.search(r"18 trials .9 for each method and task., then 8 runs .seeds 0, 1, 2, 3., (\d+) of them", output)
+    assert int(found[1]) in (12, 14)
+    assert "time: training takes about" in output
 
 
 def test_tables_say_how_a_row_was_tuned_and_count_the_search(results, tmp_path, capsys):

@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import functools
 import os
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,16 +35,17 @@ def command(options: argparse.Namespace) -> int:
         raise (sweep_file.located(error, options.config) if options.config else None) or error from None
 
 
-def _check_finished(store: RecordStore, finished: list[RunRecord], place: Place, console: Console) -> None:
-    """A finished run is not run again for the sake of its adapter or its rank curve: say so."""
-    adapters = [store.folder(record.run_id) / "adapter" for record in finished if place.save_adapter]
-    curves = [record.spec.place.rank_curve for record in finished if place.rank_curve]
-    for what, lacking in (
-        ("kept no adapter", sum(not path.exists() for path in adapters)),
-        ("no such rank curve", sum(curve != place.rank_curve for curve in curves)),
-    ):
+def _check_kept(store: RecordStore, finished: list[RunRecord], place: Place, console: Console) -> None:
+    """A finished run is not run again for the sake of what it has not kept: say so."""
+    wanted: dict[str, tuple[Any, Callable[[RunRecord], Any]]] = {
+        "adapter": (place.save_adapter, lambda record: (store.folder(record.run_id) / "adapter").exists()),
+        "predictions for the test set": (place.predict_test, lambda record: store.test_splits(record.run_id)),
+        "such rank curve": (place.rank_curve, lambda record: record.spec.place.rank_curve == place.rank_curve),
+    }
+    for what, (asked, kept) in wanted.items():
+        lacking = sum(not kept(record) for record in finished) if asked else 0
         if lacking:
-            console.print(f"{lacking} of the finished runs have {what}; delete their folders to run them again")
+            console.print(f"{lacking} of the finished runs have kept no {what}; delete their folders to run them again")
 
 
 def sweep_of(options: argparse.Namespace) -> Sweep:
@@ -148,7 +151,7 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
             finished = [record for record in read if record and record.status not in retried]
             there = {record.run_id for record in finished}
             missing = [spec for spec in specs if spec.run_id not in there]
-            _check_finished(store, finished, place, console)
+            _check_kept(store, finished, place, console)
             done = len(specs) - len(missing)
             console.print(f"{len(specs)} runs: {done} finished before, {len(missing)} to do", highlight=False)
             if missing:
@@ -171,7 +174,7 @@ def _ids(specs: list[RunSpec]) -> list[str]:
 def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     from tabulate import tabulate
 
-    from harness import estimate, preflight
+    from harness import estimate, preflight, tuning
     from harness.record import RecordStore
 
     checked = preflight.check_tasks(sweep, place)
@@ -179,29 +182,34 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     cells = preflight.check_methods(sweep, checked, place, store.find)
     planned = preflight.plan_checked(sweep, checked, cells, place)
     specs = [spec for spec, _ in planned]
-    finished = sum(store.read(run_id) is not None for run_id in _ids(specs))
-    rows, notes = [], []
+    searches = tuning.searches_of(sweep, planned) if sweep.tune else []
+    trials = sweep.tune or 0
+    missing = tuning.missing(searches, trials, specs, store)
+    rows, notes = [], defaultdict(list)
     for task, column in zip(checked, cells, strict=True):
         for name, method, reason, said in column:
             shown = registry.label_of(name, method.model_dump(mode="json"))
             batches = sweep.train.budget(len(task.splits.train))
             if reason is not None:
                 rows.append([shown, task.name, "unsupported", "", "", batches])
-                notes.append(f"{shown} on {task.name}: {reason}")
+                notes[shown, reason].append(task.name)
                 continue
             count = preflight.preview(method, task, sweep, place)
             rows.append(
                 [shown, task.name, *(f"{n:,}" for n in (count.adapter_initial, count.head, count.total)), batches]
             )
-            notes += [f"{shown} on {task.name}: {line}" for line in said]
+            for line in said:
+                notes[shown, line].append(task.name)
     headers = ["method", "task", "adapter at start", "head", "total", "batches"]
     print(tabulate(rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 4)))
-    for note in notes:
-        print(note)
-    supported = [spec for spec, cell in planned if cell.reason is None]
-    for line in estimate.lines(supported, store, sweep.tune or 0):
+    for (shown, line), tasks in notes.items():
+        print(f"{shown} on {', '.join(tasks)}: {line}")
+    unsupported = {spec.run_id for spec, cell in planned if cell.reason is not None}
+    for line in estimate.lines([spec for spec in missing if spec.run_id not in unsupported], store):
         print(line)
     seeds = ", ".join(map(str, sweep.seeds))
-    trials = f" after {sweep.tune} trials for each method and task" if sweep.tune else ""
-    print(f"{len(specs)} runs (seeds {seeds}){trials}, {finished} of them finished. Nothing was kept.")
+    tried = trials * len(searches)
+    before = f"{tried} trials ({trials} for each method and task), then " if searches else ""
+    finished = tried + len(specs) - len(missing)
+    print(f"{before}{len(specs)} runs (seeds {seeds}), {finished} of them finished. Nothing was kept.")
     return 0

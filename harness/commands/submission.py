@@ -50,16 +50,15 @@ def _test_predictions(store: RecordStore, run_id: str) -> dict[str, np.ndarray]:
     """By split: those that come without references."""
     from safetensors.numpy import load_file
 
-    arrays = load_file(store.folder(run_id) / "predictions.safetensors")
-    splits = {key.removesuffix("/predictions") for key in arrays if key.endswith("/predictions")}
-    found = {split: arrays[f"{split}/predictions"] for split in splits if f"{split}/references" not in arrays}
+    found = store.test_splits(run_id)
     if not found:
         raise InputError(
             f"run '{run_id}' kept no predictions for the test set: delete its folder and run it again with "
             "--predict-test",
             run_id,
         )
-    return found
+    arrays = load_file(store.folder(run_id) / "predictions.safetensors")
+    return {split: arrays[f"{split}/predictions"] for split in found}
 
 
 def _write(to: Path, files: dict[str, str]) -> None:

@@ -111,7 +111,7 @@ def a_run_interrupted_after_every_update_equals_the_uninterrupted_one(subject: S
         _one_update(interrupted.training)
         checkpoint.save(subject.folder, interrupted.training.used, interrupted.training.state_dict())
         if interrupted.training.used < subject.batches:
-            state = checkpoint.load_newest(subject.folder)
+            state = checkpoint.load_newest(subject.folder).state
             assert state is not None
             interrupted = start(subject)
             interrupted.training.load_state_dict(state)

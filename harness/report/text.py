@@ -157,7 +157,8 @@ def _console_row(board: Board, row: Row) -> dict[str, str]:
         text = cell_text(cell, with_n=cell is not None and cell.score.n != board.n)
         mark = "*" if board.is_best(row, column) else "+" if board.is_second(row, column) else ""
         mark += "≈" if board.is_tie(row, column) else ""
-        texts[f"{column.title}\n{column.metric}"] = text.replace("; ", "\n") + (f" {mark}" if mark else "")
+        metric = column.metric.replace(", ", "\n")
+        texts[f"{column.title}\n{metric}"] = text.replace("; ", "\n") + (f" {mark}" if mark else "")
     if len(board.columns) > 1:
         texts["average"] = NOTHING if row.average is None else score_text(row.average)
     return texts | {"settings": row.tuning, "seconds": decimal(row.seconds)}
