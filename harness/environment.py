@@ -8,8 +8,15 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from harness.errors import InputError
 from harness.parameters import Parameters
+
+if TYPE_CHECKING:
+    import torch
+
+    from harness.spec import Place
 
 PACKAGES = ("torch", "peft", "transformers", "datasets", "evaluate", "tokenizers", "numpy", "scikit-learn", "scipy")
 
@@ -40,6 +47,23 @@ def environment(device: str) -> Environment:
         packages={name: version for name in PACKAGES if (version := _version(name))},
         device=_device_name(device),
     )
+
+
+def device_of(place: Place) -> torch.device:
+    """The torch device of a place; "auto" is the first GPU, else the CPU. Raises InputError for one not there."""
+    import torch
+
+    if place.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(place.device)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = ["auto", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise InputError(f"--device '{place.device}' is not on this machine; available: {', '.join(there)}") from None
+    return device
 
 
 @functools.cache

@@ -165,7 +165,8 @@ class Method(Parameters, ABC):
 
         Raises InputError for a hyperparameter that cannot be right on it (a rank above a layer's size, targets
         that match nothing). Called for every cell before anything runs, with the backbone on the meta device, so
-        look at shapes and names only."""
+        look at shapes and names only.
+        """
         return None
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
@@ -178,7 +179,8 @@ class Method(Parameters, ABC):
         """Adapt the backbone in place and return the run's state.
 
         The head is trained by every method. `rng` and torch's global generator are seeded for this run; draw
-        initial values from either. For a dry run the backbone is on the meta device: draw nothing from `data`."""
+        initial values from either. For a dry run the backbone is on the meta device: draw nothing from `data`.
+        """
 
 
 class Adaptation:
@@ -217,7 +219,8 @@ class Adaptation:
         """After the optimizer's step, gradients still there: rank allocation, Frank-Wolfe, truncation.
 
         Returns values for the run's history: numbers, lists of them, or tensors without or with one dimension (which
-        are fetched later, without a wait, as a number or a list)."""
+        are fetched later, without a wait, as a number or a list).
+        """
         return {}
 
     def finish(self, step: Step) -> None:
@@ -295,26 +298,3 @@ class Adaptation:
         path.mkdir(parents=True, exist_ok=True)
         trained = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
         save_file(trained, path / "trained.safetensors")
-
-
-def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW over the model's trainable parameters; biases, norms and other vectors are not decayed."""
-    import torch
-
-    groups = decay_groups(model.parameters(), weight_decay)
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=can_fuse(groups))
-
-
-def can_fuse(groups: Iterable[dict[str, Any]]) -> bool:
-    """Whether torch has its fused AdamW for these (not on meta): on a CPU 20 times as fast for small matrices."""
-    return all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-
-
-def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of the trainable ones: matrices, decayed, and vectors, not decayed; no empty group."""
-    trained = [p for p in parameters if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

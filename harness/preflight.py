@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from harness.data import Data, data_of
-from harness.device import device_of
+from harness.environment import device_of
 from harness.errors import InputError
 from harness.method import FinishedRun, Method, ParameterCount
 from harness.plan import Fingerprints, Sweep, method_cells, model_of, plan, task_cells

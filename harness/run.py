@@ -18,8 +18,7 @@ from safetensors.numpy import save_file
 
 from harness import checkpoint, registry, running
 from harness.data import Data, data_of
-from harness.device import device_of
-from harness.environment import environment
+from harness.environment import device_of, environment
 from harness.errors import Diverged, InputError
 from harness.memory import PeakMemory, is_out_of_memory
 from harness.method import Adaptation, Backbone, Method

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import Adaptation, Backbone, Method, Step, TrainData, adamw
+from harness.method import Adaptation, Backbone, Method, Step, TrainData
+from harness.optimizer import adamw
 from methods.lora import ADAPTER
 
 if TYPE_CHECKING:

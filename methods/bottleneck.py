@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from pydantic import Field
 
 from harness.errors import InputError
-from harness.method import Adaptation, Backbone, Method, TrainData, adamw
+from harness.method import Adaptation, Backbone, Method, TrainData
+from harness.optimizer import adamw
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from harness.errors import InputError, unknown
-from harness.method import Adaptation, Backbone, FinishedRun, Method, ParameterCount, TrainData, adamw
+from harness.method import Adaptation, Backbone, FinishedRun, Method, ParameterCount, TrainData
+from harness.optimizer import adamw
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,8 @@ from peft import initialize_lora_eva_weights
 from peft.tuners.lora.eva import get_eva_state_dict
 from torch import Tensor, nn
 
-from harness.method import Adaptation, Backbone, Step, TrainData, decay_groups, in_modules
+from harness.method import Adaptation, Backbone, Step, TrainData, in_modules
+from harness.optimizer import decay_groups
 from methods.lora import ADAPTER, PREFIX
 
 IMPORTANCE = ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B")  # AdaMSS's averages of a layer

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, create_model, field_validator, model_serializer
 
 from harness.errors import InputError, unknown
-from harness.method import Adaptation, Backbone, Method, Parameters, TrainData, adamw, in_modules
+from harness.method import Adaptation, Backbone, Method, Parameters, TrainData, in_modules
+from harness.optimizer import adamw
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from harness import checkpoint, registry, run, training
 from harness.contracts import Subject, spec_of, start
-from harness.device import device_of
+from harness.environment import device_of
 from harness.errors import InputError
 from harness.executors import serial
 from harness.memory import PeakMemory

@@ -37,7 +37,7 @@ def command(options: argparse.Namespace) -> int:
 
 def _check_kept(store: RecordStore, finished: list[RunRecord], place: Place, console: Console) -> None:
     """A finished run is not run again for the sake of what it has not kept: say so."""
-    wanted: dict[str, tuple[Any, Callable[[RunRecord], Any]]] = {
+    wanted: dict[str, tuple[object, Callable[[RunRecord], object]]] = {
         "adapter": (place.save_adapter, lambda record: (store.folder(record.run_id) / "adapter").exists()),
         "predictions for the test set": (place.predict_test, lambda record: store.test_splits(record.run_id)),
         "such rank curve": (place.rank_curve, lambda record: record.spec.place.rank_curve == place.rank_curve),

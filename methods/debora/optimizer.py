@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.method import can_fuse, decay_groups
+from harness.optimizer import can_fuse, decay_groups
 from methods.debora import manifolds
 
 

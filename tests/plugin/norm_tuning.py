@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from harness.method import Adaptation, Backbone, Method, TrainData, adamw
+from harness.method import Adaptation, Backbone, Method, TrainData
+from harness.optimizer import adamw
 
 if TYPE_CHECKING:
     import torch
