@@ -20,7 +20,7 @@ from harness.report.frame import to_frame
 from harness.report.latex import escape, latex
 from harness.report.leaderboard import leaderboards
 from harness.report.text import console, human
-from tests.report_records import DEFAULTS, board, boards, record, stored
+from tests.report_records import NAMING, board, boards, record, stored
 
 
 class TestForms:
@@ -94,7 +94,7 @@ class TestForms:
 class TestBuild:
     def test_writes_everything(self, tmp_path: Path) -> None:
         store = stored(tmp_path, record(), record(seed=1), record("head", numbers=0))
-        paths = build_report(store, defaults=DEFAULTS)
+        paths = build_report(store, naming=NAMING)
         names = [f"tables/leaderboard.{form}" for form in ("md", "tex", "csv", "json")]
         names += ["tables/costs.csv"]
         names += ["pictures/score_vs_parameters.png", "pictures/score_vs_parameters.pdf", "report.html"]
@@ -138,7 +138,7 @@ class TestBuild:
 
     def test_many_configurations_share_their_methods_colour(self, tmp_path: Path) -> None:
         runs = [record("debora", method_parameters={"tau": tau, "rank": 8}, numbers=tau) for tau in range(1, 40)]
-        paths = build_report(stored(tmp_path, *runs), defaults=DEFAULTS)
+        paths = build_report(stored(tmp_path, *runs), naming=NAMING)
         assert len([path for path in paths if path.parent.name == "pictures"]) == 2
 
     def test_no_records(self, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from harness.record import Found, RecordStore, RunRecord
 from harness.report.budget import costs, matched, sweeps, time_to_score
 from harness.report.compare import ExampleReader, with_ties
 from harness.report.data import structured, tidy
-from harness.report.frame import Defaults, to_frame
+from harness.report.frame import Naming, to_frame
 from harness.report.latex import latex
-from harness.report.leaderboard import Board, leaderboards
+from harness.report.leaderboard import Board, FamilyAverage, leaderboards
 from harness.report.page import PICTURES, page
 from harness.report.rank_curves import areas, rank_curves
 from harness.report.text import markdown
@@ -30,16 +30,18 @@ MOST_ILLUSTRATED = 6  # settings with pictures of their own
 def build_report(
     store: RecordStore,
     found: Found | None = None,
-    defaults: Defaults | None = None,
+    naming: Naming | None = None,
+    average: FamilyAverage | None = None,
     forms: Sequence[str] = ("png", "pdf"),
 ) -> list[Path]:
     """Write tables/leaderboard.{md,tex,csv,json}, tables/trials.csv and those of `_tables` that have rows,
     pictures/*.{png,pdf} and report.html, all below `store.results`.
 
-    `found`: what to report on; None for all of the store. `defaults`: see `to_frame`. `forms`: of the pictures, "png"
-    among them, which the page takes in; a PDF takes as long again, for its fonts. Several settings become
-    sections of the same tables, and the first ones have pictures each, their names ending in the setting's key. Each
-    file is replaced whole or stays as it was; files of an earlier report that this one does not make are removed.
+    `found`: what to report on; None for all of the store. `naming`: see `to_frame`. `average`: see `leaderboards`.
+    `forms`: of the pictures, "png" among them, which the page takes in; a PDF takes as long again, for its fonts.
+    Several settings become sections of the same tables, and the first ones have pictures each, their names ending in
+    the setting's key. Each file is replaced whole or stays as it was; files of an earlier report that this one does
+    not make are removed.
 
     Returns the paths of the files. Raises InputError where there is no record to report on.
     """
@@ -47,10 +49,10 @@ def build_report(
     if all(record.spec.is_trial for record in chosen):
         left_out = f" (unreadable: {', '.join(damaged)})" if damaged else ""
         raise InputError(f"no records in {store.runs}{left_out}: run `python -m harness run ...` first")
-    frame, trials = to_frame(chosen, defaults), trials_frame(chosen, defaults)
+    frame, trials = to_frame(chosen, naming), trials_frame(chosen, naming)
     records = {record.run_id: record for record in chosen}
     read = ExampleReader(store)
-    boards = [with_ties(board, read) for board in leaderboards(frame)]
+    boards = [with_ties(board, read) for board in leaderboards(frame, average)]
     tables = {board.key: _tables(board, _of(board, trials), store, records) for board in boards}
     whole = {name: _by_setting(name, tables) for name in tables[boards[0].key]} | {"trials": trials}
     texts = {
