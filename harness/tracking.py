@@ -137,7 +137,7 @@ class _Log:
         for some_parameters, some_metrics in itertools.zip_longest(parameters, metrics, fillvalue=()):
             self.client.log_batch(mlflow_id, params=some_parameters, metrics=some_metrics)
         folder = self.store.folder(record.run_id)
-        for path in (folder / "record.json", folder / "adapter"):
+        for path in (folder / "record.json", folder / "adapter", folder / "artifacts"):
             if path.is_dir():
                 self.client.log_artifacts(mlflow_id, str(path), path.name)
             elif path.is_file():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 8, "targets": ("query", "value")},
     "debora": {"tau": 16.0, "rank": 8},
 }
+
+
+def _named(defaults: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    plain = json.loads(json.dumps(defaults))
+    order = [*(key for key in plain if key in parameters), *(key for key in parameters if key not in plain)]
+    return {key: parameters[key] for key in order if parameters[key] != plain.get(key)}
+
+
+NAMING = {method: functools.partial(_named, defaults) for method, defaults in DEFAULTS.items()}
 
 
 def record(
@@ -69,7 +80,7 @@ def record(
 
 
 def boards(*records: RunRecord) -> list[Board]:
-    return leaderboards(to_frame(records, DEFAULTS))
+    return leaderboards(to_frame(records, NAMING))
 
 
 def board(*records: RunRecord) -> Board:

@@ -14,7 +14,7 @@ from harness.report.compare import Comparison, ExampleReader, compare, in_words,
 from harness.report.frame import to_frame
 from harness.report.leaderboard import Board, leaderboards
 from harness.report.text import markdown
-from tests.report_records import DEFAULTS, predicted, record, stored
+from tests.report_records import NAMING, predicted, record, stored
 
 EXAMPLES = 400
 
@@ -49,7 +49,7 @@ def two_methods(folder: Path, shares: tuple[float, float], seeds: int = 3, task:
 
 
 def board_of(store: RecordStore) -> Board:
-    (only,) = leaderboards(to_frame(store.records(), DEFAULTS))
+    (only,) = leaderboards(to_frame(store.records(), NAMING))
     return only
 
 

@@ -9,8 +9,9 @@ import pytest
 from harness import cli
 from harness.commands.diff import differences
 from harness.record import RecordStore, RunRecord
+from harness.report.card import model_card
 from harness.spec import Place
-from tests.report_records import record, stored
+from tests.report_records import boards, chosen, record, stored, trial
 
 
 class TestDiff:
@@ -67,6 +68,14 @@ class TestExport:
             assert text in card
         # Two seeds, 0.5 and 0.7: 12.706 standard errors of 0.1.
         assert "over 2 seeds of this configuration: 0.600 ± 1.271" in card
+
+    def test_card_of_a_chosen_setting_names_no_folder(self) -> None:
+        trials = [trial(learning_rate=rate) for rate in (1e-3, 1e-2)]
+        run = chosen(trials, 1e-2, place=Place(model="/home/somebody/models/minilm"))
+        card = model_card(run, boards(*trials, run), ["adapter_config.json"])
+        assert "Chosen by 2 trials on the holdout: learning_rate." in card
+        assert "- model: minilm," in card
+        assert "somebody" not in card
 
     def test_bad_input(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         store, run = with_adapter(tmp_path / "results")

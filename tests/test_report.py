@@ -5,19 +5,23 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import scipy.stats
 
+from harness.commands.report import family_average
 from harness.record import RunRecord
 from harness.report.data import tidy
 from harness.report.frame import to_frame
 from harness.report.latex import latex
+from harness.report.leaderboard import Board, leaderboards
 from harness.report.statistics import summarize
 from harness.report.text import console, markdown
 from harness.spec import Place, TrainSpec
-from tests.report_records import DEFAULTS, ENVIRONMENT, board, boards, record
+from tasks.glue import TABLE
+from tests.report_records import ENVIRONMENT, NAMING, board, boards, record
 
 
 class TestStatistics:
@@ -53,7 +57,7 @@ class TestStatistics:
 
 class TestLabels:
     def label(self, *records: RunRecord) -> list[str]:
-        return list(to_frame(records, DEFAULTS)["label"])
+        return list(to_frame(records, NAMING)["label"])
 
     def test_names_what_is_not_default(self) -> None:
         changed = record("debora", method_parameters={"rank": 4, "tau": 8.0})
@@ -152,6 +156,22 @@ class TestLeaderboard:
         )
         assert [(row.label, row.average) for row in found.rows] == [("head", 0.5), ("lora", None)]
         assert [column.title for column in found.columns] == ["glue/cola", "glue/rte"]
+
+    def test_a_family_may_count_its_average_itself(self) -> None:
+        """QQP counts with the mean of accuracy and F1, once all eight tasks are there."""
+
+        def boards_of(tasks: Sequence[str]) -> list[Board]:
+            scored = [
+                record(task=f"glue/{name}", score=0.8, headline=TABLE[name].metrics[0], others={"f1": 0.4})
+                for name in tasks
+            ]
+            return leaderboards(to_frame([*scored], NAMING), family_average)
+
+        (whole,), (part,) = boards_of(list(TABLE)), boards_of(["qqp", "rte"])
+        assert whole.rows[0].average == pytest.approx((7 * 0.8 + 0.6) / 8)
+        assert "average: as the family of these tasks counts it, from more than the scores shown" in whole.notes
+        assert part.rows[0].average == pytest.approx(0.8)
+        assert not part.notes
 
     def test_other_metrics_are_in_the_markdown(self) -> None:
         text = markdown(boards(record(task="glue/mrpc", others={"f1": 0.75}), record(task="glue/sst2", others={})))

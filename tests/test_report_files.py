@@ -20,7 +20,7 @@ from harness.report.frame import to_frame
 from harness.report.latex import escape, latex
 from harness.report.leaderboard import leaderboards
 from harness.report.text import console, human
-from tests.report_records import DEFAULTS, board, boards, record, stored
+from tests.report_records import NAMING, board, boards, record, stored
 
 
 class TestForms:
@@ -94,7 +94,7 @@ class TestForms:
 class TestBuild:
     def test_writes_everything(self, tmp_path: Path) -> None:
         store = stored(tmp_path, record(), record(seed=1), record("head", numbers=0))
-        paths = build_report(store, defaults=DEFAULTS)
+        paths = build_report(store, naming=NAMING)
         names = [f"tables/leaderboard.{form}" for form in ("md", "tex", "csv", "json")]
         names += ["tables/costs.csv"]
         names += ["pictures/score_vs_parameters.png", "pictures/score_vs_parameters.pdf", "report.html"]
@@ -126,13 +126,19 @@ class TestBuild:
         assert not names & {path.name for path in build_report(store)}
         assert not names & {path.name for path in (tmp_path / "tables").iterdir()}
 
+    def test_a_pdf_of_an_earlier_report_does_not_stay(self, tmp_path: Path) -> None:
+        store = stored(tmp_path, record())
+        assert len([path for path in build_report(store) if path.suffix == ".pdf"]) == 1
+        assert not [path for path in build_report(store, forms=("png",)) if path.suffix == ".pdf"]
+        assert [path.suffix for path in (tmp_path / "pictures").iterdir()] == [".png"]
+
     def test_runs_that_cannot_be_drawn(self, tmp_path: Path) -> None:
         paths = build_report(stored(tmp_path, record(score=None, status="unsupported", parameters=None)))
         assert not any(path.parent.name == "pictures" for path in paths)
 
     def test_many_configurations_share_their_methods_colour(self, tmp_path: Path) -> None:
         runs = [record("debora", method_parameters={"tau": tau, "rank": 8}, numbers=tau) for tau in range(1, 40)]
-        paths = build_report(stored(tmp_path, *runs), defaults=DEFAULTS)
+        paths = build_report(stored(tmp_path, *runs), naming=NAMING)
         assert len([path for path in paths if path.parent.name == "pictures"]) == 2
 
     def test_no_records(self, tmp_path: Path) -> None:
@@ -153,7 +159,7 @@ class TestBuild:
         pictures = [path for path in build_report(store) if path.parent.name == "pictures"]
         before = [path.read_bytes() for path in pictures]
 
-        def fail(figure: object, png: Path, pdf: Path) -> None:
+        def fail(figure: object, png: Path, *others: Path) -> None:
             png.write_bytes(b"half a pict")
             raise OSError("disk full")
 

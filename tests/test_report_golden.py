@@ -12,7 +12,7 @@ import pytest
 
 from harness.record import RunRecord
 from harness.report.build import build_report
-from tests.report_records import DEFAULTS, stored
+from tests.report_records import NAMING, stored
 
 GOLDEN = Path(__file__).parent / "golden"
 TABLES = ("leaderboard.md", "leaderboard.tex", "leaderboard.csv", "costs.csv", "learning_rates.csv", "rank_aurac.csv")
@@ -22,7 +22,7 @@ def tables(folder: Path) -> dict[str, str]:
     """The tables of the sample records: lora as given, debora after a search of two trials a task, the head alone,
     which diverged on a seed, and a method that does not fit."""
     lines = (GOLDEN / "records.jsonl").read_text(encoding="utf-8").splitlines()
-    build_report(stored(folder, *map(RunRecord.model_validate_json, lines)), defaults=DEFAULTS)
+    build_report(stored(folder, *map(RunRecord.model_validate_json, lines)), naming=NAMING)
     return {name: (folder / "tables" / name).read_text(encoding="utf-8") for name in TABLES}
 
 

@@ -26,7 +26,7 @@ from harness.report.histories import mean_series, traced
 from harness.report.leaderboard import leaderboards, sorted_by
 from harness.report.paper import against_paper, reported
 from harness.report.trials import learning_rates, trials_frame
-from tests.report_records import DEFAULTS, board, chosen, record, stored, trial
+from tests.report_records import NAMING, board, chosen, record, stored, trial
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -166,7 +166,7 @@ class TestPictures:
         ranks = {f"encoder.layer.{i}.attention.{name}": 4 - i for i in (0, 1) for name in ("query", "value")}
         runs = [record(m, seed=s, ranks=ranks, numbers=n) for m, n in (("debora", 50), ("lora", 90)) for s in (0, 1)]
         store = with_histories(tmp_path, *runs)
-        (only,) = leaderboards(to_frame(store.records(), DEFAULTS))
+        (only,) = leaderboards(to_frame(store.records(), NAMING))
         found = traced(only, store)
         learning, over_time = curves.learning_curves(only, found), curves.over_time(only, found)
         heat = layers.rank_heat_map(only, {run.run_id: run for run in runs})
@@ -178,7 +178,7 @@ class TestPictures:
         assert image is not None
         assert image.tolist() == [[4, 4], [3, 3]]
         assert [text.get_text() for text in axes(heat)[0].get_xticklabels()] == ["attention.query", "attention.value"]
-        points = axes(scatter.draw(to_frame(runs, DEFAULTS), only))[0]
+        points = axes(scatter.draw(to_frame(runs, NAMING), only))[0]
         assert points.get_xlabel() == "adapter parameters"
         assert layers.singular_values(only, store) is None
         assert critical.draw(only) is None
@@ -187,7 +187,7 @@ class TestPictures:
         trials = [trial(learning_rate=rate, holdout=score) for rate, score in ((1e-2, 0.7), (1e-4, 0.6), (1e-1, None))]
         trials += [trial("debora", holdout=0.8)]
         runs = [chosen(trials[:3], 1e-2), chosen(trials[3:], 1e-3)]
-        table = trials_frame([*trials, *runs], DEFAULTS)
+        table = trials_frame([*trials, *runs], NAMING)
         assert table["label"].tolist() == ["lora"] * 3 + ["debora"]
         (panel,) = axes(lines.learning_rates(board(*trials, *runs), table))
         curve, large = (line for line in panel.lines if line.get_color() == COLOURS[1] and line.get_marker() != "x")
@@ -292,7 +292,7 @@ class _Links(HTMLParser):
 class TestPage:
     def page(self, folder: Path) -> Path:
         store = with_histories(folder, record("lora"), record("lora", seed=1), record("<b>&", score=None))
-        (path,) = [path for path in build_report(store, defaults=DEFAULTS) if path.suffix == ".html"]
+        (path,) = [path for path in build_report(store, naming=NAMING) if path.suffix == ".html"]
         return path
 
     def test_loads_nothing_and_links_lead_somewhere(self, tmp_path: Path) -> None:

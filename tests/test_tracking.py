@@ -84,19 +84,7 @@ class TestMlflow:
         assert "\n" not in str(caught.value)
         assert cli.main(["report", "--to-mlflow", "--tracking-uri", uri, "--results", str(tmp_path)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
-        sweep = [
-            "run",
-            "--methods",
-            "head",
-            "--tasks",
-            "synthetic",
-            "--seeds",
-            "1",
-            "--batches",
-            "2",
-            "--device",
-            "cpu",
-        ]
+        sweep = ["run", "--methods", "head", "--tasks", "synthetic", "--batches", "2", "--executor", "serial"]
         assert cli.main([*sweep, "--results", str(tmp_path / "new"), "--tracking-uri", uri]) == 0
         output = capsys.readouterr()
         assert "MLflow cannot be used at http" in output.err

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.commands.report import chosen, defaults_of
+from harness.commands.report import chosen, naming_of
 from harness.errors import InputError
 
 
@@ -22,7 +22,7 @@ def command(results: Path, first: str, second: str, tasks: Sequence[str] | None)
     from harness.report.text import CONSOLE_WIDTH
 
     store, found = chosen(results, None, tasks)
-    boards = leaderboards(to_frame(found.records, defaults_of(found.records)))
+    boards = leaderboards(to_frame(found.records, naming_of(found.records)))
     if not boards:
         raise InputError(f"no records in {store.runs}: run `python -m harness run ...` first")
     known, failure = 0, None

@@ -6,7 +6,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from harness.commands.report import chosen, defaults_of
+from harness.commands.report import chosen, naming_of
 from harness.errors import InputError
 from harness.record import RecordStore
 
@@ -29,7 +29,7 @@ def command(results: Path, run_id: str, to: Path) -> int:
         )
     if to.exists():
         raise InputError(f"--to '{to}' is there already: name a folder that is not")
-    boards = leaderboards(to_frame(found.records, defaults_of(found.records)))
+    boards = leaderboards(to_frame(found.records, naming_of(found.records)))
     _write(store, run_id, to, model_card(record, boards, sorted(path.name for path in adapter.iterdir())))
     print(f"adapter, README.md and record.json of {run_id} are in {to}")
     return 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class Wanted:
     against: str | None = None  # "paper"
     to_mlflow: bool = False
     tracking_uri: str | None = None  # None: the results folder's own
+    forms: tuple[str, ...] = ("png", "pdf")  # of the pictures
 
 
 def command(
@@ -69,7 +71,7 @@ def show_sweep(store: RecordStore, run_ids: Sequence[str], tracking_uri: str | N
     chosen = [record for record in found.records if record.run_id in wanted]
     trials = {run_id for record in chosen if record.spec.search for run_id in record.spec.search.trials}
     shown = [record for record in found.records if record.run_id in wanted | trials]
-    _show(store, shown, found, Wanted())
+    _show(store, shown, found, Wanted(forms=("png",)))
     log(store, shown, tracking_uri)
     if lacking := len(wanted) - len(chosen):
         print(f"{lacking} of {len(wanted)} cells have no record: give the same command again")
@@ -85,11 +87,11 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
     from harness.report.leaderboard import leaderboards, sorted_by
     from harness.report.text import console
 
-    defaults = defaults_of(written.records)
-    boards = leaderboards(to_frame(shown, defaults)) if shown else []
+    naming = naming_of(written.records)
+    boards = leaderboards(to_frame(shown, naming), family_average) if shown else []
     if wanted.sort is not None:
         boards = sorted_by(boards, wanted.sort)
-    paths = build_report(store, written, defaults)
+    paths = build_report(store, written, naming, family_average, wanted.forms)
     for board in boards:
         print(f"\n{console(with_ties(board, ExampleReader(store)), written.damaged)}")
         refused = critical.refusal(board)
@@ -105,16 +107,25 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
         print(f"{KINDS.get(path.parent.name, 'page'):<10}{path}")
 
 
-def defaults_of(records: Iterable[RunRecord]) -> dict[str, dict[str, Any]]:
-    """Default parameters of the records' methods, as far as they are installed."""
+def naming_of(records: Iterable[RunRecord]) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+    """What the labels of the records' methods must name, of the methods that are installed."""
     known = registry.registered(registry.METHODS)
-    found = {}
+    found: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
     for name in {record.spec.method for record in records} & known.keys():
         try:
-            found[name] = registry.method_class(name).defaults()
+            registry.method_class(name)
         except InputError:  # a plugin that no longer imports: its records are still shown
             continue
+        found[name] = functools.partial(registry.shown_parameters, name)
     return found
+
+
+def family_average(family: str, metrics: Mapping[str, Mapping[str, float]]) -> float | None:
+    """The family's own average, see `Task.average`; None where it has none or is not installed."""
+    try:
+        return registry.task_class(family).average(metrics)
+    except InputError:
+        return None
 
 
 def _check(kind: str, given: Sequence[str], present: set[str]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -16,25 +16,32 @@ from harness.record import Found, RecordStore, RunRecord
 from harness.report.budget import costs, matched, sweeps, time_to_score
 from harness.report.compare import ExampleReader, with_ties
 from harness.report.data import structured, tidy
-from harness.report.frame import Defaults, to_frame
+from harness.report.frame import Naming, to_frame
 from harness.report.latex import latex
-from harness.report.leaderboard import Board, leaderboards
+from harness.report.leaderboard import Board, FamilyAverage, leaderboards
 from harness.report.page import PICTURES, page
 from harness.report.rank_curves import areas, rank_curves
 from harness.report.text import markdown
 from harness.report.trials import learning_rates, trials_frame
 
 MOST_ILLUSTRATED = 6  # settings with pictures of their own
-TABLES = ("costs", "matched", "sweeps", "time_to_score", "trials", "learning_rates", "rank_curves", "rank_aurac")
 
 
-def build_report(store: RecordStore, found: Found | None = None, defaults: Defaults | None = None) -> list[Path]:
-    """Write tables/leaderboard.{md,tex,csv,json}, tables/NAME.csv for each of `TABLES` with rows, pictures/*.{png,pdf}
-    and report.html, all below `store.results`.
+def build_report(
+    store: RecordStore,
+    found: Found | None = None,
+    naming: Naming | None = None,
+    average: FamilyAverage | None = None,
+    forms: Sequence[str] = ("png", "pdf"),
+) -> list[Path]:
+    """Write tables/leaderboard.{md,tex,csv,json}, tables/trials.csv and those of `_tables` that have rows,
+    pictures/*.{png,pdf} and report.html, all below `store.results`.
 
-    `found`: what to report on; None for all of the store. `defaults`: see `to_frame`. Several settings become
-    sections of the same tables, and the first ones have pictures each, their names ending in the setting's key. Each
-    file is replaced whole or stays as it was; files of an earlier report that this one does not make are removed.
+    `found`: what to report on; None for all of the store. `naming`: see `to_frame`. `average`: see `leaderboards`.
+    `forms`: of the pictures, "png" among them, which the page takes in; a PDF takes as long again, for its fonts.
+    Several settings become sections of the same tables, and the first ones have pictures each, their names ending in
+    the setting's key. Each file is replaced whole or stays as it was; files of an earlier report that this one does
+    not make are removed.
 
     Returns the paths of the files. Raises InputError where there is no record to report on.
     """
@@ -42,22 +49,23 @@ def build_report(store: RecordStore, found: Found | None = None, defaults: Defau
     if all(record.spec.is_trial for record in chosen):
         left_out = f" (unreadable: {', '.join(damaged)})" if damaged else ""
         raise InputError(f"no records in {store.runs}{left_out}: run `python -m harness run ...` first")
-    frame, trials = to_frame(chosen, defaults), trials_frame(chosen, defaults)
+    frame, trials = to_frame(chosen, naming), trials_frame(chosen, naming)
     records = {record.run_id: record for record in chosen}
     read = ExampleReader(store)
-    boards = [with_ties(board, read) for board in leaderboards(frame)]
+    boards = [with_ties(board, read) for board in leaderboards(frame, average)]
     tables = {board.key: _tables(board, _of(board, trials), store, records) for board in boards}
+    whole = {name: _by_setting(name, tables) for name in tables[boards[0].key]} | {"trials": trials}
     texts = {
         "leaderboard.md": markdown(boards, damaged),
         "leaderboard.tex": latex(boards, damaged),
         "leaderboard.csv": _csv(tidy(boards)),
         "leaderboard.json": json.dumps(structured(boards), indent=1, ensure_ascii=False) + "\n",
-    } | {f"{name}.csv": _csv(table) for name in TABLES if len(table := _by_setting(name, tables))}
+    } | {f"{name}.csv": _csv(table) for name, table in whole.items() if len(table)}
     paths = [_write(store.results / "tables" / name, text) for name, text in texts.items()]
-    for name in TABLES:
+    for name in whole:
         if f"{name}.csv" not in texts:
             (store.results / "tables" / f"{name}.csv").unlink(missing_ok=True)
-    drawn = _pictures(frame, trials, boards, store, records)
+    drawn = _pictures(frame, trials, boards, store, records, forms)
     pngs = {key: [path for path in drawn[key] if path.suffix == ".png"] for key in drawn}
     paths += [path for of_board in drawn.values() for path in of_board]
     return [*paths, _write(store.results / "report.html", page(boards, damaged, tables, pngs))]
@@ -66,13 +74,12 @@ def build_report(store: RecordStore, found: Found | None = None, defaults: Defau
 def _tables(
     board: Board, trials: pd.DataFrame, store: RecordStore, records: Mapping[str, RunRecord]
 ) -> dict[str, pd.DataFrame]:
-    """The board's `TABLES`."""
+    """The board's tables beside the leaderboard, by name; some have no rows."""
     return {
         "costs": costs(board),
         "matched": matched(board),
         "sweeps": sweeps(board),
         "time_to_score": time_to_score(board, store),
-        "trials": trials,
         "learning_rates": learning_rates(board, trials),
         "rank_curves": rank_curves(board, records),
         "rank_aurac": areas(board, records),
@@ -99,7 +106,12 @@ def _by_setting(name: str, tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> 
 
 
 def _pictures(
-    frame: pd.DataFrame, trials: pd.DataFrame, boards: list[Board], store: RecordStore, records: Mapping[str, RunRecord]
+    frame: pd.DataFrame,
+    trials: pd.DataFrame,
+    boards: list[Board],
+    store: RecordStore,
+    records: Mapping[str, RunRecord],
+    forms: Sequence[str],
 ) -> dict[str, list[Path]]:
     """The pictures' paths by setting."""
     from harness.report.figures import save  # takes matplotlib a second to import
@@ -111,9 +123,9 @@ def _pictures(
         paths[board.key] = []
         for name, figure in pictures(board, _of(board, frame), _of(board, trials), store, records):
             full = name if len(boards) == 1 else f"{name}_{board.key}"
-            pair = [folder / f"{full}.png", folder / f"{full}.pdf"]
-            _replace(pair, functools.partial(save, figure))
-            paths[board.key] += pair
+            files = [folder / f"{full}.{form}" for form in forms]
+            _replace(files, functools.partial(save, figure))
+            paths[board.key] += files
     kept = {path for of_board in paths.values() for path in of_board}
     for name in PICTURES:
         for old in [*folder.glob(f"{name}.p*"), *folder.glob(f"{name}_????????.p*")]:

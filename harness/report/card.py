@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from harness.record import RunRecord
+from harness.report.frame import model_name
 from harness.report.leaderboard import Board, Cell
 from harness.report.text import human, summary_text
 
@@ -31,7 +32,11 @@ def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str])
     the adapter's. Scores of other seeds of the same configuration are given with their interval."""
     spec, count = record.spec, record.parameters
     is_peft = "adapter_config.json" in files
-    model = spec.place.model or "built by the task itself"
+    model = model_name(spec.place.model) or "built by the task itself"
+    tuned = []
+    if spec.search is not None:
+        parameters = ", ".join(spec.search.parameters)
+        tuned = [f"Chosen by {len(spec.search.trials)} trials on the holdout: {parameters}."]
     sections = [
         "\n".join(["---", *_front_matter(record, is_peft), "---"]),
         f"# {spec.method} on {spec.task}",
@@ -43,6 +48,7 @@ def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str])
         "## Method",
         f"`{spec.method}` (version {spec.method_version}), parameters:\n\n```json\n"
         f"{json.dumps(spec.method_parameters, indent=1)}\n```",
+        *tuned,
         f"Training: `{json.dumps(spec.train.model_dump(mode='json', exclude_none=True))}`; {record.batches} batches.",
         "## Scores",
         _scores(record, _cell(record, boards)),

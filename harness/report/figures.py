@@ -31,12 +31,13 @@ STYLE: Any = {"font.family": "DejaVu Sans", "font.size": 8, "pdf.fonttype": 42, 
 Style = tuple[str, str]  # colour and marker
 
 
-def save(figure: Figure, png: Path, pdf: Path) -> None:
-    """Write both files; the same figure gives the same bytes."""
+def save(figure: Figure, *paths: Path) -> None:
+    """Write the files, each in the form of its suffix (.png, .pdf); the same figure gives the same bytes."""
     with rc_context(STYLE):
-        figure.savefig(png, format="png", dpi=200)
-        figure.set_layout_engine("none")  # it is laid out, which is half of the time
-        figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
+        for path in paths:
+            form = path.suffix.removeprefix(".")
+            figure.savefig(path, format=form, dpi=200, metadata={"CreationDate": None} if form == "pdf" else None)
+            figure.set_layout_engine("none")  # it is laid out now, which is half of the time
 
 
 def styles(names: Iterable[str], more: Iterable[str] = ()) -> dict[str, Style]:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -19,7 +19,7 @@ import pandas as pd
 from harness.record import RunRecord
 from harness.spec import RunSpec, TrainSpec, label, value_text
 
-Defaults = Mapping[str, Mapping[str, Any]]  # method -> its default parameters
+Naming = Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]  # method -> those parameters that a label must name
 
 METRICS = "metrics."  # prefix of the columns of the evaluation's metrics
 HOLDOUT = "holdout."
@@ -36,12 +36,12 @@ class _Variant(NamedTuple):
     tuned: int = 0  # trials of the search; the hyperparameters searched over are then left out above
 
 
-def to_frame(records: Iterable[RunRecord], defaults: Defaults | None = None) -> pd.DataFrame:
+def to_frame(records: Iterable[RunRecord], naming: Naming | None = None) -> pd.DataFrame:
     """One row per run_id (of a run given twice, the last).
 
-    `defaults` gives the parameters that a method's label need not name: "debora[tau=8]" has all others at their
-    default. Of a method without an entry (an uninstalled plugin), the label names the parameters that vary between
-    its records. A version is named where the records hold several of one method or task.
+    `naming` tells the parameters that a method's label must name: "debora[tau=8]" has all others at their default. Of a
+    method without an entry (an uninstalled plugin), the label names the parameters that vary between its records. A
+    version is named where the records hold several of one method or task.
 
     Columns: run_id, label, column, setting (the three explained above; `setting` is 8 hexadecimal digits),
     setting_text, method, method_version, method_parameters (JSON), task, task_version, task_parameters (JSON),
@@ -55,19 +55,19 @@ def to_frame(records: Iterable[RunRecord], defaults: Defaults | None = None) -> 
     """
     every = {record.run_id: record for record in records}
     unique = {run_id: record for run_id, record in every.items() if not record.spec.is_trial}
-    labels, columns = labels_of(unique.values(), defaults), columns_of(every.values())
+    labels, columns = labels_of(unique.values(), naming), columns_of(every.values())
     rows = []
     for run_id, record in unique.items():
         names = {"run_id": run_id, "label": labels[run_id], "column": columns[run_id]}
-        tuning = {"tuning": _tuning(record.spec, (defaults or {}).get(record.spec.method))}
+        tuning = {"tuning": _tuning(record.spec, (naming or {}).get(record.spec.method))}
         rows.append(names | _of_spec(record.spec) | _of_result(record) | tuning | _search_cost(record.spec, every))
     return pd.DataFrame(rows)
 
 
-def labels_of(records: Iterable[RunRecord], defaults: Defaults | None = None) -> dict[str, str]:
+def labels_of(records: Iterable[RunRecord], naming: Naming | None = None) -> dict[str, str]:
     """run_id -> label of the configuration, see `to_frame`."""
     variants = {record.run_id: _method(record.spec) for record in records}
-    labels = _labels(set(variants.values()), defaults or {})
+    labels = _labels(set(variants.values()), naming or {})
     return {run_id: labels[variant] for run_id, variant in variants.items()}
 
 
@@ -100,7 +100,7 @@ def _of_spec(spec: RunSpec) -> dict[str, Any]:
         "task": spec.task,
         "task_version": spec.task_version,
         "task_parameters": json.dumps(spec.task_parameters, sort_keys=True),
-        "model": _model_name(spec.place.model),
+        "model": model_name(spec.place.model),
         "model_fingerprint": spec.model_fingerprint,
         "data_fingerprint": spec.data_fingerprint,
         "limit": spec.limit,
@@ -142,14 +142,11 @@ def _versions(record: RunRecord) -> str:
     return ", ".join([f"harness {record.environment.harness}", *named])
 
 
-def _tuning(spec: RunSpec, defaults: Mapping[str, Any] | None) -> str:
+def _tuning(spec: RunSpec, named: Callable[[dict[str, Any]], dict[str, Any]] | None) -> str:
     """How the hyperparameters came about."""
     if spec.search is not None:
         return f"tuned {len(spec.search.trials)}"
-    given = json.loads(json.dumps(spec.method_parameters))
-    plain = None if defaults is None else json.loads(json.dumps(dict(defaults), default=str))
-    is_default = plain is not None and all(given[name] == plain.get(name) for name in given)
-    return "default" if is_default else "as given"
+    return "as given" if named is None or named(spec.method_parameters) else "default"
 
 
 def _search_cost(spec: RunSpec, every: Mapping[str, RunRecord]) -> dict[str, float | None]:
@@ -182,14 +179,14 @@ def _setting_text(spec: RunSpec) -> str:
     return ", ".join(words)
 
 
-def _model_name(model: str | None) -> str | None:
+def model_name(model: str | None) -> str | None:
     """A Hub id as it is; of a folder the last part, since where it lies is nobody's business in a table."""
     if model is None or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         return model
     return re.split(r"[/\\]", model.rstrip("/\\"))[-1]
 
 
-def _labels(variants: set[_Variant], defaults: Defaults) -> dict[_Variant, str]:
+def _labels(variants: set[_Variant], naming: Naming) -> dict[_Variant, str]:
     """A label of its own for each variant, as short as the others allow."""
     by_name: dict[str, list[_Variant]] = defaultdict(list)
     for variant in sorted(variants):
@@ -197,7 +194,11 @@ def _labels(variants: set[_Variant], defaults: Defaults) -> dict[_Variant, str]:
     labels: dict[_Variant, str] = {}
     for name, group in by_name.items():
         parameters = {variant: json.loads(variant.parameters) for variant in group}
-        shown = _shown(parameters, defaults[name]) if name in defaults else _varying(parameters)
+        shown = (
+            {variant: naming[name](values) for variant, values in parameters.items()}
+            if name in naming
+            else _varying(parameters)
+        )
         several_versions = len({variant.version for variant in group}) > 1
         some_tuned = len({variant.tuned for variant in group}) > 1
         for variant in group:
@@ -206,22 +207,6 @@ def _labels(variants: set[_Variant], defaults: Defaults) -> dict[_Variant, str]:
                 untuned = "as given" if shown[variant] else "default"
                 labels[variant] += f" ({f'tuned {variant.tuned}' if variant.tuned else untuned})"
     return _told_apart(labels)
-
-
-def _shown(
-    parameters: Mapping[_Variant, dict[str, Any]], defaults: Mapping[str, Any]
-) -> dict[_Variant, dict[str, Any]]:
-    """The parameters that are not at their default, in the order of the defaults."""
-    plain = json.loads(json.dumps(dict(defaults), default=str))  # tuples as the lists that JSON made of them
-    missing = object()
-    return {
-        variant: {
-            name: values[name]
-            for name in [*(name for name in plain if name in values), *(name for name in values if name not in plain)]
-            if values[name] != plain.get(name, missing)
-        }
-        for variant, values in parameters.items()
-    }
 
 
 def _varying(parameters: Mapping[_Variant, dict[str, Any]]) -> dict[_Variant, dict[str, Any]]:

@@ -23,6 +23,8 @@ DECIMALS = 3  # of a score, in tables; scores that are equal when printed are eq
 NO_SCORE = "done without a score"
 
 Run = dict[str, Any]  # one row of the frame
+# Of a family, from the metrics of its members ("cola") by name; None where it has no such number or lacks a member.
+FamilyAverage = Callable[[str, Mapping[str, Mapping[str, float]]], float | None]
 
 
 @dataclass(frozen=True)
@@ -158,12 +160,15 @@ def whole(number: float | None) -> float | int | None:
     return int(number) if number is not None and float(number).is_integer() else number
 
 
-def leaderboards(frame: pd.DataFrame) -> list[Board]:
-    """A board for each setting in `frame` (see `to_frame`), that with the most runs first."""
+def leaderboards(frame: pd.DataFrame, average: FamilyAverage | None = None) -> list[Board]:
+    """A board for each setting in `frame` (see `to_frame`), that with the most runs first.
+
+    `average`: a family's one number where it has its own (see `Task.average`); elsewhere it is the mean of the scores.
+    """
     settings: dict[str, list[Run]] = defaultdict(list)
     for run in frame.to_dict("records"):
         settings[run["setting"]].append({str(name): value for name, value in run.items()})
-    return [_board(runs) for _, runs in sorted(settings.items(), key=lambda item: (-len(item[1]), item[0]))]
+    return [_board(runs, average) for _, runs in sorted(settings.items(), key=lambda item: (-len(item[1]), item[0]))]
 
 
 def sorted_by(boards: Sequence[Board], name: str) -> list[Board]:
@@ -186,7 +191,7 @@ def sorted_by(boards: Sequence[Board], name: str) -> list[Board]:
     return [dataclasses.replace(board, rows=tuple(sorted(board.rows, key=key))) for board in boards]
 
 
-def _board(runs: list[Run]) -> Board:
+def _board(runs: list[Run], average: FamilyAverage | None) -> Board:
     from harness.report.notes import notes_on  # it knows rows and columns, which are made here
 
     columns = _columns(runs)
@@ -194,11 +199,31 @@ def _board(runs: list[Run]) -> Board:
     for run in sorted(runs, key=lambda run: run["seed"]):
         cells[run["label"]][run["column"]].append(run)
     rows = [_row(label, by_title, columns) for label, by_title in cells.items()]
+    notes = notes_on(runs, rows, columns)
+    if average is not None:
+        counted = [_with_family_average(row, columns, average) for row in rows]
+        if counted != rows:
+            notes.append("average: as the family of these tasks counts it, from more than the scores shown")
+        rows = counted
     rows.sort(key=lambda row: _order(row, columns))
     best, second = _two_best(rows, columns)
-    return Board(
-        runs[0]["setting"], _caption(runs), columns, tuple(rows), best, second, tuple(notes_on(runs, rows, columns))
-    )
+    return Board(runs[0]["setting"], _caption(runs), columns, tuple(rows), best, second, tuple(notes))
+
+
+def _with_family_average(row: Row, columns: Sequence[Column], average: FamilyAverage) -> Row:
+    """The row with the average as their family counts it, where all tasks are of one."""
+    if row.average is None:
+        return row
+    metrics: dict[str, dict[str, float]] = {}
+    for column in columns:
+        cell = row.cells[column.title]
+        means = {name: summary.mean for name, summary in {column.headline: cell.score, **cell.others}.items()}
+        metrics[cell.runs[0]["task"]] = {name: mean for name, mean in means.items() if mean is not None}
+    families = {task.partition("/")[0] for task in metrics}
+    if len(families) > 1 or len(metrics) < len(columns):
+        return row
+    own = average(families.pop(), {task.partition("/")[2]: of_task for task, of_task in metrics.items()})
+    return row if own is None else dataclasses.replace(row, average=own)
 
 
 def _two_best(rows: Iterable[Row], columns: Iterable[Column]) -> tuple[dict[str, float], dict[str, float]]:

@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from harness.record import RunRecord
 from harness.report.figures import STYLE, Style, line_handles, log_ticks, panels_for, plain, styles
+from harness.report.histories import MOST_COLUMNS, MOST_ROWS, excerpt
 from harness.report.leaderboard import Board, Column
 from harness.report.rank_curves import Curves, curves_of
 from harness.report.trials import LEARNING_RATE
@@ -59,15 +60,17 @@ def _trials(panel: Axes, trials: pd.DataFrame, style: Style) -> None:
 
 
 def rank_curves(board: Board, records: Mapping[str, RunRecord]) -> Figure | None:
-    """Scores of trained adapters cut to several ranks, a panel for each task; None where no run has any."""
-    found = list(curves_of(board, records))
+    """Scores of trained adapters cut to several ranks, of the board's first rows, a panel for each of its first tasks;
+    None where no run has any."""
+    rows, tasks = {row.label for row in board.rows[:MOST_ROWS]}, board.columns[:MOST_COLUMNS]
+    found = [each for each in curves_of(board, records) if each.label in rows and each.column in tasks]
     columns = [column for column in board.columns if any(each.column == column for each in found)]
     if not columns:
         return None
     names = styles(row.label for row in board.rows)
     caption = (
         f"{board.caption} Each trained adapter cut to at most this rank a layer, without further training; mean over "
-        "seeds, bars: 95 % interval."
+        f"seeds, bars: 95 % interval.{excerpt(board)}"
     )
     with rc_context(STYLE):
         figure, axes = panels_for(len(columns), caption, line_handles(names, (each.label for each in found)))

@@ -9,15 +9,15 @@ from typing import Any
 import pandas as pd
 
 from harness.record import RunRecord
-from harness.report.frame import Defaults, columns_of, labels_of
+from harness.report.frame import Naming, columns_of, labels_of
 from harness.report.leaderboard import Board
 from harness.spec import value_text
 
 LEARNING_RATE = "learning_rate"
 
 
-def trials_frame(records: Iterable[RunRecord], defaults: Defaults | None = None) -> pd.DataFrame:
-    """One row per trial and hyperparameter searched over; `defaults`: see `to_frame`.
+def trials_frame(records: Iterable[RunRecord], naming: Naming | None = None) -> pd.DataFrame:
+    """One row per trial and hyperparameter searched over; `naming`: see `to_frame`.
 
     Columns: setting, label (the method without the hyperparameters searched over), column, method, method_version,
     task, data_fingerprint, parameter, value, headline, holdout (None where the trial gave no score), chosen (whether
@@ -25,7 +25,7 @@ def trials_frame(records: Iterable[RunRecord], defaults: Defaults | None = None)
     """
     every = list(records)
     trials = [record for record in every if record.spec.is_trial]
-    labels, columns, chosen = labels_of(trials, defaults), columns_of(every), _chosen(every)
+    labels, columns, chosen = labels_of(trials, naming), columns_of(every), _chosen(every)
     rows = []
     for record in trials:
         spec = record.spec
