@@ -260,8 +260,9 @@ class LoraAdaptation(Adaptation):
         return {name: live.get(name, 0) for name in self.targets or live}
 
     def at_rank(self, rank: int) -> AbstractContextManager[None] | None:
-        """See `Adaptation.at_rank`: the best approximation of B A; None where a part of the frozen weights is in it."""
-        if self.taken:
+        """See `Adaptation.at_rank`: the best approximation of B A; None where that is not the update (DoRA, and inits that
+        take a part out of the frozen weights)."""
+        if self.taken or any(layer.use_dora[ADAPTER] for layer in self.layers.values()):
             return None
         from methods.truncation import best_approximation, swapped
 
