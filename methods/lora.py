@@ -260,7 +260,7 @@ class LoraAdaptation(Adaptation):
         return {name: live.get(name, 0) for name in self.targets or live}
 
     def at_rank(self, rank: int) -> AbstractContextManager[None] | None:
-        """See `Adaptation.at_rank`: the best approximation of B A; None where that is not the update (DoRA, and inits that
+        """See `Adaptation.at_rank`: the best approximation of B A; None where that is not the update (DoRA; inits that
         take a part out of the frozen weights)."""
         if self.taken or any(layer.use_dora[ADAPTER] for layer in self.layers.values()):
             return None
