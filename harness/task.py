@@ -120,6 +120,13 @@ class Task(Parameters, ABC):
         number or a member is missing."""
         return None
 
+    def model_name(self, model: str | None) -> str:
+        """The model, or else the task's default. Raises InputError where there is neither."""
+        name = model or self.default_model
+        if name is None:
+            raise InputError(f"{type(self).__name__} has no default model; give --model a folder or a Hub id")
+        return name
+
     def model_fingerprint(self, model: str | None) -> str:
         """Content hash of the pretrained model (weights, configuration, tokenizer); raises InputError where there
         is none. Here: of nothing, for a task that builds its own model."""

@@ -81,12 +81,12 @@ class Generation(Task):
         return Examples({"prompt": prompts, "response": responses}, labels, group_numbers(prompts))
 
     def model_fingerprint(self, model: str | None) -> str:
-        return pretrained.fingerprint(self._model(model))
+        return pretrained.fingerprint(self.model_name(model))
 
     def backbone(self, model: str | None, *, meta: bool = False, trust_remote_code: bool = False) -> Backbone:
         """As `Task.backbone`, without a new head. Raises InputError for a model that is no causal language model, or
         where `max_length` is above its positions."""
-        name = self._model(model)
+        name = self.model_name(model)
         backbone = pretrained.load_backbone(
             name, "AutoModelForCausalLM", None, meta=meta, trust_remote_code=trust_remote_code
         )
@@ -103,7 +103,7 @@ class Generation(Task):
 
     def encode(self, examples: Examples, model: str | None) -> EncodedPairs:
         """Token ids of every row; kept on disk, so that all runs share them."""
-        name = self._model(model)
+        name = self.model_name(model)
         settings = (self.max_length, self.max_response, self.template)
         found = cached(
             "pairs",
@@ -173,10 +173,6 @@ class Generation(Task):
         nats = float(predictions[:, 0].sum(dtype=np.float64) / predictions[:, 1].sum(dtype=np.float64))
         score = found.pop(self.metric)
         return {self.metric: score, **found, "perplexity": math.exp(min(nats, LARGEST_LOG))}
-
-    def _model(self, model: str | None) -> str:
-        assert self.default_model is not None
-        return model or self.default_model
 
 
 def _evaluation_on_hub(dataset: str, configuration: str, columns: list[str], data_root: str | None) -> dict[str, Rows]:

@@ -53,11 +53,11 @@ class ImageClassification(Classification):
         """Number of classes."""
 
     def model_fingerprint(self, model: str | None) -> str:
-        return pretrained.fingerprint(self._model(model))
+        return pretrained.fingerprint(self.model_name(model))
 
     def backbone(self, model: str | None, *, meta: bool = False, trust_remote_code: bool = False) -> Backbone:
         return pretrained.load_backbone(
-            self._model(model),
+            self.model_name(model),
             "AutoModelForImageClassification",
             self.num_labels,
             meta=meta,
@@ -68,7 +68,7 @@ class ImageClassification(Classification):
         """The images as they are, and the normalisation that the model was trained with."""
         import numpy as np
 
-        mean, std = (np.array(values, dtype=np.float32) for values in normalisation(self._model(model)))
+        mean, std = (np.array(values, dtype=np.float32) for values in normalisation(self.model_name(model)))
         return EncodedImages(np.asarray(examples.columns["image"]), examples.labels, mean, std, examples.left_out)
 
     def facts(self, encoded: EncodedImages) -> dict[str, Any]:
@@ -103,10 +103,6 @@ class ImageClassification(Classification):
             for module in model.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
-
-    def _model(self, model: str | None) -> str:
-        assert self.default_model is not None
-        return model or self.default_model
 
 
 def normalisation(model: str) -> tuple[list[float], list[float]]:

@@ -55,11 +55,11 @@ class TextClassification(Classification):
         """Number of classes; 1 for regression."""
 
     def model_fingerprint(self, model: str | None) -> str:
-        return pretrained.fingerprint(self._model(model))
+        return pretrained.fingerprint(self.model_name(model))
 
     def backbone(self, model: str | None, *, meta: bool = False, trust_remote_code: bool = False) -> Backbone:
         """As `Task.backbone`. Raises InputError where `max_length` is above the positions that the model has."""
-        name = self._model(model)
+        name = self.model_name(model)
         backbone = pretrained.load_backbone(
             name,
             "AutoModelForSequenceClassification",
@@ -76,7 +76,7 @@ class TextClassification(Classification):
 
     def encode(self, examples: Examples, model: str | None) -> EncodedTexts:
         """Token ids of every row, cut to `max_length`; kept on disk, so that all runs share them."""
-        name = self._model(model)
+        name = self.model_name(model)
         found = cached(
             "texts",
             (pretrained.fingerprint(name), self.max_length, fingerprint_of(texts=examples)),
@@ -130,12 +130,6 @@ class TextClassification(Classification):
         if self.num_labels > 1:
             return super().predict(model, batch)
         return model(**batch.inputs).logits.float().squeeze(-1)
-
-    def _model(self, model: str | None) -> str:
-        name = model or self.default_model
-        if name is None:
-            raise InputError(f"{type(self).__name__} has no default model; give --model a folder or a Hub id")
-        return name
 
 
 def tokenized(examples: Examples, model: str, max_length: int) -> dict[str, np.ndarray]:

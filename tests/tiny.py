@@ -26,6 +26,14 @@ GLUE_COLUMNS = {
 }
 GLUE_CLASSES = {"mnli": 3, "stsb": 0}  # the others have 2
 ROWS, EVALUATION_ROWS = 60, 24
+SIZES = {
+    "vocab_size": len(SPECIAL + FILLERS + SIGNS + MARKS),
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+}
 
 
 def write_all(folder: Path) -> Path:
@@ -43,15 +51,7 @@ def write_bert(folder: Path, *, pooler: bool = True, seed: int = 0) -> Path:
 
     write_tokenizer(folder)
     torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=len(SPECIAL + FILLERS + SIGNS + MARKS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=128,
-    )
-    BertModel(config, add_pooling_layer=pooler).save_pretrained(folder)
+    BertModel(BertConfig(**SIZES), add_pooling_layer=pooler).save_pretrained(folder)
     return folder
 
 
@@ -177,12 +177,7 @@ def write_llama(folder: Path, *, seed: int = 0) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(SPECIAL + FILLERS + SIGNS + MARKS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=128,
+        **SIZES,
         bos_token_id=None,
         eos_token_id=SPECIAL.index("[SEP]"),
         pad_token_id=0,

@@ -73,17 +73,17 @@ class DreamBooth(Task):
         return _examples(train, self.instance_prompt, left_out, **columns), evaluation
 
     def model_fingerprint(self, model: str | None) -> str:
-        return pipeline.fingerprint(self._model(model))
+        return pipeline.fingerprint(self.model_name(model))
 
     def backbone(self, model: str | None, *, meta: bool = False, trust_remote_code: bool = False) -> Backbone:
         """The denoising network. No code of a model is ever run, whatever `trust_remote_code` says."""
-        network = pipeline.load_unet(self._model(model), meta=meta)
+        network = pipeline.load_unet(self.model_name(model), meta=meta)
         return Backbone(network, head=(), layers=layers_of(network))
 
     def encode(self, examples: Examples, model: str | None) -> Encoded:
         from tasks.dreambooth.encoding import encode
 
-        return encode(examples, self._model(model), self.class_prompt)
+        return encode(examples, self.model_name(model), self.class_prompt)
 
     def facts(self, encoded: Encoded) -> dict[str, Any]:
         """The pictures that could not be read, if any."""
@@ -121,13 +121,9 @@ class DreamBooth(Task):
 
         prompts = [prompt for prompt in (self.instance_prompt, self.class_prompt) if prompt is not None]
         pictures = sample(
-            model, self._model(source), prompts, self.samples, self.resolution, self.sampling_steps, self.guidance
+            model, self.model_name(source), prompts, self.samples, self.resolution, self.sampling_steps, self.guidance
         )
         write_grid(pictures, folder / "samples.png")
-
-    def _model(self, model: str | None) -> str:
-        assert self.default_model is not None
-        return model or self.default_model
 
 
 def _examples(pictures: np.ndarray, prompt: str, left_out: tuple[str, ...] = (), **columns: np.ndarray) -> Examples:
