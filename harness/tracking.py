@@ -222,7 +222,8 @@ def _be_quick_and_quiet() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("alembic").setLevel(logging.ERROR)
+    for name in ("mlflow", "alembic"):  # the variable is too late where Ray has imported mlflow
+        logging.getLogger(name).setLevel(logging.ERROR)
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 
