@@ -273,6 +273,8 @@ class TestPaper:
 
     def test_nothing_to_compare(self) -> None:
         assert "has a counterpart in a paper's table" in against_paper(board(record()))
+        own = record("adalora", "dreambooth:dog", score=0.2, headline="denoising_loss")
+        assert "data (your own)" in against_paper(board(own))
 
 
 class _Links(HTMLParser):

@@ -82,7 +82,7 @@ def against_paper(board: Board) -> str:
 
 def _is_counterpart(figure: Reported, cell: Cell) -> bool:
     run = cell.runs[0]
-    if (run["method"], run["task"]) != (figure.method, figure.task):
+    if (run["method"], run["task"].partition(":")[0]) != (figure.method, figure.task):
         return False
     parameters = json.loads(run["method_parameters"])
     return all(parameters.get(name) == value for name, value in figure.settings.items())
@@ -115,6 +115,8 @@ def _apart(figure: Reported, run: Run) -> list[str]:
     model = run["model"] if is_present(run["model"]) else "built-in"
     if _plain(model.rsplit("/", 1)[-1]) != _plain(figure.model.rsplit("/", 1)[-1]):
         apart.append("model")
+    if ":" in run["task"]:
+        apart.append("data (your own)")
     if is_present(run["limit"]):
         apart.append(f"data (at most {run['limit']:.0f} rows)")
     return apart
