@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ class Kind(NamedTuple):
     method: str
     task: str
     model: str
+    settings: str  # of the task, and the precision
     batch_size: int
     threads: int
 
@@ -40,7 +42,7 @@ def lines(specs: Sequence[RunSpec], store: RecordStore) -> list[str]:
         kind = _kind(spec)
         if kind in seconds:
             continue
-        like = [other for other in seconds if other._replace(task=kind.task) == kind]
+        like = [other for other in seconds if other._replace(task=kind.task, settings=kind.settings) == kind]
         if kind in known:
             seconds[kind] = sum(known[kind]) / len(known[kind])
             how = f"finished runs: {len(known[kind])}"
@@ -70,7 +72,8 @@ def _finished(store: RecordStore) -> dict[Kind, list[float]]:
 
 
 def _kind(spec: RunSpec) -> Kind:
-    return Kind(spec.method, spec.task, spec.model_fingerprint, spec.train.batch_size, spec.threads)
+    settings = json.dumps([spec.task_parameters, spec.train.precision], sort_keys=True)
+    return Kind(spec.method, spec.task, spec.model_fingerprint, settings, spec.train.batch_size, spec.threads)
 
 
 def _batches(spec: RunSpec) -> int:

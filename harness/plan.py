@@ -51,11 +51,14 @@ class Fingerprints(NamedTuple):
 
 
 def split_list(text: str) -> list[str]:
-    """The parts of a comma-separated list, commas inside brackets left alone: "a,b[x=1,y=2]" -> ["a", "b[x=1,y=2]"]."""
-    parts, depth = [""], 0
+    """The parts of a comma-separated list: "a,b[x=1,y=2]" -> ["a", "b[x=1,y=2]"]. Commas inside brackets
+    are left alone, and all signs inside double quotes."""
+    parts, depth, quoted = [""], 0, False
     for character in text:
-        depth += (character in "[{(") - (character in "]})")
-        if character == "," and depth == 0:
+        quoted ^= character == '"'
+        if not quoted:
+            depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0 and not quoted:
             parts.append("")
         else:
             parts[-1] += character
@@ -161,8 +164,9 @@ def plan(sweep: Sweep, fingerprints: Sequence[Fingerprints], place: Place) -> li
 
 
 def cell_of(spec: RunSpec) -> str:
-    """A method with its parameters on a task with its own, whatever the seed."""
-    return json.dumps([spec.method, spec.method_parameters, spec.task, spec.task_parameters], sort_keys=True)
+    """A method with its parameters on a task with its own and its data, whatever the seed."""
+    method, task = (spec.method, spec.method_parameters), (spec.task, spec.task_parameters, spec.data_fingerprint)
+    return json.dumps([*method, *task], sort_keys=True)
 
 
 def model_of(sweep: Sweep, task: Task) -> str | None:

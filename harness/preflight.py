@@ -44,7 +44,8 @@ def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
             data = data_of(task, place.data_root, sweep.limit, model)
         except InputError as error:
             raise InputError(f"task '{name}': {error}", error.mention) from None
-        fingerprints = Fingerprints(data.splits.fingerprint, task.model_fingerprint(model))
+        of_model = task.model_fingerprint(model, trust_remote_code=place.trust_remote_code)
+        fingerprints = Fingerprints(data.splits.fingerprint, of_model)
         checked.append(CheckedTask(name, task, model, data, fingerprints))
     return checked
 

@@ -185,14 +185,18 @@ class RecordStore:
             return [json.loads(line) for line in stream]
 
     def test_splits(self, run_id: str) -> list[str]:
-        """The splits that a run kept predictions for and that have no references: unlabelled test sets."""
-        from safetensors import safe_open
+        """The splits that a run kept predictions for and that have no references: unlabelled test sets. None where the
+        file is damaged."""
+        from safetensors import SafetensorError, safe_open
 
         path = self.folder(run_id) / "predictions.safetensors"
         if not path.exists():
             return []
-        with safe_open(path, "numpy") as file:
-            keys = set(file.keys())
+        try:
+            with safe_open(path, "numpy") as file:
+                keys = set(file.keys())
+        except SafetensorError:
+            return []
         splits = sorted(key.removesuffix("/predictions") for key in keys if key.endswith("/predictions"))
         return [split for split in splits if f"{split}/references" not in keys]
 

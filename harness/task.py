@@ -127,9 +127,9 @@ class Task(Parameters, ABC):
             raise InputError(f"{type(self).__name__} has no default model; give --model a folder or a Hub id")
         return name
 
-    def model_fingerprint(self, model: str | None) -> str:
-        """Content hash of the pretrained model (weights, configuration, tokenizer); raises InputError where there
-        is none. Here: of nothing, for a task that builds its own model."""
+    def model_fingerprint(self, model: str | None, *, trust_remote_code: bool = False) -> str:
+        """Content hash of the pretrained model (weights, configuration, tokenizer, trusted code); raises InputError
+        where there is none. Here: of nothing, for a task that builds its own model."""
         return "built-in"
 
     @abstractmethod

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 VARIABLE = "HARNESS_CACHE"
-FORMAT = 1  # raise it when what is kept, or the code that makes it, changes
+FORMAT = 2  # raise it when what is kept, or the code that makes it, changes
 
 
 def cached(

@@ -14,7 +14,7 @@ from harness.errors import Diverged, InputError
 from harness.task import Batch, Examples, Task, fingerprint_of
 from tasks import own, pretrained
 from tasks.cache import cached
-from tasks.hub import Rows, read_split
+from tasks.hub import Rows, first_split, read_split
 from tasks.pairs import PROMPT, EncodedPairs, padded, tokenized
 from tasks.rouge import rouge
 from tasks.text import group_numbers
@@ -71,7 +71,9 @@ class Generation(Task):
             splits = own.read_own(self.path, columns)
         else:
             splits = {"train": read_split(self.path, self.configuration, "train", columns, data_root)}
-            splits |= _evaluation_on_hub(self.path, self.configuration, columns, data_root)
+            split = first_split(self.path, self.configuration, own.EVALUATIONS, data_root)
+            if split is not None:
+                splits[split] = read_split(self.path, self.configuration, split, columns, data_root)
         return own.with_evaluation({name: self._examples(rows) for name, rows in splits.items()})
 
     def _examples(self, rows: Rows) -> Examples:
@@ -80,8 +82,8 @@ class Generation(Task):
         labels = _packed(responses, [0.0] * len(responses), [1] * len(responses), BYTES_PER_TOKEN * self.max_response)
         return Examples({"prompt": prompts, "response": responses}, labels, group_numbers(prompts))
 
-    def model_fingerprint(self, model: str | None) -> str:
-        return pretrained.fingerprint(self.model_name(model))
+    def model_fingerprint(self, model: str | None, *, trust_remote_code: bool = False) -> str:
+        return pretrained.fingerprint(self.model_name(model), trust_remote_code=trust_remote_code)
 
     def backbone(self, model: str | None, *, meta: bool = False, trust_remote_code: bool = False) -> Backbone:
         """As `Task.backbone`, without a new head. Raises InputError for a model that is no causal language model, or
@@ -173,16 +175,6 @@ class Generation(Task):
         nats = float(predictions[:, 0].sum(dtype=np.float64) / predictions[:, 1].sum(dtype=np.float64))
         score = found.pop(self.metric)
         return {self.metric: score, **found, "perplexity": math.exp(min(nats, LARGEST_LOG))}
-
-
-def _evaluation_on_hub(dataset: str, configuration: str, columns: list[str], data_root: str | None) -> dict[str, Rows]:
-    """The dataset's test split, else its validation split, else none."""
-    for split in own.EVALUATIONS:
-        try:
-            return {split: read_split(dataset, configuration, split, columns, data_root)}
-        except InputError:
-            continue
-    return {}
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -132,6 +132,22 @@ def read_split(dataset: str, config: str, split: str, columns: Sequence[str], da
     return Rows(read_parquet(files, columns, source), source)
 
 
+def first_split(dataset: str, config: str, names: Iterable[str], data_root: str | None) -> str | None:
+    """The first of these splits that the dataset has, in the data root if it holds the training split, else on the Hub;
+    None where it has none of them. Raises InputError where the Hub cannot be asked."""
+    folder = None if data_root is None else checked_root(data_root) / dataset
+    if folder is not None and _found_files(folder, config, "train"):
+        return next((name for name in names if _found_files(folder, config, name)), None)
+    import datasets
+
+    _check_reachable(dataset, config, data_root)
+    try:
+        present = datasets.get_dataset_split_names(dataset, config)
+    except (OSError, ValueError) as error:
+        raise _unreachable(dataset, config, data_root, error) from None
+    return next((name for name in names if name in present), None)
+
+
 def checked_root(data_root: str) -> Path:
     """The data root as a path. Raises InputError where it is no folder."""
     folder = Path(data_root).expanduser()
@@ -144,19 +160,21 @@ def checked_root(data_root: str) -> Path:
 
 def _split_files(folder: Path, config: str, split: str) -> list[Path]:
     """The split's parquet files in shard order; none where the folder does not hold the configuration."""
-    has_config = (folder / config).is_dir()
-    for place in [folder / config] if has_config else [folder / "data", folder]:
-        files = sorted(
-            path
-            for pattern in ("{}-*.parquet", "{}.parquet", "{}/*.parquet")
-            for path in place.glob(pattern.format(split))
-        )
-        if files:
-            _check_shards(files)
-            return files
-    if has_config:
+    files = _found_files(folder, config, split)
+    if files:
+        _check_shards(files)
+        return files
+    if (folder / config).is_dir():
         present = ", ".join(sorted(path.name for path in (folder / config).iterdir())) or "nothing"
         raise InputError(f"no file '{split}-*.parquet' in '{folder / config}'; it holds: {present}")
+    return []
+
+
+def _found_files(folder: Path, config: str, split: str) -> list[Path]:
+    for place in [folder / config] if (folder / config).is_dir() else [folder / "data", folder]:
+        patterns = (f"{split}-*.parquet", f"{split}.parquet", f"{split}/*.parquet")
+        if files := sorted(path for pattern in patterns for path in place.glob(pattern)):
+            return files
     return []
 
 

@@ -52,8 +52,8 @@ class ImageClassification(Classification):
     def num_labels(self) -> int:
         """Number of classes."""
 
-    def model_fingerprint(self, model: str | None) -> str:
-        return pretrained.fingerprint(self.model_name(model))
+    def model_fingerprint(self, model: str | None, *, trust_remote_code: bool = False) -> str:
+        return pretrained.fingerprint(self.model_name(model), trust_remote_code=trust_remote_code)
 
     def backbone(self, model: str | None, *, meta: bool = False, trust_remote_code: bool = False) -> Backbone:
         return pretrained.load_backbone(

@@ -49,16 +49,16 @@ def table_files(path: str) -> dict[str, tuple[Path, ...]]:
         return {"train": (place,)}
     if not place.is_dir():
         raise InputError(f"'{path}' is not there: give a table ({', '.join(TABLES)}) or a folder", path)
-    found = {"train": _tables_named(place, ("train",))}
-    found |= {split: _tables_named(place, names) for split, names in EVALUATIONS.items()}
+    found = {"train": tables_named(place, ("train",))}
+    found |= {split: tables_named(place, names) for split, names in EVALUATIONS.items()}
     if not found["train"]:
         present = ", ".join(sorted(child.name for child in place.iterdir())[:12]) or "nothing"
         raise InputError(f"folder '{path}' has no table 'train' ({', '.join(TABLES)}); it holds: {present}", path)
     return {split: files for split, files in found.items() if files}
 
 
-def _tables_named(folder: Path, names: Sequence[str]) -> tuple[Path, ...]:
-    """The one table of a split, or the shards of one parquet."""
+def tables_named(folder: Path, names: Sequence[str]) -> tuple[Path, ...]:
+    """The one table of a split, or the shards of one parquet, or none. Raises InputError for several tables."""
     single = [file for name in names for suffix in TABLES if (file := folder / f"{name}{suffix}").is_file()]
     shards = sorted(file for name in names for file in folder.glob(f"{name}-*.parquet"))
     if len(single) + bool(shards) > 1:
@@ -159,6 +159,17 @@ def _as_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(rows,) group numbers: rows that share a number of either kind, also by way of other rows, share one. Both kinds
+    are counted from 0."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    size = int(one.max() + other.max() + 2)
+    links = coo_array((one == one, (one, one.max() + 1 + other)), shape=(size, size))
+    return connected_components(links, directed=False)[1][one]
+
+
 def with_evaluation(splits: dict[str, Examples]) -> tuple[Examples, dict[str, Examples]]:
     """(training rows, evaluation splits): a fifth of the training rows, whole groups only and the same every time, is
     the evaluation where there is none."""
@@ -178,8 +189,6 @@ def described(values: dict[str, Any], rows: Callable[[], Rows]) -> dict[str, Any
 
     `values` has the column "label". A run's spec holds them, so that the record says how labels were mapped.
     """
-    if all(values.get(name) is not None for name in ("labels", "classes", "metric")):
-        return values
     values = {**values, "labels": values.get("labels") or label_kind(rows(), values["label"])}
     if values["labels"] == "values" and values.get("classes"):
         raise InputError("labels = values and classes are both given; give one of them", "classes")

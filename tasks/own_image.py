@@ -21,6 +21,7 @@ from tasks.text import group_numbers
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
 FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MOST_UNREADABLE = 0.01  # share of the images of a split
@@ -106,7 +107,7 @@ class OwnImages(ImageClassification):
 def class_folders(path: str) -> dict[str, Path]:
     """The folders of class folders at PATH by split; none where PATH is a table or a folder of tables."""
     place = Path(path).expanduser()
-    if not place.is_dir():
+    if not place.is_dir() or own.tables_named(place, ("train",)):
         return {}
     if (place / "train").is_dir():
         places = {"train": ("train",), **own.EVALUATIONS}
@@ -175,10 +176,23 @@ def _square(encoded: bytes | None, side: int) -> np.ndarray | None:
         return None
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
         return np.asarray(ImageOps.fit(upright, (side, side), method=Image.Resampling.BILINEAR))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what damaged files make Pillow raise
         return None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image, the upper half of 16 bits where it has them (Pillow would clip). Raises ValueError for other depths,
+    whose range is not known."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode}")
+    return image
 
 
 def _name(cell: Any, row: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field
@@ -72,8 +71,10 @@ class OwnText(TextClassification):
 
     def _examples(self, rows: Rows) -> Examples:
         columns = {name: rows.texts(name) for name in self.text}
-        together: Sequence[Any] = rows.filled(self.group).to_pylist() if self.group else columns[self.text[0]]
-        return Examples(columns, own.labels_of(rows, self.label, self.classes or ()), group_numbers(together))
+        groups = group_numbers(columns[self.text[0]])
+        if self.group:
+            groups = own.joined(groups, group_numbers(rows.filled(self.group).to_pylist()))
+        return Examples(columns, own.labels_of(rows, self.label, self.classes or ()), groups)
 
     def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
         others = [name for name in own.metrics_for(self.classes or ()) if name != self.metric]

@@ -64,13 +64,14 @@ def local_folder(model: str) -> Path | None:
     return None
 
 
-def fingerprint(model: str) -> str:
-    """SHA-256 over names and contents of configuration, weights, tokenizer, preprocessor and code, 16
-    hexadecimal digits.
+def fingerprint(model: str, *, trust_remote_code: bool = False) -> str:
+    """SHA-256 over names and contents of configuration, weights, tokenizer and preprocessor, and of the code that comes
+    with the model where that is trusted, 16 hexadecimal digits.
 
     The same for a copy in another place. Raises InputError where there is no such model.
     """
-    return content_hash(_files(model_folder(model)))
+    folder = model_folder(model, trust_remote_code=trust_remote_code)
+    return content_hash([*_files(folder), *(sorted(folder.glob("*.py")) if trust_remote_code else ())])
 
 
 def content_hash(files: Iterable[Path]) -> str:
@@ -201,7 +202,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    parts = {path for pattern in (*PARTS, "*.py") for path in folder.glob(pattern) if path.is_file()}
+    parts = {path for pattern in PARTS for path in folder.glob(pattern) if path.is_file()}
     return sorted([*parts, *_weights(folder)], key=lambda path: path.name)
 
 

@@ -54,8 +54,8 @@ class TextClassification(Classification):
     def num_labels(self) -> int:
         """Number of classes; 1 for regression."""
 
-    def model_fingerprint(self, model: str | None) -> str:
-        return pretrained.fingerprint(self.model_name(model))
+    def model_fingerprint(self, model: str | None, *, trust_remote_code: bool = False) -> str:
+        return pretrained.fingerprint(self.model_name(model), trust_remote_code=trust_remote_code)
 
     def backbone(self, model: str | None, *, meta: bool = False, trust_remote_code: bool = False) -> Backbone:
         """As `Task.backbone`. Raises InputError where `max_length` is above the positions that the model has."""

@@ -151,6 +151,10 @@ def test_a_hub_dataset_in_a_data_root(model, tmp_path):
     task = task_of("generation:some/set[configuration=plain,prompt=question,response=answer]")
     train, evaluation = task.load(str(tmp_path))
     assert (len(train), list(evaluation)) == (9, ["validation"])
+    damaged = tmp_path / "some/set/plain/test-00000-of-00001.parquet"
+    damaged.write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"test-00000-of-00001.parquet' is not a readable parquet file"):
+        task.load(str(tmp_path))  # other rows in place of these would be another problem
 
 
 def test_mistakes(data, model, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -183,6 +184,14 @@ def test_test_predictions_are_no_part_of_a_runs_identity(submitted, place, capsy
     options += ["--data-root", str(place / "data"), "--seeds", "1,", "--predict-test"]
     assert main(["run", "--executor", "serial", "--tasks", "glue/rte", *options]) == 0
     assert "1 of the finished runs have kept no predictions for the test set" in capsys.readouterr().out
+
+
+def test_damaged_predictions_make_no_submission(submitted, tmp_path, capsys):
+    results = shutil.copytree(submitted, tmp_path / "results")
+    run = runs_of(results)["glue/cola"]
+    (RecordStore(results).folder(run) / "predictions.safetensors").write_bytes(b"no tensors")
+    assert main(["export-glue", run, "--results", str(results), "--to", str(tmp_path / "x.zip")]) == 2
+    assert "kept no predictions for the test set" in capsys.readouterr().err
 
 
 def test_runs_that_make_no_submission(submitted, place, tmp_path, capsys):

@@ -22,6 +22,7 @@ from harness.plan import parse_choice
 from harness.record import RecordStore
 from harness.spec import Place
 from harness.task import Task, make_splits
+from tasks import own
 from tests import tiny
 
 WORDS = ("bad", "good", "odd")
@@ -143,6 +144,29 @@ def test_rows_of_a_group_stay_together(tmp_path):
     same = [{**row, "review": f"text {n % 20}"} for n, row in enumerate(reviews(60))]
     train, evaluation = both_splits(task_of(f"text:{write_csv(tmp_path / 'same.csv', same)}[text=review,label=stars]"))
     assert not set(train.columns["review"]) & set(evaluation.columns["review"])
+
+
+def test_groups_join_what_equal_texts_already_keep_together(tmp_path):
+    rows = [{**row, "review": f"text {n % 20}", "by": n // 2} for n, row in enumerate(reviews(200))]
+    rows += [{**row, "by": 100 + n // 2} for n, row in enumerate(reviews(40))]  # groups of texts of their own
+    path = write_csv(tmp_path / "both.csv", rows)
+    train, evaluation = both_splits(task_of(f"text:{path}[text=review,label=stars,group=by]"))
+    of_text = {row["review"]: row["by"] for row in rows[200:]}
+    assert not set(train.columns["review"]) & set(evaluation.columns["review"])
+    groups = [{of_text[text] for text in part.columns["review"] if text in of_text} for part in (train, evaluation)]
+    assert groups[1]
+    assert not groups[0] & groups[1]
+    assert own.joined(np.array([0, 1, 2, 0, 3]), np.array([0, 0, 1, 2, 2])).tolist() == [0, 0, 1, 0, 0]
+
+
+def test_a_search_keeps_two_files_of_one_name_apart(models, tmp_path):
+    tasks = [write_csv(tmp_path / year / "reviews.csv", reviews(40 + n)) for n, year in enumerate(("2023", "2024"))]
+    names = ",".join(f"text:{path}[text=review,label=stars]" for path in tasks)
+    options = ["--executor", "serial", "--methods", "head", "--batches", "2", "--batch-size", "4", "--tune", "1"]
+    options += ["--model", str(models / "bert"), "--results", str(tmp_path / "results"), "--tasks", names]
+    assert main(["run", *options]) == 0
+    runs = [record for record in RecordStore(tmp_path / "results").records() if record.spec.search.role == "chosen"]
+    assert len({record.spec.data_fingerprint for record in runs}) == 2
 
 
 def test_a_folder_brings_its_own_evaluation_and_pairs_have_two_columns(tmp_path):
@@ -281,6 +305,31 @@ def test_images_named_in_a_table_or_kept_in_a_parquet(tmp_path):
     tiny.write_parquet(tmp_path / "photos.parquet", stored)
     packed = task_of(f"image:{tmp_path / 'photos.parquet'}[label=kind,image_size=32]")
     assert make_splits(table, None, None).fingerprint == make_splits(packed, None, None).fingerprint
+
+
+def test_tables_in_a_folder_of_images_win_over_its_folders(tmp_path):
+    photos = write_photos(tmp_path / "photos", 20, classes=("camera1", "camera2"))
+    rows = [{"image": f"camera{1 + n % 2}/{n}.png", "label": ("cat", "dog")[n % 3 == 0]} for n in range(20)]
+    write_csv(photos / "train.csv", rows)
+    write_csv(photos / "test.csv", rows[:4])
+    task = task_of(f"image:{photos}[image_size=32]")
+    assert task.classes == ("cat", "dog")
+    assert {name: len(part) for name, part in task.load(None)[1].items()} == {"test": 4}
+
+
+def test_sixteen_bits_keep_their_range_and_unknown_ranges_are_unreadable(tmp_path):
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32)
+    folder = tmp_path / "scans"
+    for name in ("ill", "well"):
+        (folder / name).mkdir(parents=True)
+        for n in range(4):
+            Image.fromarray((ramp * (n + 1) / 4).astype(np.uint16)).save(folder / name / f"{n}.png")
+    images = np.concatenate([part.columns["image"] for part in both_splits(task_of(f"image:{folder}[image_size=32]"))])
+    assert images.min() == 0
+    assert sorted(images.max(axis=(1, 2, 3)).tolist()) == sorted(2 * [63, 127, 191, 255])
+    Image.fromarray(ramp.astype(np.float32)).save(folder / "ill" / "float.tiff")
+    with told("1 of 9 images cannot be read", "float.tiff"):
+        task_of(f"image:{folder}[image_size=32]").load(None)
 
 
 def test_unreadable_images_are_named_and_counted_up_to_one_per_cent(models, tmp_path):

@@ -17,6 +17,8 @@ def specs_of(place=None, **sweep):
 
 def test_lists_and_brackets():
     assert split_list('a, b[x=1,y=["q","v"]],,c') == ["a", 'b[x=1,y=["q","v"]]', "c"]
+    assert split_list('a[x="one, two]",y=1],b') == ['a[x="one, two]",y=1]', "b"]
+    assert parse_choice('a[x="one, two]",y=1]') == ("a", {"x": "one, two]", "y": 1})
     assert parse_choice('lora[rank=4,alpha=0.5,target_modules=["query","value"]]') == (
         "lora",
         {"rank": 4, "alpha": 0.5, "target_modules": ["query", "value"]},

@@ -195,6 +195,11 @@ def test_fingerprint_is_of_the_content(place, tmp_path):
     assert pretrained.fingerprint(str(moved)) == pretrained.fingerprint(str(place / "bert"))
     (moved / "README.md").write_text("not part of the model")
     assert pretrained.fingerprint(str(moved)) == pretrained.fingerprint(str(place / "bert"))
+    (moved / "modeling.py").write_text("1")
+    assert pretrained.fingerprint(str(moved)) == pretrained.fingerprint(str(place / "bert"))  # never run
+    trusted = pretrained.fingerprint(str(moved), trust_remote_code=True)
+    (moved / "modeling.py").write_text("2")
+    assert pretrained.fingerprint(str(moved), trust_remote_code=True) != trusted
     other = tiny.write_bert(tmp_path / "other", seed=1)
     assert pretrained.fingerprint(str(other)) != pretrained.fingerprint(str(place / "bert"))
     (moved / "tokenizer.json").write_text((moved / "tokenizer.json").read_text() + " ")

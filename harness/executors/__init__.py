@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from harness.record import RecordStore
 
 WAIT_SECONDS = 2.0  # between looks at runs that another process is at
-RAY = {"RAY_USAGE_STATS_ENABLED": "0"}
+RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a run without a GPU sees none, else all would be on the first
+}
 RAY_OF_OUR_OWN = {  # for a cluster that is started here
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its servers bind to localhost alone
     "RAY_worker_niceness": "0",  # 15 would starve the workers wherever anything else runs

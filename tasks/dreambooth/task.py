@@ -72,7 +72,7 @@ class DreamBooth(Task):
             left_out += more
         return _examples(train, self.instance_prompt, left_out, **columns), evaluation
 
-    def model_fingerprint(self, model: str | None) -> str:
+    def model_fingerprint(self, model: str | None, *, trust_remote_code: bool = False) -> str:
         return pipeline.fingerprint(self.model_name(model))
 
     def backbone(self, model: str | None, *, meta: bool = False, trust_remote_code: bool = False) -> Backbone:
