@@ -135,6 +135,8 @@ class RecordStore:
         """The run's record. Raises InputError, with the nearest match, where there is none."""
         names = [path.name for path in self._folders()]
         record = self.read(run_id) if run_id in names else None
+        if record is None and run_id in names:
+            raise InputError(f"the record of run '{run_id}' in '{self.results}' is damaged: make the run again", run_id)
         if record is None:
             raise unknown(f"run in '{self.results}'", run_id, names)
         return record
@@ -180,9 +182,13 @@ class RecordStore:
         )
 
     def history(self, run_id: str) -> list[dict[str, Any]]:
-        """The run's rows of step, loss, learning rate and whatever its method reported."""
+        """The run's rows of step, loss, learning rate and whatever its method reported. Raises ValueError for a file
+        that holds anything else."""
         with (self.folder(run_id) / "history.jsonl").open() as stream:
-            return [json.loads(line) for line in stream]
+            rows = [json.loads(line) for line in stream]
+        if not all(isinstance(row, dict) and isinstance(row.get("batches"), int) for row in rows):
+            raise ValueError(f"the history of run '{run_id}' has a row without its number of batches")
+        return rows
 
     def test_splits(self, run_id: str) -> list[str]:
         """The splits that a run kept predictions for and that have no references: unlabelled test sets. None where the

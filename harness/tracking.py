@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
@@ -101,9 +102,12 @@ class _Log:
         for done, record in enumerate(records, 1):
             logged += self._one(record)
             told(done)
-        for parent in {self._parent(record) for record in records} if pictures else ():
+        parents = {record.spec.setting_key: self._parent(record) for record in records} if logged else {}
+        for key, parent in parents.items():
             for path in pictures:
-                self.client.log_artifact(parent, str(path), "pictures")
+                own = re.search(r"_([0-9a-f]{8})$", path.stem)  # of several settings each has its own pictures
+                if own[1] == key if own else len(parents) == 1:
+                    self.client.log_artifact(parent, str(path), "pictures")
         return logged
 
     def _runs(self) -> Iterator[Run]:

@@ -12,7 +12,7 @@ from harness.errors import InputError
 from harness.record import RecordStore, RunRecord
 from harness.report.compare import Comparison, ExampleReader, compare, in_words, row_of, with_ties
 from harness.report.frame import to_frame
-from harness.report.leaderboard import Board, leaderboards
+from harness.report.leaderboard import Board, leaderboards, sorted_by
 from harness.report.text import markdown
 from tests.report_records import NAMING, predicted, record, stored
 
@@ -170,6 +170,22 @@ class TestTies:
             store = two_methods(tmp_path / str(seeds), (0.75, 0.5), seeds=seeds)
             board = with_ties(board_of(store), ExampleReader(store))
             assert not any(board.is_tie(row, board.columns[0]) for row in board.rows)
+            notes = [note for note in board.notes if note.startswith("Not tested against the best on digits")]
+            assert [note.endswith("head.") for note in notes] == [True] * (seeds == 1)
+
+    def test_are_the_same_in_any_order_of_the_rows(self, tmp_path: Path) -> None:
+        """0.82304 and 0.82301 print alike: the reference is the better one, not the one above."""
+        runs = [
+            record(method, seed=seed, score=score + 0.01 * seed, numbers=numbers)
+            for method, score, numbers in (("lora", 0.82301, 10), ("head", 0.82304, 1000))
+            for seed in range(3)
+        ]
+        store = stored(tmp_path, *runs)
+        read = ExampleReader(store)
+        for name in ("parameters", "digits", "method"):
+            (board,) = sorted_by([board_of(store)], name)
+            marked = with_ties(board, read)
+            assert {row.label: marked.is_tie(row, board.columns[0]) for row in board.rows}["head"] is False
 
 
 class TestCommand:
@@ -198,6 +214,9 @@ class TestCommand:
         store = stored(tmp_path, record("debora", method_parameters=four), record("debora", method_parameters=eight))
         with pytest.raises(InputError, match=r"several are of this method.*debora\[tau=4\]"):
             row_of(board_of(store), "debora")
+        rank = record("debora", method_parameters={"tau": 4.0, "rank": 2})
+        label = row_of(board_of(stored(tmp_path / "two", rank)), "debora[tau=4, rank=2]").label
+        assert label == "debora[tau=4,rank=2]"  # the console has a blank after the comma
 
     def test_no_records(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["compare", "lora", "head", "--results", str(tmp_path)]) == 2

@@ -77,6 +77,12 @@ class TestExport:
         assert "- model: minilm," in card
         assert "somebody" not in card
 
+    def test_damaged_record(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        store, run = with_adapter(tmp_path)
+        (store.folder(run.run_id) / "record.json").write_text("{")
+        assert cli.main(["export", run.run_id, "--to", str(tmp_path / "x"), "--results", str(tmp_path)]) == 2
+        assert f"the record of run '{run.run_id}' in '{tmp_path}' is damaged" in capsys.readouterr().err
+
     def test_bad_input(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         store, run = with_adapter(tmp_path / "results")
         other = record(seed=1, place=Place(model="some/model")).run_id

@@ -69,9 +69,25 @@ class TestBudget:
             )
         )
         assert [tuple(row)[1:] for row in table.itertuples(index=False)] == [
-            (1000, "debora", pytest.approx(0.6), True),
+            (1000, "debora, tau varied", pytest.approx(0.6), True),
             (1000, "lora", 0.65, False),
         ]
+
+    def test_matched_parameters_average_no_configurations(self) -> None:
+        """Learning rates, versions and a row that lacks a score are no curve, though their counts are equal."""
+        table = budget.matched(
+            board(
+                record("lora", method_parameters={"lr": 0.1}, score=0.9),
+                record("lora", method_parameters={"lr": 0.2}, score=0.5),
+                record("lora", method_parameters={"lr": 0.1}, method_version=2, score=0.1),
+                record("debora", score=0.8),
+                record("debora", method_parameters={"tau": 4.0}, score=0.7),
+                record("debora", method_parameters={"tau": 4.0}, score=None, seed=1),
+            )
+        )
+        assert sorted(table["score"]) == [0.1, 0.5, 0.8, 0.9]
+        assert len(set(table["method"])) == 4
+        assert not table["interpolated"].any()
 
     def test_rank_aurac_of_the_source(self) -> None:
         ranks, scores = [1, 2, 4, 8, 16, 32], [10.0, 20, 30, 40, 50, 60]

@@ -239,6 +239,14 @@ def test_an_interrupted_run_is_taken_up_from_its_checkpoint_and_equals_the_unint
     assert not (other.checkpoints / wanted.run_id).exists()
 
 
+@pytest.mark.parametrize("row", ['{"loss": 1.0}', "[1]", "{"])
+def test_a_history_that_holds_no_rows_is_told(store, tmp_path, row):
+    record = run_one(spec(tmp_path), store)
+    (store.folder(record.run_id) / "history.jsonl").write_text(row + "\n")
+    with pytest.raises(ValueError, match=r"without its number of batches|Expecting"):
+        store.history(record.run_id)
+
+
 def test_changed_data_is_noticed(store, tmp_path):
     stale = spec(tmp_path).model_copy(update={"data_fingerprint": "another"})
     record = run_one(stale, store)

@@ -38,7 +38,11 @@ class TestMlflow:
     def test_read_back_logged_once_and_made_again(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """One test for all of it, since a new database takes seconds."""
         store = store_with_history(tmp_path)
-        assert log_records(store, store.records()) == 2
+        key = record().spec.setting_key
+        pictures = [tmp_path / f"{name}.png" for name in ("front", f"front_{key}", "front_0123abcd")]
+        for picture in pictures:
+            picture.write_bytes(b"a picture")
+        assert log_records(store, store.records(), pictures=pictures) == 2
         client = mlflow.MlflowClient(tracking_uri=default_uri(tmp_path))
         (parent,), (done, failed) = logged(client)
         assert (tmp_path / "mlflow.db").is_file()
@@ -51,6 +55,8 @@ class TestMlflow:
         assert done.data.params["method"] == "lora"
         assert done.data.params["train.batches"] == "100"
         assert done.data.params["environment.device"] == "cpu"
+        kept = [each.path for each in client.list_artifacts(parent.info.run_id, "pictures")]
+        assert kept == ["pictures/front.png", f"pictures/front_{key}.png"], "not those of another setting"
         points = client.get_metric_history(done.info.run_id, "loss")
         assert len(points) == 100
         assert (min(p.step for p in points), max(p.step for p in points)) == (1, 500)

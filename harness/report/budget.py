@@ -14,7 +14,7 @@ import pandas as pd
 
 from harness.record import RecordStore
 from harness.report.histories import series, traced
-from harness.report.leaderboard import Board, Column, Row, over, peak_bytes, whole
+from harness.report.leaderboard import Board, Column, Row, Run, over, peak_bytes, whole
 
 Point = tuple[float, float]  # adapter parameters, score
 
@@ -29,13 +29,10 @@ def pareto_front(points: Iterable[Point], higher_is_better: bool = True) -> list
     return front
 
 
-def at_parameters(points: Iterable[Point], parameters: float) -> tuple[float, bool] | None:
-    """(score, whether it was interpolated) at a parameter count, from the points of one method: linear in the logarithm
-    of the parameters between the two nearest, equal counts averaged. None outside them: nothing is extrapolated."""
-    by_count: dict[float, list[float]] = defaultdict(list)
-    for count, score in points:
-        by_count[count].append(score)
-    known = [(count, math.fsum(scores) / len(scores)) for count, scores in sorted(by_count.items())]
+def at_parameters(points: Sequence[Point], parameters: float) -> tuple[float, bool] | None:
+    """(score, whether it was interpolated) at a parameter count, from points of different counts: linear in the
+    logarithm of the parameters between the two nearest. None outside them: nothing is extrapolated."""
+    known = sorted(points)
     for count, score in known:
         if count == parameters:
             return score, False
@@ -47,31 +44,39 @@ def at_parameters(points: Iterable[Point], parameters: float) -> tuple[float, bo
 
 
 def matched(board: Board) -> pd.DataFrame:
-    """Scores at matched parameters: a row for each task, method and count that a rival's configuration has.
+    """Scores at matched parameters: a row for each task, curve and count that a rival has.
 
-    Columns: task, parameters, method, score, interpolated. A method with one configuration has its own count only.
+    Columns: task, parameters, method, score, interpolated. A curve is a sweep whose values give counts that all differ
+    ("lora, rank varied"); any other configuration stands for itself, at its own count. Nothing is averaged but seeds.
     """
     rows = []
     for column in board.columns:
-        points = _points(board, column)
-        counts = sorted({count for of_method in points.values() for count, _ in of_method})
+        curves = _curves(board, column)
+        counts = sorted({count for points in curves.values() for count, _ in points})
         for count in counts:
-            found = {method: at_parameters(of_method, count) for method, of_method in points.items()}
+            found = {name: at_parameters(points, count) for name, points in curves.items()}
             if sum(each is not None for each in found.values()) > 1:
-                rows += [(column.title, count, method, *each) for method, each in found.items() if each is not None]
+                rows += [(column.title, count, name, *each) for name, each in found.items() if each is not None]
     return pd.DataFrame(rows, columns=["task", "parameters", "method", "score", "interpolated"])
 
 
-def _points(board: Board, column: Column) -> dict[str, list[Point]]:
-    """(parameters, mean score) of each method's configurations on one task."""
-    points = defaultdict(list)
+def _curves(board: Board, column: Column) -> dict[str, list[Point]]:
+    """(parameters, mean score) of the configurations that lack no score on one task, by curve."""
+    points = {}
     for row in board.rows:
         cell = row.cells.get(column.title)
-        if cell is not None and cell.score.mean is not None:
-            count = over(cell.scored, "parameters_final")
-            if count is not None:
-                points[cell.runs[0]["method"]].append((count, cell.score.mean))
-    return points
+        count = over(cell.scored, "parameters_final") if cell is not None and not cell.failures else None
+        if cell is not None and cell.score.mean is not None and count is not None:
+            points[row.label] = count, cell.score.mean
+    curves: dict[str, list[Point]] = {}
+    alone = dict.fromkeys(points)
+    for sweep in _of_board(board):
+        labels = [label for _, label in sweep.values if label in points]
+        if len(labels) > 1 and len({points[label][0] for label in labels}) == len(labels):
+            curves[f"{sweep.method}, {sweep.parameter} varied"] = [points[label] for label in labels]
+            for label in labels:
+                alone.pop(label, None)
+    return curves | {label: [points[label]] for label in alone}
 
 
 def costs(board: Board) -> pd.DataFrame:
@@ -110,16 +115,24 @@ class Sweep(NamedTuple):
     values: tuple[tuple[float, str], ...]
 
 
-def varied(configurations: Iterable[tuple[str, str, str]]) -> list[Sweep]:
-    """The sweeps among (method, label, parameters in JSON)."""
+def varied(configurations: Iterable[Run]) -> list[Sweep]:
+    """The sweeps among configurations, a run of each, of one version of a method and one kind of tuning."""
     groups: dict[tuple[str, str, str], list[tuple[float, str]]] = defaultdict(list)
-    for method, label, parameters in configurations:
-        values = json.loads(parameters)
+    for run in configurations:
+        values = json.loads(run["method_parameters"])
+        tuned = run["tuning"] if run["tuning"].startswith("tuned") else None
         for name, value in values.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                rest = json.dumps({key: other for key, other in values.items() if key != name}, sort_keys=True)
-                groups[method, name, rest].append((value, label))
-    return [Sweep(*key[:2], tuple(sorted(values))) for key, values in groups.items() if len(values) > 1]
+                others = {key: other for key, other in values.items() if key != name}
+                same = json.dumps([run["method_version"], tuned, others], sort_keys=True)
+                groups[run["method"], name, same].append((value, run["label"]))
+    return [
+        Sweep(method, name, tuple(sorted(values))) for (method, name, _), values in groups.items() if len(values) > 1
+    ]
+
+
+def _of_board(board: Board) -> list[Sweep]:
+    return varied(next(iter(row.cells.values())).runs[0] for row in board.rows)
 
 
 def sweeps(board: Board) -> pd.DataFrame:
@@ -127,11 +140,9 @@ def sweeps(board: Board) -> pd.DataFrame:
 
     Columns: method, parameter, value, label, task, metric, n, mean, interval_95 (half-width), parameters_final.
     """
-    runs = {row.label: next(iter(row.cells.values())).runs[0] for row in board.rows}
-    found = varied((run["method"], label, run["method_parameters"]) for label, run in runs.items())
     by_label = {row.label: row for row in board.rows}
     rows = []
-    for sweep in found:
+    for sweep in _of_board(board):
         for value, label in sweep.values:
             row = by_label[label]
             for column in board.columns:

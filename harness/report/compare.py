@@ -77,6 +77,7 @@ class Comparison:
 def row_of(board: Board, name: str) -> Row:
     """The row with this label, or of this method where it has one row only. Raises InputError for any other name."""
     labels = {row.label: row for row in board.rows}
+    name = name.replace(", ", ",")  # as the console folds labels
     if name in labels:
         return labels[name]
     of_method = [row for row in board.rows if any(cell.runs[0]["method"] == name for cell in row.cells.values())]
@@ -117,22 +118,35 @@ def compare_cells(first: Cell, second: Cell, column: Column, read: ExampleReader
 
 
 def with_ties(board: Board, read: ExampleReader) -> Board:
-    """The board with the cells marked that the paired test, Holm-corrected over a task, cannot tell from its best."""
-    ties = {}
+    """The board with the cells marked that the paired test, Holm-corrected over a task, cannot tell from its best, and
+    with a note of those that could not be tested."""
+    ties, notes = {}, list(board.notes)
     for column in board.columns:
         best = [row for row in board.rows if board.is_best(row, column)]
-        if best:
-            ties[column.title] = _tied(board, best[0], column, read)
+        if best:  # several print alike: the best mean, whatever order the rows are in
+            first = max(best, key=lambda row: (column.merit(row.cells[column.title].score.mean or 0.0), row.label))
+            ties[column.title], untested = _tied(board, first, column, read)
+            if untested:
+                notes.append(
+                    f"Not tested against the best on {column.title} (no two common seeds, or no spread): "
+                    f"{', '.join(untested)}."
+                )
         read.forget()  # memory is that of one task
-    return dataclasses.replace(board, ties=ties)
+    return dataclasses.replace(board, ties=ties, notes=tuple(notes))
 
 
-def _tied(board: Board, best: Row, column: Column, read: ExampleReader) -> frozenset[str]:
+def _tied(board: Board, best: Row, column: Column, read: ExampleReader) -> tuple[frozenset[str], list[str]]:
+    """(labels that are not told from the best, labels with a score that no test was possible on)."""
     others = [row for row in board.rows if column.title in row.cells and row is not best]
     found = [compare_cells(best.cells[column.title], row.cells[column.title], column, read) for row in others]
     tested = [(row, each.difference.p_value) for row, each in zip(others, found, strict=True) if each.difference]
     adjusted = holm([p for _, p in tested])
-    return frozenset(row.label for (row, _), p in zip(tested, adjusted, strict=True) if p >= 1 - CONFIDENCE)
+    tied = frozenset(row.label for (row, _), p in zip(tested, adjusted, strict=True) if p >= 1 - CONFIDENCE)
+    return tied, [
+        row.label
+        for row, each in zip(others, found, strict=True)
+        if not each.difference and row.cells[column.title].scored
+    ]
 
 
 def _by_example(first: Sequence[Run], second: Sequence[Run], column: Column, read: ExampleReader) -> np.ndarray | None:

@@ -48,10 +48,16 @@ def styles(names: Iterable[str], more: Iterable[str] = ()) -> dict[str, Style]:
 
 
 def panels(
-    down: int, across: int, caption: str, handles: Sequence[Line2D] = (), height: float = PANEL_HEIGHT
+    down: int,
+    across: int,
+    caption: str,
+    handles: Sequence[Line2D] = (),
+    height: float = PANEL_HEIGHT,
+    width: float | None = None,
 ) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of `down` x `across` panels, `height` inches each, with its caption above and its legend below."""
-    width = WIDTHS[min(across, PANELS_ACROSS)]
+    """A figure of `down` x `across` panels, `height` inches each, with its caption above and its legend below.
+    `width`: inches, of the whole; None: that of so many panels."""
+    width = width or WIDTHS[min(across, PANELS_ACROSS)]
     longest = max((len(line) for handle in handles for line in str(handle.get_label()).splitlines()), default=1)
     legend_columns = max(1, int(width / (0.35 + SIGN_WIDTH * longest)))
     legend_rows = math.ceil(len(handles) / legend_columns)

@@ -15,10 +15,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from harness.record import RecordStore, RunRecord
-from harness.report.figures import PANELS_ACROSS, SEQUENTIAL, STYLE, folded, log_if_wide, panels_for, plain
+from harness.report.figures import (
+    PANELS_ACROSS,
+    SEQUENTIAL,
+    STYLE,
+    WIDTHS,
+    folded,
+    log_if_wide,
+    panels,
+    panels_for,
+    plain,
+)
 from harness.report.histories import MOST_ROWS, excerpt
 from harness.report.leaderboard import Board
 
+MOST_MODULES = 14  # that a panel of a third of a page has room for
 MOST_LINES = 40  # layers of which a panel of singular values shows each
 
 
@@ -64,15 +75,21 @@ def _heat_map(board: Board, title: str, found: Mapping[str, Mapping[tuple[str, s
     highest = max(value for table in found.values() for value in table.values())
     caption = f"{board.caption} Live rank on {title}, mean over seeds; blank: not adapted.{excerpt(board)}"
     height = 1.3 + 0.16 * max(len(blocks), 3)
+    wide = len(modules) > MOST_MODULES  # a row of its own for each panel
+    across = 1 if wide else min(PANELS_ACROSS, len(found))
     with rc_context(STYLE):
-        figure, axes = panels_for(len(found), caption, height=height)
+        if wide:
+            figure, rows = panels(len(found), 1, caption, height=height, width=WIDTHS[PANELS_ACROSS])
+            axes = [panel for (panel,) in rows]
+        else:
+            figure, axes = panels_for(len(found), caption, height=height)
         for place, (label, table) in enumerate(found.items()):
             grid = np.full((len(blocks), len(modules)), np.nan)
             for (block, module), value in table.items():
                 grid[blocks.index(block), modules.index(module)] = value
             image = axes[place].imshow(grid, cmap=SEQUENTIAL, vmin=0, vmax=max(highest, 1), aspect="auto")
-            _name_axes(axes[place], _short(blocks), _short_modules(modules), first=place % PANELS_ACROSS == 0)
-            axes[place].set_title(folded(label, 34), fontsize=7)
+            _name_axes(axes[place], _short(blocks), _short_modules(modules), first=place % across == 0)
+            axes[place].set_title(folded(label, 72 // across), fontsize=7)
             if grid.size <= 120:
                 _write_values(axes[place], grid, highest)
         figure.colorbar(image, ax=axes, label="live rank", fraction=0.04, pad=0.02)

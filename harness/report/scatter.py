@@ -84,7 +84,7 @@ def _connect(panel: Axes, runs: pd.DataFrame, styles: Mapping[str, Style], names
     """A line through the configurations of each sweep, in the order of the parameter."""
     means = runs.groupby("label")[["parameters_final", "score"]].mean()
     unique = runs.drop_duplicates("label")
-    for sweep in varied(zip(unique["method"], unique["label"], unique["method_parameters"], strict=True)):
+    for sweep in varied({str(name): value for name, value in run.items()} for run in unique.to_dict("records")):
         points = means.loc[[label for _, label in sweep.values]]
         colour = styles[names[sweep.values[0][1]]][0]
         panel.plot(points["parameters_final"], points["score"], color=colour, linewidth=0.9, alpha=0.7, zorder=1)
