@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.errors import InputError
+from harness.parameters import flattened
 
 KEPT = 2  # the newest checkpoints of a run that stay on disk
 TENSORS, STATE, ORIGIN, SUMS = "tensors.safetensors", "state.json", "origin.json", "sums.json"
@@ -82,21 +83,13 @@ def _sums(path: Path) -> dict[str, int]:
 
 
 def _check(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    found, wanted = _flat(theirs), _flat(ours)
+    found, wanted = flattened(theirs), flattened(ours)
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             raise InputError(
                 f"checkpoint '{path}' was made with {name} = {found.get(name)}, this run has {wanted.get(name)}: "
                 f"delete '{path.parent}' to begin the run anew"
             )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one: {"train.batches": 4}."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def delete(folder: Path) -> None:

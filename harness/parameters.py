@@ -56,6 +56,14 @@ class Parameters(BaseModel):
         return plain
 
 
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, in their order: {"train.batches": 4}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
 def _one_line(first: ErrorDetails, owner: str) -> str:
     where = ".".join(str(part) for part in first["loc"])
     subject = f"--{where.replace('_', '-')}" if owner == "--" else f"{owner}.{where}" if where else owner

@@ -98,6 +98,13 @@ class RecordStore:
         self.running = results / "running"
         self.sweeps = results / "sweeps"
 
+    @classmethod
+    def existing(cls, results: Path) -> RecordStore:
+        """The store of a folder that is there. Raises InputError where it is not."""
+        if not results.is_dir():
+            raise InputError(f"--results '{results}' is not a folder; runs are made by `python -m harness run`")
+        return cls(results)
+
     def make_ready(self) -> None:
         """Create the folder and clear what killed processes of this machine left in it. Raises InputError where it
         cannot be written."""
@@ -191,8 +198,8 @@ class RecordStore:
         return rows
 
     def test_splits(self, run_id: str) -> list[str]:
-        """The splits that a run kept predictions for and that have no references: unlabelled test sets. None where the
-        file is damaged."""
+        """The splits that a run kept predictions for and that have no references: unlabelled test sets. Of a
+        damaged file none."""
         from safetensors import SafetensorError, safe_open
 
         path = self.folder(run_id) / "predictions.safetensors"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from harness.errors import InputError, unknown
 from harness.task import Examples, holdout_rows
 from tasks.hub import Rows, check_columns, read_parquet
+from tasks.metrics import scores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -200,6 +201,14 @@ def described(values: dict[str, Any], rows: Callable[[], Rows]) -> dict[str, Any
     if values["metric"] not in allowed:
         raise unknown("metric", str(values["metric"]), allowed)
     return values
+
+
+def scored(
+    metric: str | None, classes: Sequence[str] | None, predictions: np.ndarray, references: np.ndarray
+) -> dict[str, float]:
+    """Every metric that fits the labels, the headline first."""
+    assert metric is not None
+    return scores(list(dict.fromkeys([metric, *metrics_for(classes or ())])), predictions, references)
 
 
 def metrics_for(classes: Sequence[str]) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ from tasks import own
 from tasks.cache import cached
 from tasks.hub import Rows
 from tasks.images import ImageClassification
-from tasks.metrics import scores
 from tasks.text import group_numbers
 
 if TYPE_CHECKING:
@@ -87,21 +86,14 @@ class OwnImages(ImageClassification):
         base = Path(self.path).expanduser()
         cells = rows.filled(self.image).to_pylist()
         images, readable = decoded(cells, base if base.is_dir() else base.parent, self.image_size)
-        lost = np.flatnonzero(~readable)
-        names = tuple(_name(cells[row], row) for row in lost.tolist())
-        if len(lost) > MOST_UNREADABLE * len(cells):
-            raise InputError(
-                f"{rows.source}: {len(lost)} of {len(cells)} images cannot be read (at most 1 % may be left out): "
-                f"{', '.join(names[:5])}"
-            )
+        names = unreadable([_name(cell, row) for row, cell in enumerate(cells)], readable, f"{rows.source}:", "images")
         labels = own.labels_of(rows, self.label, self.classes or ())
         groups = group_numbers(rows.filled(self.group).to_pylist()) if self.group else None
         whole = Examples({"image": images}, labels, groups, names)
-        return whole.select(np.flatnonzero(readable)) if len(lost) else whole
+        return whole.select(np.flatnonzero(readable)) if names else whole
 
     def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        others = [name for name in own.metrics_for(self.classes or ()) if name != self.metric]
-        return scores([self.headline, *others], predictions, references)
+        return own.scored(self.metric, self.classes, predictions, references)
 
 
 def class_folders(path: str) -> dict[str, Path]:
@@ -154,6 +146,20 @@ def decoded(cells: Sequence[Any], folder: Path, side: int) -> tuple[np.ndarray, 
 
     found = cached("own-images", (digest.hexdigest(), side), ("pillow",), decode)
     return found["images"], found["readable"]
+
+
+def unreadable(
+    names: Sequence[str], readable: np.ndarray, source: str, kind: str, mention: str | None = None
+) -> tuple[str, ...]:
+    """The names that could not be read. Raises InputError, about `kind` of `source`, where they are more than 1 %."""
+    lost = tuple(name for name, fine in zip(names, readable, strict=True) if not fine)
+    if len(lost) > MOST_UNREADABLE * len(names):
+        raise InputError(
+            f"{source} {len(lost)} of {len(names)} {kind} cannot be read (at most 1 % may be left out): "
+            f"{', '.join(lost[:5])}",
+            mention,
+        )
+    return lost
 
 
 def _encoded(cell: Any, folder: Path) -> bytes | None:

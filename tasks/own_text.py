@@ -9,7 +9,6 @@ from pydantic import Field
 from harness.task import Examples
 from tasks import own, pretrained
 from tasks.hub import Rows
-from tasks.metrics import scores
 from tasks.text import TextClassification, group_numbers
 
 if TYPE_CHECKING:
@@ -77,5 +76,4 @@ class OwnText(TextClassification):
         return Examples(columns, own.labels_of(rows, self.label, self.classes or ()), groups)
 
     def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        others = [name for name in own.metrics_for(self.classes or ()) if name != self.metric]
-        return scores([self.headline, *others], predictions, references)
+        return own.scored(self.metric, self.classes, predictions, references)

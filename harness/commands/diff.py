@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from harness.errors import InputError
+from harness.parameters import flattened
 from harness.record import RecordStore, RunRecord
 
 SECTIONS = ("spec", "environment", "status", "headline", "score", "metrics", "holdout", "parameters", "ranks")  # first
@@ -18,9 +18,7 @@ WIDTH = 40  # signs of a value
 
 def command(results: Path, first: str, second: str) -> int:
     """Print what differs between two runs, by the part of the record. Raises InputError for an unknown run."""
-    if not results.is_dir():
-        raise InputError(f"--results '{results}' is not a folder; runs are made by `python -m harness run`")
-    store = RecordStore(results)
+    store = RecordStore.existing(results)
     records = store.find(first), store.find(second)
     rows = list(differences(*records))
     if rows:
@@ -43,15 +41,7 @@ def differences(first: RunRecord, second: RunRecord) -> Iterator[tuple[str, str,
 
 def _parts(record: RunRecord) -> dict[str, Any]:
     values = record.model_dump(mode="json", exclude={"run_id", "schema_version", "traceback", "started"})
-    return dict(_flat({name: values.pop(name) for name in SECTIONS} | values))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    return flattened({name: values.pop(name) for name in SECTIONS} | values)
 
 
 def _text(value: Any) -> str:

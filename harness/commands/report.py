@@ -48,9 +48,7 @@ def command(
 
 def chosen(results: Path, methods: Sequence[str] | None, tasks: Sequence[str] | None) -> tuple[RecordStore, Found]:
     """The store and its records of these methods and tasks (None: all). Raises InputError for names without records."""
-    if not results.is_dir():
-        raise InputError(f"--results '{results}' is not a folder; runs are made by `python -m harness run`")
-    store = RecordStore(results)
+    store = RecordStore.existing(results)
     records, damaged = store.read_all()
     if methods and records:
         _check("method", methods, {record.spec.method for record in records})
@@ -81,19 +79,21 @@ def show_sweep(store: RecordStore, run_ids: Sequence[str], tracking_uri: str | N
 def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wanted) -> None:
     """Print the boards of `shown`; the files are made of `written`."""
     from harness.report import critical
-    from harness.report.build import build_report
-    from harness.report.compare import ExampleReader, with_ties
+    from harness.report.build import boards_of, build_report
     from harness.report.frame import to_frame
-    from harness.report.leaderboard import leaderboards, sorted_by
+    from harness.report.leaderboard import sorted_by
     from harness.report.text import console
 
     naming = naming_of(written.records)
-    boards = leaderboards(to_frame(shown, naming), family_average) if shown else []
+    every = boards_of(store, to_frame(written.records, naming), family_average) if written.records else []
+    boards = every
+    if shown is not written.records:
+        boards = boards_of(store, to_frame(shown, naming), family_average) if shown else []
     if wanted.sort is not None:
         boards = sorted_by(boards, wanted.sort)
-    paths = build_report(store, written, naming, family_average, wanted.forms)
+    paths = build_report(store, written, naming, every, wanted.forms)
     for board in boards:
-        print(f"\n{console(with_ties(board, ExampleReader(store)), written.damaged)}")
+        print(f"\n{console(board, written.damaged)}")
         refused = critical.refusal(board)
         if refused and len(board.columns) > 1:
             print(f"No diagram of mean ranks: {refused}.")

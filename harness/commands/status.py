@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness import running, sweeps
-from harness.errors import InputError
 from harness.record import RecordStore
 from harness.running import Progress, duration
 from harness.sweeps import Cell
@@ -32,9 +31,7 @@ def command(results: Path) -> int:
     """Print the newest sweep's cells by method and task, and what is running. Raises InputError without a sweep."""
     from tabulate import tabulate
 
-    if not results.is_dir():
-        raise InputError(f"--results '{results}' is not a folder; runs are made by `python -m harness run`")
-    store = RecordStore(results)
+    store = RecordStore.existing(results)
     at_work = running.everything(store.running)
     rows: dict[tuple[str, str], Row] = defaultdict(Row)
     mine: list[tuple[Cell, Progress]] = []

@@ -31,13 +31,14 @@ def build_report(
     store: RecordStore,
     found: Found | None = None,
     naming: Naming | None = None,
-    average: FamilyAverage | None = None,
+    boards: Sequence[Board] | None = None,
     forms: Sequence[str] = ("png", "pdf"),
 ) -> list[Path]:
     """Write tables/leaderboard.{md,tex,csv,json}, tables/trials.csv and those of `_tables` that have rows,
     pictures/*.{png,pdf} and report.html, all below `store.results`.
 
-    `found`: what to report on; None for all of the store. `naming`: see `to_frame`. `average`: see `leaderboards`.
+    `found`: what to report on; None for all of the store. `naming`: see `to_frame`. `boards`: those of the
+    records, where they are made already (see `boards_of`).
     `forms`: of the pictures, "png" among them, which the page takes in; a PDF takes as long again, for its fonts.
     Several settings become sections of the same tables, and the first ones have pictures each, their names ending in
     the setting's key. Each file is replaced whole or stays as it was; files of an earlier report that this one does
@@ -51,8 +52,7 @@ def build_report(
         raise InputError(f"no records in {store.runs}{left_out}: run `python -m harness run ...` first")
     frame, trials = to_frame(chosen, naming), trials_frame(chosen, naming)
     records = {record.run_id: record for record in chosen}
-    read = ExampleReader(store)
-    boards = [with_ties(board, read) for board in leaderboards(frame, average)]
+    boards = boards_of(store, frame) if boards is None else boards
     tables = {board.key: _tables(board, _of(board, trials), store, records) for board in boards}
     whole = {name: _by_setting(name, tables) for name in tables[boards[0].key]} | {"trials": trials}
     texts = {
@@ -69,6 +69,12 @@ def build_report(
     pngs = {key: [path for path in drawn[key] if path.suffix == ".png"] for key in drawn}
     paths += [path for of_board in drawn.values() for path in of_board]
     return [*paths, _write(store.results / "report.html", page(boards, damaged, tables, pngs))]
+
+
+def boards_of(store: RecordStore, frame: pd.DataFrame, average: FamilyAverage | None = None) -> list[Board]:
+    """The leaderboards of a frame (see `to_frame`) with their ties; `average`: see `leaderboards`."""
+    read = ExampleReader(store)
+    return [with_ties(board, read) for board in leaderboards(frame, average)]
 
 
 def _tables(
@@ -108,7 +114,7 @@ def _by_setting(name: str, tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> 
 def _pictures(
     frame: pd.DataFrame,
     trials: pd.DataFrame,
-    boards: list[Board],
+    boards: Sequence[Board],
     store: RecordStore,
     records: Mapping[str, RunRecord],
     forms: Sequence[str],

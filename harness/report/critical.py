@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from harness.report.figures import STYLE, folded, panels
+from harness.report.figures import PANELS_ACROSS, STYLE, WIDTHS, folded, panels
 from harness.report.leaderboard import Board
 from harness.report.statistics import CONFIDENCE
 
@@ -79,11 +79,7 @@ def draw(board: Board) -> Figure | None:
     groups = cliques(found)
     height = 0.5 + 0.1 * len(groups) + 0.17 * math.ceil(len(found.labels) / 2)
     with rc_context(STYLE):
-        figure, axes = panels(1, 3, caption, height=height)
-        for panel in axes[0][1:]:
-            panel.remove()
-        panel = figure.add_subplot(1, 1, 1)
-        axes[0][0].remove()
+        figure, [[panel]] = panels(1, 1, caption, height=height, width=WIDTHS[PANELS_ACROSS])
         _draw(panel, found, groups)
     return figure
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import InputError
-from tasks.own_image import FILES, MOST_UNREADABLE, decoded
+from tasks.own_image import FILES, decoded, unreadable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,13 +33,7 @@ def read_pictures(folder: str, side: int) -> tuple[np.ndarray, tuple[str, ...]]:
             f"folder '{folder}' holds {len(names)} pictures ({', '.join(FILES)}); at least {FEWEST} are needed", folder
         )
     pictures, readable = decoded(names, place, side)
-    left_out = tuple(name for name, fine in zip(names, readable, strict=True) if not fine)
-    if len(left_out) > MOST_UNREADABLE * len(names):
-        raise InputError(
-            f"folder '{folder}': {len(left_out)} of {len(names)} pictures cannot be read (at most 1 % may be left "
-            f"out): {', '.join(left_out[:5])}",
-            folder,
-        )
+    left_out = unreadable(names, readable, f"folder '{folder}':", "pictures", mention=folder)
     pictures = pictures[readable]
     seen: dict[bytes, str] = {}
     for name, picture in zip((name for name in names if name not in left_out), pictures, strict=True):
