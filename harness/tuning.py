@@ -1,15 +1,16 @@
 """The same search for every method: K trials over its own search space, scored on the holdout.
 
-Optuna's sampler proposes the settings (through Ray Tune's `OptunaSearch`). The first trial is the setting as given,
-with the defaults for the rest. Trials come in generations of a fixed size, and their scores are told in order: what is
-proposed depends on neither the executor nor the number of workers, a search that is started again finds its trials in
-the store, and one with a larger K begins with those of the smaller. All trials share one seed, which is no seed of the
-report.
+The first trial is the setting as given, with the defaults for the rest. The others spread evenly over the space:
+a scrambled Sobol sequence, by Optuna's quasi-Monte Carlo sampler through Ray Tune's `OptunaSearch`. It covers the whole
+range with a few trials, and looks at no score: so all trials of all methods run at once, and what is tried
+depends on neither the executor nor the number of workers. A search that is started again finds its trials in the store,
+and one with a larger K begins with those of the smaller. All trials share one seed, which is no seed of the report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError
@@ -23,118 +24,86 @@ if TYPE_CHECKING:
     from harness.preflight import CheckedMethod
 
 SEED = 1_000_000  # of every trial
-GENERATION = 4  # trials of a search that run at a time
 
 
 class MethodSearch:
-    """The search of one method on one task.
+    """The search of one method on one task: `trials` are the runs to try.
 
     Raises InputError for a method whose search space is wrong, or whose learning rate is already fixed.
     """
 
-    def __init__(self, method: Method, template: RunSpec) -> None:
+    def __init__(self, method: Method, template: RunSpec, number: int) -> None:
+        self.template = template
+        self.space = _space(template.method, method)
+        role = Search(role="trial", parameters=tuple(self.space))
+        self.trials = [self._spec(values, SEED, role) for values in self._points(method, number)]
+
+    def chosen(self, seed: int, store: RecordStore) -> RunSpec:
+        """The run of the best setting so far, the first of equals; of the first, where no trial gave a score."""
+        search = Search(role="chosen", parameters=tuple(self.space), trials=tuple(spec.run_id for spec in self.trials))
+        best = max(self.trials, key=lambda spec: _merit(store, spec))
+        return self._spec({name: best.method_parameters[name] for name in self.space}, seed, search)
+
+    def _points(self, method: Method, number: int) -> list[dict[str, Any]]:
+        """The settings to try, the one as given first."""
         import optuna
         from ray.tune.search.optuna import OptunaSearch
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.template = template
-        self.space = _space(template.method, method)
-        self.tried: list[RunSpec] = []
-        self.best: tuple[float, dict[str, Any]] | None = None
-        start = {name: template.method_parameters[name] for name in self.space}
-        self.searcher = OptunaSearch(
+        start = {name: self.template.method_parameters[name] for name in self.space}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.QMCSampler(scramble=True, seed=0)
+        searcher = OptunaSearch(
             {name: _distribution(method, name, values) for name, values in self.space.items()},
             metric="merit",
             mode="max",
             points_to_evaluate=[start],
-            seed=0,
+            sampler=sampler,
         )
-
-    def propose(self, number: int) -> list[RunSpec]:
-        """The next trials."""
-        specs = []
-        for _ in range(number):
-            suggested = self.searcher.suggest(str(len(self.tried)))
+        points = []
+        for place in range(number):
+            suggested = searcher.suggest(str(place))
             assert isinstance(suggested, dict)
-            spec = self._spec(
-                {name: _rounded(value) for name, value in suggested.items()},
-                SEED,
-                Search(role="trial", parameters=tuple(self.space)),
-            )
-            self.tried.append(spec)
-            specs.append(spec)
-        return specs
-
-    def tell(self, specs: Sequence[RunSpec], store: RecordStore) -> None:
-        """The trials' scores, from their records. One that gave none is a failure to the sampler."""
-        first = len(self.tried) - len(specs)
-        for number, spec in enumerate(specs, start=first):
-            record = store.read(spec.run_id)
-            if record is None or record.status != "done":
-                self.searcher.on_trial_complete(str(number), error=True)
-                continue
-            merit = record.merit(record.holdout[record.headline])
-            self.searcher.on_trial_complete(str(number), {"merit": merit})
-            if self.best is None or merit > self.best[0]:
-                self.best = merit, {name: spec.method_parameters[name] for name in self.space}
-
-    def chosen(self, seed: int) -> RunSpec:
-        """The run of the best setting; of the setting as given, where no trial gave a score."""
-        trials = tuple(spec.run_id for spec in self.tried)
-        search = Search(role="chosen", parameters=tuple(self.space), trials=trials)
-        return self._spec(self.best[1] if self.best else {}, seed, search)
+            points.append({name: _rounded(value) for name, value in suggested.items()})
+            # the sampler takes the space from a trial that has ended, and looks at no score
+            searcher.on_trial_complete(str(place), {"merit": 0.0})
+        return points
 
     def _spec(self, values: dict[str, Any], seed: int, search: Search) -> RunSpec:
         parameters = self.template.method_parameters | values
         return self.template.model_copy(update={"method_parameters": parameters, "seed": seed, "search": search})
 
 
-def tune(
-    searches: Sequence[MethodSearch], trials: int, carry_out: Callable[[list[RunSpec]], None], store: RecordStore
-) -> None:
-    """Give each search its trials. `carry_out` makes the records of those that have none."""
-    for first in range(0, trials, GENERATION):
-        number = min(GENERATION, trials - first)
-        proposed = [search.propose(number) for search in searches]
-        carry_out([spec for specs in proposed for spec in specs])
-        for search, specs in zip(searches, proposed, strict=True):
-            search.tell(specs, store)
-
-
 def searches_of(sweep: Sweep, planned: Sequence[tuple[RunSpec, CheckedMethod]]) -> list[MethodSearch]:
-    """A search for each method on each task that it supports. `planned`: see `plan_checked`.
+    """A search for each method on each task that it supports; none without `tune`. `planned`: see `plan_checked`.
 
     Raises InputError where a seed of the report is that of the trials.
     """
+    if not sweep.tune:
+        return []
     if SEED in sweep.seeds:
         raise InputError(f"--seeds {SEED} is the seed of the trials of --tune: give another", str(SEED))
     first = [(spec, cell) for spec, cell in planned if spec.seed == sweep.seeds[0]]
-    return [MethodSearch(cell.method, spec) for spec, cell in first if cell.reason is None]
+    return [MethodSearch(cell.method, spec, sweep.tune) for spec, cell in first if cell.reason is None]
 
 
-def chosen(searches: Sequence[MethodSearch], specs: Sequence[RunSpec]) -> list[RunSpec]:
+def trials_of(searches: Sequence[MethodSearch]) -> list[RunSpec]:
+    """All trials: the first of every search, then the second, and so on."""
+    return [spec for turn in zip(*(search.trials for search in searches), strict=True) for spec in turn]
+
+
+def chosen(searches: Sequence[MethodSearch], specs: Sequence[RunSpec], store: RecordStore) -> list[RunSpec]:
     """The plan with the chosen setting in every run that was searched for."""
     found = {cell_of(search.template): search for search in searches}
-    return [found[cell].chosen(spec.seed) if (cell := cell_of(spec)) in found else spec for spec in specs]
+    return [found[cell].chosen(spec.seed, store) if (cell := cell_of(spec)) in found else spec for spec in specs]
 
 
-def missing(
-    searches: Sequence[MethodSearch], trials: int, specs: Sequence[RunSpec], store: RecordStore
-) -> list[RunSpec]:
-    """What has no record yet: trials, then runs of the plan with the chosen settings.
-
-    Trials that will be proposed from scores which are not there yet stand in it as the search's first.
-    """
-    left: list[RunSpec] = []
-    for search in searches:
-        for first in range(0, trials, GENERATION):
-            proposed = search.propose(min(GENERATION, trials - first))
-            without = [spec for spec in proposed if store.read(spec.run_id) is None]
-            if without:
-                left += [*without, *[search.tried[0]] * (trials - len(search.tried))]
-                break
-            search.tell(proposed, store)
-    return left + [spec for spec in chosen(searches, specs) if store.read(spec.run_id) is None]
+def _merit(store: RecordStore, spec: RunSpec) -> float:
+    record = store.read(spec.run_id)
+    if record is None or record.status != "done":
+        return float("-inf")
+    return record.merit(record.holdout[record.headline])
 
 
 def _space(name: str, method: Method) -> SearchSpace:

@@ -1,5 +1,6 @@
 """Equal tuning: the same number of trials for every method, scored on the holdout, costs told."""
 
+import math
 import re
 
 import pandas as pd
@@ -63,14 +64,13 @@ def test_the_best_setting_on_the_holdout_runs_on_the_seeds_of_the_report(results
 def test_again_nothing_runs_and_more_seeds_or_trials_run_only_the_new_ones(results, capsys):
     tuned(results)
     assert [line for line in capsys.readouterr().out.splitlines() if "to do" in line] == [
-        "8 runs: 8 finished before, 0 to do",
-        "4 runs: 4 finished before, 0 to do",
+        "12 runs: 12 finished before, 0 to do",
         "4 runs: 4 finished before, 0 to do",
     ]
     tuned(results, seeds=3)
     assert "6 runs: 4 finished before, 2 to do" in capsys.readouterr().out
     tuned(results, trials=7)
-    assert "6 runs: 4 finished before, 2 to do" in capsys.readouterr().out
+    assert "14 runs: 12 finished before, 2 to do" in capsys.readouterr().out
 
 
 def test_a_dry_run_counts_the_trials_and_runs_that_are_left(results, capsys):
@@ -105,19 +105,27 @@ def test_tables_say_how_a_row_was_tuned_and_count_the_search(results, tmp_path, 
     assert trials["holdout"].between(0, 1).all()
 
 
+def search_of(name, folder, number):
+    return tuning.MethodSearch(method_of(name), spec_of(Subject(name, folder)), number)
+
+
 def test_a_trial_without_a_score_is_no_choice(tmp_path):
-    search = tuning.MethodSearch(method_of("head"), spec_of(Subject("head", tmp_path)))
-    store = RecordStore(tmp_path)
+    search, store = search_of("head", tmp_path, 3), RecordStore(tmp_path)
     store.make_ready()
-    first = search.propose(3)
-    search.tell(first, store)
-    assert search.chosen(0).method_parameters == first[0].method_parameters
-    assert search.chosen(0).search.trials == tuple(spec.run_id for spec in first)
+    assert search.chosen(0, store).method_parameters == search.trials[0].method_parameters
+    assert search.chosen(0, store).search.trials == tuple(spec.run_id for spec in search.trials)
 
 
-def test_proposals_are_the_same_every_time(tmp_path):
-    searches = [tuning.MethodSearch(method_of("debora"), spec_of(Subject("debora", tmp_path))) for _ in range(2)]
-    assert searches[0].propose(5) == searches[1].propose(5)
+def test_trials_are_the_same_every_time_and_a_larger_search_begins_with_the_smaller(tmp_path):
+    assert search_of("debora", tmp_path, 5).trials == search_of("debora", tmp_path, 5).trials
+    assert search_of("debora", tmp_path, 8).trials[:5] == search_of("debora", tmp_path, 5).trials
+
+
+def test_a_few_trials_cover_the_whole_range(tmp_path):
+    search = search_of("lora", tmp_path, 5)
+    low, high = (math.log(end) for end in (search.space["learning_rate"].low, search.space["learning_rate"].high))
+    tried = [math.log(spec.method_parameters["learning_rate"]) for spec in search.trials[1:]]
+    assert sorted(int(4 * (value - low) / (high - low)) for value in tried) == [0, 1, 2, 3]  # one in each quarter
 
 
 @pytest.mark.parametrize("name", sorted(registry.registered(registry.METHODS)))

@@ -138,7 +138,7 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
         preflight.check_models(checked, place)
     planned = preflight.plan_checked(sweep, checked, cells, place)
     specs = [spec for spec, _ in planned]
-    searches = tuning.searches_of(sweep, planned) if sweep.tune else []
+    searches = tuning.searches_of(sweep, planned)
     store.make_ready()
     retried = RETRIED if options.retry_failed else ()
     with contextlib.ExitStack() as stack:
@@ -159,10 +159,10 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
                 with progress.view(missing, console) as view:
                     execute(missing, store, view)
 
-        if sweep.tune:
+        if searches:
             console.print(f"tuning: {sweep.tune} trials for each of {len(searches)} method-task pairs", highlight=False)
-            tuning.tune(searches, sweep.tune, carry_out, store)
-            specs = tuning.chosen(searches, specs)
+            carry_out(tuning.trials_of(searches))
+            specs = tuning.chosen(searches, specs, store)
         carry_out(specs)
     return show_sweep(store, _ids(specs), options.tracking_uri)
 
@@ -182,9 +182,9 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     cells = preflight.check_methods(sweep, checked, place, store.find)
     planned = preflight.plan_checked(sweep, checked, cells, place)
     specs = [spec for spec, _ in planned]
-    searches = tuning.searches_of(sweep, planned) if sweep.tune else []
-    trials = sweep.tune or 0
-    missing = tuning.missing(searches, trials, specs, store)
+    searches = tuning.searches_of(sweep, planned)
+    trials = tuning.trials_of(searches)
+    missing = [spec for spec in [*trials, *tuning.chosen(searches, specs, store)] if store.read(spec.run_id) is None]
     rows, notes = [], defaultdict(list)
     for task, column in zip(checked, cells, strict=True):
         for name, method, reason, said in column:
@@ -208,8 +208,7 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     for line in estimate.lines([spec for spec in missing if spec.run_id not in unsupported], store):
         print(line)
     seeds = ", ".join(map(str, sweep.seeds))
-    tried = trials * len(searches)
-    before = f"{tried} trials ({trials} for each method and task), then " if searches else ""
-    finished = tried + len(specs) - len(missing)
+    before = f"{len(trials)} trials ({sweep.tune} for each method and task), then " if searches else ""
+    finished = len(trials) + len(specs) - len(missing)
     print(f"{before}{len(specs)} runs (seeds {seeds}), {finished} of them finished. Nothing was kept.")
     return 0
