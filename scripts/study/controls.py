@@ -1,8 +1,8 @@
 """Run the controls of the study's main table: is it the ranks that dEBORA found, or only how few they are?
 
-For every run of dEBORA's plain variant below RESULTS, at the same task and seed and with the learning rate that the search
-found for LoRA of rank 8: LoRA at the ranks found, LoRA at those ranks shuffled among layers of one shape, LoRA of one rank
-nearest in numbers, and LoRA of rank 8 pruned once to as many components, by magnitude and at random.
+For every run of dEBORA's plain variant below RESULTS, at the same task and seed and with the learning rate that the
+search found for LoRA of rank 8: LoRA at the ranks found, LoRA at those ranks shuffled among layers of one shape, LoRA
+of one rank nearest in numbers, and LoRA of rank 8 pruned once to as many components, by magnitude and at random.
 
 Usage: python scripts/study/controls.py RESULTS [options of `python -m harness run`, such as --data-root DIR]
 """
