@@ -53,6 +53,7 @@ class DeboraAdaptation(Adaptation):
     unchanged:  upper-level steps since the active set, the vertices with weight, changed last.
     identified: the face is: the search ends with this update.
     curvature:  backtracking's estimate of M, 0 before the first step.
+    gradient:   the hypergradient that the last step followed, like the weights without their first column.
     """
 
     optimizer: ManifoldAdamW
@@ -76,6 +77,7 @@ class DeboraAdaptation(Adaptation):
         self.weights = torch.full((shape[0], shape[1] + 1), 1 / shape[1] if interior else 0.0, device=device)
         self.weights[:, 0] = 0.0 if interior else 1.0
         self._write_s(self.weights)
+        self.gradient = torch.zeros_like(self.weights[:, 1:])
         constrained = [
             pair
             for layer in self.layers.values()
@@ -130,6 +132,7 @@ class DeboraAdaptation(Adaptation):
             "upper_steps": self.upper_steps,
             "unchanged": self.unchanged,
             "curvature": self.curvature,
+            "gradient": self.gradient,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -144,6 +147,7 @@ class DeboraAdaptation(Adaptation):
         self.weights = state["weights"].to(device, copy=True)
         self.upper_steps, self.unchanged = state["upper_steps"], state["unchanged"]
         self.curvature = state["curvature"]
+        self.gradient = state["gradient"].to(device, copy=True)
 
     def export(self, path: Path) -> None:
         """A stock LoRA adapter with the head, at these ranks; see `export_stock_lora`."""
@@ -151,7 +155,7 @@ class DeboraAdaptation(Adaptation):
         export_stock_lora(path, pairs, self.model, self.head)
 
     def _upper_step(self, step: Step) -> dict[str, Any]:
-        """Algorithm 1, steps 2 to 7, with a stochastic hypergradient (Algorithm 2).
+        """Algorithm 1, steps 2 to 7, with a stochastic hypergradient (Algorithm 2), or with `momentum` their average.
 
         Returns the history: Frank-Wolfe gap and step size, means over the simplices; the share of away and of drop
         steps; the components with weight; the hypergradient's norm; the norm of what truncation took from the weights
@@ -160,7 +164,7 @@ class DeboraAdaptation(Adaptation):
         """
         method = self.method
         upper = self._hypergradient(step)
-        gradient = self._spread(upper.value)
+        gradient = self.gradient = self._averaged(upper.value)
         direction = frank_wolfe.choose_direction(self.weights, gradient, self._alive(), method.tau)
         taken, history = self._take(step, direction, upper)
         changed = ((taken.weights == 0) != (self.weights == 0)).any()
@@ -193,6 +197,15 @@ class DeboraAdaptation(Adaptation):
         """G(s) of the live components on one batch of the upper half. Leaves no gradients."""
         layers = [layer for layer in self.layers.values() if layer.r[ADAPTER] > 0]
         return upper_gradient(self.method, layers, step, self.data, self.optimizer)
+
+    def _averaged(self, value: Tensor) -> Tensor:
+        """The hypergradient over the simplices, averaged over the upper-level steps, with weights that fall by
+        `momentum` a step: Frank-Wolfe with one sample a step needs it to converge (Mokhtari et al., 2020, arXiv
+        1804.09554)."""
+        if self.method.momentum == 0 or self.upper_steps == 0:
+            return self._spread(value)
+        before = self.gradient.flatten()[self.live]
+        return self._spread(torch.lerp(before, value, 1 - self.method.momentum))
 
     def _take(
         self, step: Step, direction: frank_wolfe.Direction, upper: UpperGradient

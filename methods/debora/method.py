@@ -69,6 +69,13 @@ class Debora(Method):
     )
     damping: float = Field(1e-3, ge=0, description="implicit: added to the Hessian's diagonal, beside weight_decay")
     iterations: int = Field(10, ge=1, description="implicit: most products with the Hessian (MINRES), a batch each")
+    momentum: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        exclude_if=lambda value: value == 0,  # younger than the first records: without it, their run_ids stay
+        description="share of the earlier hypergradients in the average that a step follows; 0: the batch's own alone",
+    )
     T_max: int | None = Field(
         None, ge=1, description="lower-level updates before each upper-level step; unset: 45 such steps in the search"
     )
