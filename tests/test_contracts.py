@@ -32,6 +32,7 @@ def test_method(method, contract, tmp_path: Path):
     [
         "debora[rank=4,T_max=2,n0=3,step_rule=diminishing,step_size=1.0]",
         "debora[rank=4,T_max=3,step_rule=backtracking,hypergradient=direct,geometry=oblique]",
+        "debora[rank=4,T_max=2,n0=1,step_size=0.5,momentum=0.9]",
     ],
 )
 def test_state_that_only_some_settings_need_is_saved_too(method, tmp_path: Path):

@@ -93,6 +93,30 @@ def test_an_upper_step_against_a_slow_reference(scope, kind, step):
         torch.testing.assert_close(history["hypergradient_norm"], flat.norm(), rtol=1e-4, atol=1e-8)
 
 
+def test_with_momentum_a_step_follows_the_average_of_the_hypergradients_so_far():
+    run = started("rank=4,T_max=100,step_size=0.3,hypergradient=direct,momentum=0.75", 6)
+    adaptation = adaptation_of(run)
+    average: list[float] | None = None
+    for _ in range(3):
+        before = numbers(adaptation)
+        gradient = slow_hypergradient(run, peek(run), "direct")
+        own = [x for name in before for x in gradient[name]]
+        average = own if average is None else [0.75 * a + 0.25 * g for a, g in zip(average, own, strict=True)]
+        expected = [
+            x
+            for place, (_, s, _) in enumerate(before.values())
+            for x in slow_frank_wolfe(s.tolist(), average[4 * place : 4 * place + 4], 16.0, 1e-3, 0.3)
+        ]
+        adaptation._upper_step(run.training)
+        after = torch.cat([s for _, s, _ in numbers(adaptation).values()])
+        torch.testing.assert_close(after, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_momentum_that_is_off_is_no_part_of_a_runs_identity():
+    assert "momentum" not in Debora().model_dump()
+    assert Debora(momentum=0.9).model_dump()["momentum"] == 0.9
+
+
 def test_in_the_loop_the_lower_levels_gradients_stay_out_of_it(monkeypatch):
     run = started("rank=4,T_max=2", batches=12)
     adaptation = adaptation_of(run)

@@ -1,0 +1,68 @@
+"""The study: its archive gives the committed tables and text again, and its statistics mean what they say."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STUDY = Path("results") / "study"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / "study" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A copy of the project's study, written again from the archive alone."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / STUDY).mkdir(parents=True)
+    for name in ("README.md", STUDY / "records.tar.xz"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "scripts" / "study", folder / "scripts" / "study")
+    command = [sys.executable, str(folder / "scripts" / "study" / "write.py")]
+    subprocess.run(command, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": ""})
+    return folder
+
+
+def test_tables_and_texts_are_those_of_the_records(written):
+    names = [*sorted((ROOT / STUDY / "tables").iterdir()), ROOT / STUDY / "README.md", ROOT / "README.md"]
+    assert len(names) > 8
+    for path in names:
+        assert (written / path.relative_to(ROOT)).read_text() == path.read_text(), path
+
+
+def test_pictures_of_the_texts_are_there(written):
+    pictures = {path.name for path in (written / STUDY / "pictures").iterdir()}
+    assert pictures == {path.name for path in (ROOT / STUDY / "pictures").iterdir()}
+    text = (ROOT / STUDY / "README.md").read_text()
+    assert all(f"pictures/{name}" in text for name in pictures)
+
+
+def test_agreement_of_equal_ranks_is_whole_and_of_dealt_ones_that_of_chance():
+    agreement = script("ranks").agreement
+    ranks = {str(layer): layer % 4 for layer in range(40)}
+    found = agreement([ranks, ranks, ranks])
+    assert found.shared == 1
+    assert found.high < 1
+    other = {str(layer): (layer // 4) % 4 for layer in range(40)}  # independent of the first, nearly exactly
+    found = agreement([ranks, other])
+    assert found.low <= found.shared <= found.high
+
+
+def test_agreement_by_hand():
+    found = script("ranks").agreement([{"a": 3, "b": 1}, {"a": 1, "b": 1}])
+    assert found.shared == 2 * (1 + 1) / (4 + 2)
+    assert found.chance == pytest.approx(found.shared)  # dealt either way, 2 are shared
+
+
+def test_agreement_needs_two_runs():
+    with pytest.raises(ValueError, match="needs two runs"):
+        script("ranks").agreement([{"a": 1}])
