@@ -1,0 +1,43 @@
+"""Do runs of different seeds end with the same ranks?"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+DRAWS = 4000
+
+
+class Agreement(NamedTuple):
+    """Share of components in common, mean over pairs of runs; what chance gives: mean and middle 95 %."""
+
+    shared: float
+    chance: float
+    low: float
+    high: float
+
+
+def agreement(runs: Sequence[Mapping[str, int]]) -> Agreement:
+    """Between runs with the same layers, each layer -> rank: sum of min(r, r') over the mean of both sums, in 0 to 1.
+
+    Chance: every run's ranks dealt anew to the layers, which keeps how many components each run has and how unequal its
+    ranks are. Raises ValueError for fewer than two runs.
+    """
+    if len(runs) < 2:
+        raise ValueError(f"agreement needs two runs, and got {len(runs)}")
+    ranks = np.array([[run[layer] for layer in runs[0]] for run in runs], dtype=float)
+    draw = np.random.default_rng(0)
+    dealt = [_shared(draw.permuted(ranks, axis=1)) for _ in range(DRAWS)]
+    low, high = np.quantile(dealt, [0.025, 0.975])
+    return Agreement(_shared(ranks), float(np.mean(dealt)), float(low), float(high))
+
+
+def _shared(ranks: np.ndarray) -> float:
+    pairs = [
+        2 * np.minimum(first, second).sum() / (first.sum() + second.sum())
+        for first, second in itertools.combinations(ranks, 2)
+    ]
+    return float(np.mean(pairs))

@@ -1,0 +1,385 @@
+"""Write the study from its records: results/study/README.md, tables, pictures, and the block in the project's README.
+
+Every number in the text comes from the records, through the functions that `reading.md` (a Jinja2 template) calls.
+Usage: python scripts/study/write.py     (unpacks results/study/records.tar.xz where there are no runs)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import ranks as agreement
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from tabulate import tabulate
+
+from harness.commands.report import naming_of
+from harness.record import RecordStore, RunRecord
+from harness.report import curves, layers, scatter
+from harness.report.build import boards_of
+from harness.report.compare import Comparison, ExampleReader, compare_cells
+from harness.report.figures import save
+from harness.report.frame import METRICS, to_frame
+from harness.report.histories import traced
+from harness.report.latex import latex
+from harness.report.leaderboard import Board, Cell, Column, Row
+from harness.report.paper import reported
+from harness.report.statistics import holm
+from harness.report.text import human, markdown, summary_text
+
+ROOT = Path(__file__).parents[2]
+STUDY = ROOT / "results" / "study"
+MARKS = "<!-- study: written by scripts/study.sh -->", "<!-- end of the study -->"
+RESERVED = "glue/sst2, reserved"
+TITLES = {
+    "glue/sst2": "SST-2",
+    RESERVED: "SST-2, 10,000 reserved",
+    "glue/stsb": "STS-B",
+    "glue/mrpc": "MRPC",
+    "glue/mnli": "MNLI",
+    "rotten_tomatoes": "rotten_tomatoes",
+    "cifar10": "CIFAR-10",
+}
+IDENTIFIED = (
+    "debora",
+    "debora[hypergradient=closed_form]",
+    "debora[hypergradient=implicit]",
+    "debora[T_max=2]",
+    "debora[T_max=20]",
+    "debora[momentum=0.9]",
+    "debora[T_max=20,momentum=0.9]",
+)
+CONTROLS = {  # by kind: what it is
+    "same ranks": "LoRA retrained at the ranks that dEBORA found",
+    "shuffled": "LoRA at those ranks, shuffled among layers of one shape",
+    "uniform": "LoRA of one rank, nearest in numbers",
+    "magnitude": "LoRA 8 pruned once to as many components, by magnitude",
+    "random": "LoRA 8 pruned once to as many components, at random",
+}
+
+
+class Part:
+    """One of the study's results folders: its board, and what the text asks of it."""
+
+    def __init__(self, name: str, keep: Any = lambda record: True, relabel: Any = None) -> None:
+        self.store = RecordStore.existing(STUDY / name)
+        self.records = {record.run_id: record for record in self.store.records() if keep(record)}
+        records = list(self.records.values())
+        frame = to_frame(records, naming_of(records))
+        if relabel:
+            frame["label"] = [
+                relabel(self.records[run_id]) or label
+                for run_id, label in zip(frame["run_id"], frame["label"], strict=True)
+            ]
+        self.frame = _with_reserved(frame)
+        boards = boards_of(self.store, self.frame)
+        assert len(boards) == 1, f"{name} has {len(boards)} settings"
+        self.board = boards[0]
+        self.rows = {row.label: row for row in self.board.rows}
+        self.columns = {_task(column.title): column for column in self.board.columns}
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in the order of TITLES."""
+        return [task for task in TITLES if task in self.columns]
+
+    def cell(self, label: str, task: str) -> Cell:
+        """Runs of a row on a task."""
+        return self.rows[label].cells[self.columns[task].title]
+
+    def score(self, label: str, task: str) -> str:
+        """0.823 ± 0.004: mean over seeds and half the 95 % interval of t."""
+        return summary_text(self.cell(label, task).score, with_n=False)
+
+    def count(self, label: str, task: str) -> float:
+        """Adapter numbers after training, mean over seeds."""
+        runs = self.cell(label, task).scored
+        return sum(run["parameters_final"] for run in runs) / len(runs)
+
+    def numbers(self, label: str, task: str) -> str:
+        """The same, for people."""
+        return human(float(f"{self.count(label, task):.3g}"))
+
+    def ratio(self, label: str, other: str, task: str) -> str:
+        """Adapter numbers of one row over those of another."""
+        return f"{self.count(label, task) / self.count(other, task):.2f}"
+
+    def compare(self, label: str, others: Sequence[str], task: str) -> dict[str, Comparison]:
+        """One row against others on a task: the report's paired test, Holm-corrected over `others`."""
+        column, read = self.columns[task], ExampleReader(self.store)
+        found = [compare_cells(self.cell(label, task), self.cell(other, task), column, read) for other in others]
+        adjusted = iter(holm([each.difference.p_value for each in found if each.difference]))
+        return {
+            other: dataclasses.replace(each, adjusted_p=next(adjusted)) if each.difference else each
+            for other, each in zip(others, found, strict=True)
+        }
+
+    def difference(self, label: str, other: str, task: str) -> str:
+        """+0.004 (-0.003 to +0.011): the first less the second with its 95 % interval over seeds and examples."""
+        return _difference(self.compare(label, [other], task)[other])
+
+    def verdict(self, label: str, other: str, task: str) -> str:
+        """better, worse or undecided, of one comparison on its own."""
+        return self.compare(label, [other], task)[other].verdict
+
+    def table(self, labels: Iterable[str] | None = None) -> str:
+        """Scores against numbers, best mean first, as Markdown."""
+        shown = [self.rows[label] for label in labels] if labels else list(self.board.rows)
+        lines = []
+        for row in shown:
+            line = {"method": f"`{row.label}`", "numbers": human(row.parameters)}
+            for task in self.tasks:
+                column = self.columns[task]
+                cell = row.cells.get(column.title)
+                line[f"{TITLES[task]} ({column.headline})"] = _marked(self.board, row, column, cell)
+            if self.board.has_search:
+                line["search"] = f"{row.search_batches:.0f} batches, {row.search_seconds:.0f} s"
+            lines.append(line)
+        return _markdown(lines)
+
+
+def _task(title: str) -> str:
+    return title if title == RESERVED else title.partition("[")[0].partition(" (")[0]
+
+
+def _with_reserved(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with SST-2's reserved sentences as a task of their own."""
+    name = METRICS + "reserved_accuracy"
+    if name not in frame:
+        return frame
+    copied = frame[frame[name].notna()].assign(column=RESERVED, split="reserved")
+    return pd.concat([frame, copied.assign(score=copied[name])], ignore_index=True)
+
+
+def _marked(board: Board, row: Row, column: Column, cell: Cell | None) -> str:
+    if cell is None:
+        return "-"
+    text = summary_text(cell.score, with_n=cell.score.n != board.n) + (" ≈" if board.is_tie(row, column) else "")
+    return f"**{text}**" if board.is_best(row, column) else text
+
+
+def _difference(each: Comparison, sign: int = 1) -> str:
+    """+0.004 (-0.003 to +0.011): a difference (times `sign`) with its 95 % interval."""
+    if each.difference is None:
+        return "not available"
+    low, high = sorted(sign * end for end in each.difference.interval)
+    told = {"better": "worse", "worse": "better"}.get(each.verdict, "") if sign < 0 else ""
+    return f"{sign * each.difference.mean:+.3f} ({low:+.3f} to {high:+.3f})" + (f", {told}" if told else "")
+
+
+def _markdown(lines: Sequence[dict[str, str]]) -> str:
+    names = list(lines[0])
+    rows = [[line.get(name, "-") for name in names] for line in lines]
+    alignment = ["left"] + ["right"] * (len(names) - 1)
+    return tabulate(rows, names, tablefmt="github", disable_numparse=True, colalign=alignment)
+
+
+def kind_of(record: RunRecord) -> str | None:
+    """The kind of a control; None for a run that is none."""
+    parameters = record.spec.method_parameters
+    if record.spec.search is not None:
+        return None
+    if record.spec.method == "pruned_lora":
+        return str(parameters["selection"])
+    if parameters["ranks"] is None:
+        return "uniform"
+    return "shuffled" if parameters["shuffle_ranks"] else "same ranks"
+
+
+def controls_table(controls: Part) -> str:
+    """dEBORA against each control: numbers, score, and dEBORA's score less the control's with its interval."""
+    lines = []
+    for task in controls.tasks:
+        if task == "glue/sst2":
+            continue  # claims about SST-2 rest on the reserved sentences
+        there = [kind for kind in CONTROLS if kind in controls.rows]
+        found = controls.compare("debora", there, task)
+        own = {"task": TITLES[task], "against": "dEBORA itself", "numbers": controls.numbers("debora", task)}
+        lines.append(own | {"score": controls.score("debora", task), "dEBORA's less this": "", "dEBORA is": ""})
+        for kind, each in found.items():
+            lines.append(
+                {
+                    "task": "",
+                    "against": CONTROLS[kind],
+                    "numbers": controls.numbers(kind, task),
+                    "score": controls.score(kind, task),
+                    "dEBORA's less this": _difference(each),
+                    "dEBORA is": each.verdict,
+                }
+            )
+    return _markdown(lines)
+
+
+def parts_table(parts: Part) -> str:
+    """Every change to dEBORA, and LoRA by rank: numbers, scores, and the score less that of dEBORA as it comes."""
+    changed = sorted(label for label in parts.rows if label.startswith("debora["))
+    rivals = sorted(
+        (label for label in parts.rows if label.startswith("lora")), key=lambda label: parts.rows[label].rank or 0
+    )
+    found = {task: parts.compare("debora", [*changed, *rivals], task) for task in parts.tasks}
+    lines = []
+    for label in ["debora", *changed, *rivals]:
+        line = {"setting": f"`{label}`"}
+        for task in parts.tasks:
+            name = TITLES[task]
+            line |= {f"{name}: numbers": parts.numbers(label, task), f"{name}: accuracy": parts.score(label, task)}
+            line[f"{name}: less dEBORA's"] = "" if label == "debora" else _difference(found[task][label], -1)
+        lines.append(line)
+    return _markdown(lines)
+
+
+def paper_table(main: Part) -> str:
+    """Reported and ours, score less that of LoRA of rank 8, and numbers over LoRA's: the models differ."""
+    ours = {
+        "full": "full",
+        "hadapter": "hadapter",
+        "padapter": "padapter",
+        "adalora": "adalora",
+        "debora": "debora",
+        "debora[geometry=oblique]": "debora[geometry=oblique]",
+        "debora[geometry=stiefel]": "debora[geometry=stiefel]",
+    }
+    names = {
+        "matrix": "debora",
+        "oblique": ours["debora[geometry=oblique]"],
+        "stiefel": ours["debora[geometry=stiefel]"],
+    }
+    metrics = {"glue/sst2": "accuracy", "glue/stsb": "pearson", "glue/mrpc": "accuracy"}
+    figures: dict[tuple[str, str], Any] = {}
+    for figure in reported():
+        if (
+            figure.benchmark == "GLUE"
+            and metrics.get(figure.task) == figure.metric
+            and figure.source.startswith("dEBORA")
+        ):
+            label = names[figure.settings["geometry"]] if figure.method == "debora" else figure.method
+            figures[label, figure.task] = figure
+    lines = []
+    for label in ours:
+        line = {"method": f"`{label}`"}
+        for task in main.tasks:
+            if task not in metrics:
+                continue
+            theirs, lora = figures[label, task], figures["lora", task]
+            share = theirs.parameters / lora.parameters
+            line |= {
+                f"{TITLES[task]}, reported": f"{theirs.score - lora.score:+.3f}",
+                f"{TITLES[task]}, ours": _difference(main.compare(label, ["lora"], task)["lora"]),
+            }
+            line["numbers over LoRA's, reported"] = f"{share:.2f}"
+        line["ours"] = f"{(main.rows[label].parameters or 0) / (main.rows['lora'].parameters or 1):.2f}"
+        lines.append(line)
+    return _markdown(lines)
+
+
+def ranks_table(parts: dict[str, tuple[Part, Sequence[str]]]) -> str:
+    """How far the final ranks of different seeds agree, with chance beside it."""
+    lines = []
+    for model, (part, labels) in parts.items():
+        for task in part.tasks:
+            if task == RESERVED:
+                continue
+            for label in labels:
+                if label not in part.rows:
+                    continue
+                runs = [part.records[run["run_id"]].ranks for run in part.cell(label, task).scored]
+                found = agreement.agreement(runs)
+                lines.append(
+                    {
+                        "model": model,
+                        "task": TITLES[task],
+                        "method": f"`{label}`",
+                        "components": " ".join(str(sum(ranks.values())) for ranks in runs),
+                        "shared": f"{found.shared:.2f}",
+                        "by chance": f"{found.chance:.2f} ({found.low:.2f} to {found.high:.2f})",
+                    }
+                )
+    return _markdown(lines)
+
+
+def _pictures(main: Part, parts: Part, convolutions: Part) -> None:
+    folder = STUDY / "pictures"
+    folder.mkdir(exist_ok=True)
+    sweep = parts.frame[parts.frame["label"].str.match(r"debora$|debora\[(tau|T_max)=|lora")]
+    allocated = [row for row in main.board.rows if row.label.startswith("debora")]
+    search = dataclasses.replace(
+        main.board,
+        rows=tuple(allocated),
+        columns=tuple(main.columns[task] for task in main.tasks if task != RESERVED),
+    )
+    figures = {
+        "main": scatter.draw(main.frame, main.board),
+        "sweeps": scatter.draw(sweep, _only(parts.board, set(sweep["label"]))),
+        "convolutions": scatter.draw(convolutions.frame, convolutions.board),
+        "active_set": curves.over_time(search, traced(search, main.store)),
+        "ranks": layers.rank_heat_map(search, main.records),
+    }
+    for name, figure in figures.items():
+        assert figure is not None, name
+        save(figure, folder / f"{name}.png")
+
+
+def _only(board: Board, labels: set[str]) -> Board:
+    return dataclasses.replace(board, rows=tuple(row for row in board.rows if row.label in labels))
+
+
+def main() -> None:
+    """Write everything."""
+    if not (STUDY / "main" / "runs").exists():
+        with tarfile.open(STUDY / "records.tar.xz") as archive:
+            archive.extractall(STUDY, filter="data")
+    tuned = Part("main", lambda record: record.spec.search is not None)
+    controls = Part("main", _is_of_controls, kind_of)
+    parts, convolutions = Part("parts"), Part("convolutions")
+    tables = STUDY / "tables"
+    tables.mkdir(exist_ok=True)
+    for name, part in {"main": tuned, "controls": controls, "parts": parts, "convolutions": convolutions}.items():
+        (tables / f"{name}.md").write_text(markdown([part.board]))
+        (tables / f"{name}.tex").write_text(latex([part.board]))
+    _pictures(tuned, parts, convolutions)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown, from our own records
+    )
+    known = {
+        "main": tuned,
+        "controls": controls,
+        "parts": parts,
+        "convolutions": convolutions,
+        "controls_table": controls_table(controls),
+        "parts_table": parts_table(parts),
+        "paper_table": paper_table(tuned),
+        "ranks_table": ranks_table(
+            {
+                "MiniLM": (tuned, [label for label in tuned.rows if label.startswith(("debora", "adalora"))]),
+                "BERT-tiny": (parts, [label for label in parts.rows if label in IDENTIFIED]),
+            }
+        ),
+        "titles": TITLES,
+    }
+    (STUDY / "README.md").write_text(environment.get_template("reading.md").render(known))
+    block = environment.get_template("front.md").render(known)
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    readme.write_text(f"{before}{MARKS[0]}\n{block.strip()}\n{MARKS[1]}{after}")
+
+
+def _is_of_controls(record: RunRecord) -> bool:
+    spec = record.spec
+    if spec.search is None:
+        return True
+    plain = spec.method == "debora" and spec.method_parameters["geometry"] == "matrix"
+    return plain or spec.is_trial
+
+
+if __name__ == "__main__":
+    main()
