@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import tarfile
+import tomllib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -332,8 +334,9 @@ def main() -> None:
     if not (STUDY / "main" / "runs").exists():
         with tarfile.open(STUDY / "records.tar.xz") as archive:
             archive.extractall(STUDY, filter="data")
-    tuned = Part("main", lambda record: record.spec.search is not None)
-    controls = Part("main", _is_of_controls, kind_of)
+    whole = _whole_tasks(RecordStore.existing(STUDY / "main").records())
+    tuned = Part("main", lambda record: record.spec.task in whole and record.spec.search is not None)
+    controls = Part("main", lambda record: record.spec.task in whole and _is_of_controls(record), kind_of)
     parts, convolutions = Part("parts"), Part("convolutions")
     tables = STUDY / "tables"
     tables.mkdir(exist_ok=True)
@@ -371,6 +374,13 @@ def main() -> None:
     before, rest = readme.read_text().split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     readme.write_text(f"{before}{MARKS[0]}\n{block.strip()}\n{MARKS[1]}{after}")
+
+
+def _whole_tasks(records: Iterable[RunRecord]) -> set[str]:
+    """The main table's tasks on which every row has ended on every seed: the study goes over several sittings."""
+    plan = tomllib.loads(Path(__file__).with_name("main.toml").read_text())
+    ended = Counter(record.spec.task for record in records if record.spec.search and not record.spec.is_trial)
+    return {task for task, count in ended.items() if count == len(plan["methods"]) * len(plan["seeds"])}
 
 
 def _is_of_controls(record: RunRecord) -> bool:
