@@ -24,6 +24,7 @@ from harness.record import RecordStore, RunRecord
 from harness.report import curves, layers, scatter
 from harness.report.build import boards_of
 from harness.report.compare import Comparison, ExampleReader, compare_cells
+from harness.report.data import tidy
 from harness.report.figures import save
 from harness.report.frame import METRICS, to_frame
 from harness.report.histories import traced
@@ -53,7 +54,7 @@ IDENTIFIED = (
     "debora[T_max=2]",
     "debora[T_max=20]",
     "debora[momentum=0.9]",
-    "debora[T_max=20,momentum=0.9]",
+    "debora[momentum=0.9,T_max=20]",
 )
 CONTROLS = {  # by kind: what it is
     "same ranks": "LoRA retrained at the ranks that dEBORA found",
@@ -343,6 +344,7 @@ def main() -> None:
     for name, part in {"main": tuned, "controls": controls, "parts": parts, "convolutions": convolutions}.items():
         (tables / f"{name}.md").write_text(markdown([part.board]))
         (tables / f"{name}.tex").write_text(latex([part.board]))
+        (tables / f"{name}.csv").write_text(tidy([part.board]).to_csv(index=False, lineterminator="\n"))
     _pictures(tuned, parts, convolutions)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
