@@ -12,7 +12,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import ranks as agreement
@@ -129,11 +129,17 @@ class Part:
         """better, worse or undecided, of one comparison on its own."""
         return self.compare(label, [other], task)[other].verdict
 
-    def table(self, labels: Iterable[str] | None = None) -> str:
+    def told_from_best(self, task: str) -> str:
+        """The rows whose scores the paired test tells from the best mean, which has none of the marks."""
+        column = self.columns[task]
+        there = [row for row in self.board.rows if column.title in row.cells]
+        told = [row for row in there if not self.board.is_best(row, column) and not self.board.is_tie(row, column)]
+        return ", ".join(f"`{row.label}`" for row in told) or "none"
+
+    def table(self) -> str:
         """Scores against numbers, best mean first, as Markdown."""
-        shown = [self.rows[label] for label in labels] if labels else list(self.board.rows)
         lines = []
-        for row in shown:
+        for row in self.board.rows:
             line = {"method": f"`{row.label}`", "numbers": human(row.parameters)}
             for task in self.tasks:
                 column = self.columns[task]
@@ -268,10 +274,11 @@ def paper_table(main: Part) -> str:
             if task not in metrics:
                 continue
             theirs, lora = figures[label, task], figures["lora", task]
+            own = RESERVED if task == "glue/sst2" else task
             share = theirs.parameters / lora.parameters
             line |= {
                 f"{TITLES[task]}, reported": f"{theirs.score - lora.score:+.3f}",
-                f"{TITLES[task]}, ours": _difference(main.compare(label, ["lora"], task)["lora"]),
+                f"{TITLES[own]}, ours": _difference(main.compare(label, ["lora"], own)["lora"]),
             }
             line["numbers over LoRA's, reported"] = f"{share:.2f}"
         line["ours"] = f"{(main.rows[label].parameters or 0) / (main.rows['lora'].parameters or 1):.2f}"
@@ -279,47 +286,69 @@ def paper_table(main: Part) -> str:
     return _markdown(lines)
 
 
-def ranks_table(parts: dict[str, tuple[Part, Sequence[str]]]) -> str:
-    """How far the final ranks of different seeds agree, with chance beside it."""
-    lines = []
-    for model, (part, labels) in parts.items():
+class Agreed(NamedTuple):
+    """How far the final ranks of a row's seeds agree on a task."""
+
+    model: str
+    task: str
+    label: str
+    components: tuple[int, ...]
+    found: agreement.Agreement
+
+
+def agreements(parts: dict[str, Part]) -> list[Agreed]:
+    """Of all rows whose ranks were searched for, by the model's name."""
+    found = []
+    for model, part in parts.items():
         for task in part.tasks:
-            if task == RESERVED:
-                continue
-            for label in labels:
-                if label not in part.rows:
+            for label in part.rows:
+                if task == RESERVED or not label.startswith(("debora", "adalora")):
                     continue
-                runs = [part.records[run["run_id"]].ranks for run in part.cell(label, task).scored]
-                found = agreement.agreement(runs)
-                lines.append(
-                    {
-                        "model": model,
-                        "task": TITLES[task],
-                        "method": f"`{label}`",
-                        "components": " ".join(str(sum(ranks.values())) for ranks in runs),
-                        "shared": f"{found.shared:.2f}",
-                        "by chance": f"{found.chance:.2f} ({found.low:.2f} to {found.high:.2f})",
-                    }
-                )
-    return _markdown(lines)
+                ranks = [part.records[run["run_id"]].ranks for run in part.cell(label, task).scored]
+                sizes = tuple(sum(of_run.values()) for of_run in ranks)
+                found.append(Agreed(model, task, label, sizes, agreement.agreement(ranks)))
+    return found
+
+
+def ranks_table(agreed: Iterable[Agreed]) -> str:
+    """Shared components of seeds, with chance beside it."""
+    return _markdown(
+        [
+            {
+                "model, task": f"{each.model}, {TITLES[each.task]}",
+                "method": f"`{each.label}`",
+                "components left": ", ".join(map(str, each.components)),
+                "shared": f"{each.found.shared:.2f}",
+                "by chance": f"{each.found.chance:.2f} ({each.found.low:.2f} to {each.found.high:.2f})",
+            }
+            for each in agreed
+        ]
+    )
+
+
+def beyond_chance(agreed: Iterable[Agreed]) -> str:
+    """3 of 28 (`debora[tau=32]` on MNLI, ...): dEBORA's rows that share more than the middle 95 % of chance."""
+    own = [each for each in agreed if each.label.startswith("debora")]
+    above = [each for each in own if each.found.shared > each.found.high]
+    names = ", ".join(f"`{each.label}` on {TITLES[each.task]}" for each in above)
+    return f"{len(above)} of {len(own)}" + (f" ({names})" if above else "")
 
 
 def _pictures(main: Part, parts: Part, convolutions: Part) -> None:
     folder = STUDY / "pictures"
     folder.mkdir(exist_ok=True)
     sweep = parts.frame[parts.frame["label"].str.match(r"debora$|debora\[(tau|T_max)=|lora")]
-    allocated = [row for row in main.board.rows if row.label.startswith("debora")]
+    tasks = tuple(main.columns[task] for task in main.tasks if task != RESERVED)
     search = dataclasses.replace(
-        main.board,
-        rows=tuple(allocated),
-        columns=tuple(main.columns[task] for task in main.tasks if task != RESERVED),
+        _only(main.board, {label for label in main.rows if label.startswith("debora")}), columns=tasks
     )
+    both = dataclasses.replace(_only(main.board, {"debora", "adalora"}), columns=tasks)
     figures = {
         "main": scatter.draw(main.frame, main.board),
         "sweeps": scatter.draw(sweep, _only(parts.board, set(sweep["label"]))),
         "convolutions": scatter.draw(convolutions.frame, convolutions.board),
         "active_set": curves.over_time(search, traced(search, main.store)),
-        "ranks": layers.rank_heat_map(search, main.records),
+        "ranks": layers.rank_heat_map(both, main.records),
     }
     for name, figure in figures.items():
         assert figure is not None, name
@@ -345,6 +374,8 @@ def main() -> None:
         (tables / f"{name}.md").write_text(markdown([part.board]))
         (tables / f"{name}.tex").write_text(latex([part.board]))
         (tables / f"{name}.csv").write_text(tidy([part.board]).to_csv(index=False, lineterminator="\n"))
+    agreed = agreements({"MiniLM": tuned, "BERT-tiny": parts})
+    (tables / "ranks.md").write_text(ranks_table(agreed) + "\n")
     _pictures(tuned, parts, convolutions)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -354,6 +385,7 @@ def main() -> None:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown, from our own records
     )
+    environment.filters["title_of"] = TITLES.__getitem__
     known = {
         "main": tuned,
         "controls": controls,
@@ -362,13 +394,8 @@ def main() -> None:
         "controls_table": controls_table(controls),
         "parts_table": parts_table(parts),
         "paper_table": paper_table(tuned),
-        "ranks_table": ranks_table(
-            {
-                "MiniLM": (tuned, [label for label in tuned.rows if label.startswith(("debora", "adalora"))]),
-                "BERT-tiny": (parts, [label for label in parts.rows if label in IDENTIFIED]),
-            }
-        ),
-        "titles": TITLES,
+        "ranks_table": ranks_table(each for each in agreed if each.model == "MiniLM" or each.label in IDENTIFIED),
+        "beyond_chance": beyond_chance(agreed),
     }
     (STUDY / "README.md").write_text(environment.get_template("reading.md").render(known))
     block = environment.get_template("front.md").render(known)
