@@ -111,6 +111,11 @@ class Part:
         """Adapter numbers of one row over those of another."""
         return f"{self.count(label, task) / self.count(other, task):.2f}"
 
+    def upper_share(self, label: str, task: str) -> str:
+        """Share of the budget's batches that no optimizer step was made on: the upper level's."""
+        runs = self.cell(label, task).scored
+        return f"{1 - sum(run['updates'] for run in runs) / sum(run['batches'] for run in runs):.0%}"
+
     def compare(self, label: str, others: Sequence[str], task: str) -> dict[str, Comparison]:
         """One row against others on a task: the report's paired test, Holm-corrected over `others`."""
         column, read = self.columns[task], ExampleReader(self.store)
