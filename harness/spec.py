@@ -123,8 +123,9 @@ class RunSpec(Parameters):
     """One cell of a comparison: one method on one task with one seed.
 
     `method_parameters` and `task_parameters` hold every parameter, defaults filled in, so that a changed
-    default is a different run. (One that is younger than records it would say nothing new of may leave itself out where
-    it is off, by pydantic's `exclude_if`: their run_ids then stay.) The two fingerprints are content hashes of the data and of the model.
+    default is a different run. (A parameter younger than the first records may leave itself out where it is off, by
+    pydantic's `exclude_if`: their run_ids then stay.) The two fingerprints are content hashes of the data and of the
+    model.
     """
 
     method: str

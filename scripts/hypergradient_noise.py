@@ -7,7 +7,8 @@ nothing. At some upper-level steps it takes the hypergradient on 48 more batches
 back.
 
     signal/noise  variance of the mean hypergradient over the components of a layer, over the variance of one batch's
-    named         how often one batch's largest entry in a layer, which an away step takes weight from, is the mean's
+    named         how often one batch's largest entry in a layer, which an away step takes weight from, is the mean's of
+                  the other 47
     chance        the same if it were any component
 """
 
@@ -40,7 +41,7 @@ def watched(
 ) -> UpperGradient:
     """`upper_gradient`, with a look at what other batches say. Batches, budget and random numbers are put back."""
     global counted
-    counted = 0 if step.index < 2 * method.lower_updates(step.budget) else counted + 1
+    counted = 1 if step.index < method.lower_updates(step.budget) else counted + 1
     if counted in AT:
         training: Any = step
         drawn, used, random = training.data.drawn["upper"], training.used, torch.get_rng_state()
@@ -61,7 +62,8 @@ def measured(by_layer: tuple[torch.Tensor, ...]) -> tuple[int, float, float, flo
             mean, spread = own.mean(dim=0), own.var(dim=0)
             signal.append(float((mean**2 - spread / len(own)).sum()))  # without the part of the noise that is left
             noise.append(float(spread.sum()))
-            named.append(float((own.argmax(dim=1) == mean.argmax()).double().mean()))
+            others = (own.sum(dim=0) - own) / (len(own) - 1)
+            named.append(float((own.argmax(dim=1) == others.argmax(dim=1)).double().mean()))
             chance.append(1 / values.shape[1])
     count = sum(values.shape[1] for values in by_layer)
     return count, max(0.0, sum(signal)) / sum(noise), sum(named) / len(named), sum(chance) / len(chance)

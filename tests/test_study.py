@@ -63,6 +63,21 @@ def test_agreement_by_hand():
     assert found.chance == pytest.approx(found.shared)  # dealt either way, 2 are shared
 
 
+def test_within_shapes_a_preference_for_a_shape_is_no_agreement():
+    agreement = script("ranks").agreement
+    runs = [
+        {
+            f"{shape}{layer}": 5 * (shape == "wide") + (layer + shift) % 2
+            for shape in ("wide", "narrow")
+            for layer in range(8)
+        }
+        for shift in (0, 1)
+    ]
+    found = agreement(runs, lambda layer: layer[:-1])
+    assert found.shared <= found.low  # the layers with one more are never the same
+    assert agreement(runs).high < found.shared
+
+
 def test_agreement_needs_two_runs():
     with pytest.raises(ValueError, match="needs two runs"):
         script("ranks").agreement([{"a": 1}])

@@ -200,8 +200,8 @@ class DeboraAdaptation(Adaptation):
 
     def _averaged(self, value: Tensor) -> Tensor:
         """The hypergradient over the simplices, averaged over the upper-level steps, with weights that fall by
-        `momentum` a step: Frank-Wolfe with one sample a step needs it to converge (Mokhtari et al., 2020, arXiv
-        1804.09554)."""
+        `momentum` a step; the first counts whole. (In the averaged Frank-Wolfe of Mokhtari et al., 2020, arXiv
+        1804.09554, the new one's weight falls over time as well.)"""
         if self.method.momentum == 0 or self.upper_steps == 0:
             return self._spread(value)
         before = self.gradient.flatten()[self.live]

@@ -77,7 +77,9 @@ class Debora(Method):
         description="share of the earlier hypergradients in the average that a step follows; 0: the batch's own alone",
     )
     T_max: int | None = Field(
-        None, ge=1, description="lower-level updates before each upper-level step; unset: 45 such steps in the search"
+        None,
+        ge=1,
+        description="lower-level updates before each upper-level step; unset: about 45 such steps in the search",
     )
     n0: int | None = Field(
         None,
@@ -115,6 +117,11 @@ class Debora(Method):
             raise ValueError(
                 f"hypergradient = {self.hypergradient} with geometry = {self.geometry} gives no direction of descent "
                 "at fixed factors, as step_rule = backtracking needs: set hypergradient = direct, or step_rule = fixed"
+            )
+        if self.step_rule == "backtracking" and self.momentum:
+            raise ValueError(
+                f"momentum = {self.momentum:g} gives a direction that need not descend on the batch that step_rule = "
+                "backtracking tries: set momentum = 0, or step_rule = fixed"
             )
         if self.start_point == "interior" and self.geometry == "stiefel":
             raise ValueError("start_at = interior changes the model where geometry = stiefel: set start_at = vertex")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import lzma
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +21,10 @@ PACKED = STUDY / "records.tar.xz"
 
 def main() -> None:
     """Write the archive: equal records give equal bytes."""
+    files = list(_files())
     draft = PACKED.with_suffix(".draft")
     with lzma.open(draft, "wb", preset=9) as stream, tarfile.open(fileobj=stream, mode="w") as archive:
-        for name, content in _files():
+        for name, content in files:
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
@@ -32,7 +34,10 @@ def main() -> None:
 
 def _files() -> Iterator[tuple[str, bytes]]:
     for part in PARTS:
-        for record in sorted((STUDY / part / "runs").glob("*/record.json")):
+        records = sorted((STUDY / part / "runs").glob("*/record.json"))
+        if not records:
+            sys.exit(f"error: {STUDY / part} has no runs: make them with `bash scripts/study.sh --run DIR`")
+        for record in records:
             content, folder = json.loads(record.read_bytes()), record.parent
             spec = content["spec"]
             spec["place"]["data_root"] = None  # where somebody's files lie is nobody's business
@@ -43,8 +48,9 @@ def _files() -> Iterator[tuple[str, bytes]]:
             predictions = folder / "predictions.safetensors"
             if predictions.exists():
                 yield f"{inside}/predictions.safetensors", predictions.read_bytes()
-            if spec["method"] == "debora":
-                yield f"{inside}/history.jsonl", _upper_steps(folder / "history.jsonl")
+            history = folder / "history.jsonl"
+            if spec["method"] == "debora" and history.exists():
+                yield f"{inside}/history.jsonl", _upper_steps(history)
 
 
 def _upper_steps(history: Path) -> bytes:

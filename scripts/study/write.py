@@ -1,16 +1,18 @@
 """Write the study from its records: results/study/README.md, tables, pictures, and the block in the project's README.
 
 Every number in the text comes from the records, through the functions that `reading.md` (a Jinja2 template) calls.
-Usage: python scripts/study/write.py     (unpacks results/study/records.tar.xz where there are no runs)
+Usage: python scripts/study/write.py     (reads results/study/records.tar.xz alone)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tarfile
+import tempfile
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ from harness.report.figures import save
 from harness.report.frame import METRICS, to_frame
 from harness.report.histories import traced
 from harness.report.latex import latex
+from harness.report.layers import split_name
 from harness.report.leaderboard import Board, Cell, Column, Row
 from harness.report.paper import reported
 from harness.report.statistics import holm
@@ -68,8 +71,8 @@ CONTROLS = {  # by kind: what it is
 class Part:
     """One of the study's results folders: its board, and what the text asks of it."""
 
-    def __init__(self, name: str, keep: Any = lambda record: True, relabel: Any = None) -> None:
-        self.store = RecordStore.existing(STUDY / name)
+    def __init__(self, folder: Path, keep: Any = lambda record: True, relabel: Any = None) -> None:
+        self.store = RecordStore.existing(folder)
         self.records = {record.run_id: record for record in self.store.records() if keep(record)}
         records = list(self.records.values())
         frame = to_frame(records, naming_of(records))
@@ -80,7 +83,7 @@ class Part:
             ]
         self.frame = _with_reserved(frame)
         boards = boards_of(self.store, self.frame)
-        assert len(boards) == 1, f"{name} has {len(boards)} settings"
+        assert len(boards) == 1, f"{folder.name} has {len(boards)} settings"
         self.board = boards[0]
         self.rows = {row.label: row for row in self.board.rows}
         self.columns = {_task(column.title): column for column in self.board.columns}
@@ -93,6 +96,9 @@ class Part:
     def cell(self, label: str, task: str) -> Cell:
         """Runs of a row on a task."""
         return self.rows[label].cells[self.columns[task].title]
+
+    def _mean_score(self, label: str, task: str) -> float:
+        return self.cell(label, task).score.mean or 0.0
 
     def score(self, label: str, task: str) -> str:
         """0.823 ± 0.004: mean over seeds and half the 95 % interval of t."""
@@ -110,6 +116,15 @@ class Part:
     def ratio(self, label: str, other: str, task: str) -> str:
         """Adapter numbers of one row over those of another."""
         return f"{self.count(label, task) / self.count(other, task):.2f}"
+
+    def ratio_with_head(self, label: str, other: str, task: str) -> str:
+        """The same of all trained numbers, the head among them."""
+        head = self.cell(label, task).scored[0]["head"]
+        return f"{(self.count(label, task) + head) / (self.count(other, task) + head):.2f}"
+
+    def changed(self) -> list[str]:
+        """dEBORA's rows with a setting of their own."""
+        return [label for label in self.rows if label.startswith("debora[")]
 
     def upper_share(self, label: str, task: str) -> str:
         """Share of the budget's batches that no optimizer step was made on: the upper level's."""
@@ -141,17 +156,47 @@ class Part:
         told = [row for row in there if not self.board.is_best(row, column) and not self.board.is_tie(row, column)]
         return ", ".join(f"`{row.label}`" for row in told) or "none"
 
-    def table(self) -> str:
-        """Scores against numbers, best mean first, as Markdown."""
-        lines = []
+    @property
+    def claimed(self) -> list[str]:
+        """The tasks that claims rest on: of SST-2 the reserved phrases, not the published sentences."""
+        return [task for task in self.tasks if task != "glue/sst2" or RESERVED not in self.tasks]
+
+    def mean(self, label: str, of: Callable[[str, str], float]) -> float:
+        """The mean over `claimed` of something of a row on a task."""
+        return sum(of(label, task) for task in self.claimed) / len(self.claimed)
+
+    def rates(self, task: str) -> str:
+        """`lora` 0.001, `full` 5e-05, ...: learning rates that the search chose, "largest tried" where it is."""
+        told = []
         for row in self.board.rows:
-            line = {"method": f"`{row.label}`", "numbers": human(row.parameters)}
+            spec = self.records[self.cell(row.label, task).runs[0]["run_id"]].spec
+            assert spec.search is not None
+            chosen = spec.method_parameters["learning_rate"]
+            tried = [self.records[trial].spec.method_parameters["learning_rate"] for trial in spec.search.trials]
+            told.append(f"`{row.label}` {chosen:g}" + (" (the largest tried)" if chosen == max(tried) else ""))
+        return ", ".join(told)
+
+    def expect(self, verdict: str, label: str, others: Sequence[str], task: str) -> str:
+        """Nothing, where this is the verdict of each comparison, corrected over `others`; a sentence rests on it.
+
+        Raises ValueError where the records now say something else: the sentence has to be written anew.
+        """
+        for other, each in self.compare(label, others, task).items():
+            if each.verdict != verdict:
+                raise ValueError(f"{label} is {each.verdict} against {other} on {task}, where the text says {verdict}")
+        return ""
+
+    def table(self) -> str:
+        """Scores against numbers, best mean of the claimed tasks first, as Markdown."""
+        lines = []
+        for row in sorted(self.board.rows, key=lambda row: -self.mean(row.label, self._mean_score)):
+            line = {"method": f"`{row.label}`", "numbers": human(float(f"{self.mean(row.label, self.count):.3g}"))}
             for task in self.tasks:
                 column = self.columns[task]
                 cell = row.cells.get(column.title)
                 line[f"{TITLES[task]} ({column.headline})"] = _marked(self.board, row, column, cell)
             if self.board.has_search:
-                line["search"] = f"{row.search_batches:.0f} batches, {row.search_seconds:.0f} s"
+                line["search, batches"] = f"{row.search_batches:.0f}"
             lines.append(line)
         return _markdown(lines)
 
@@ -166,7 +211,8 @@ def _with_reserved(frame: pd.DataFrame) -> pd.DataFrame:
     if name not in frame:
         return frame
     copied = frame[frame[name].notna()].assign(column=RESERVED, split="reserved")
-    return pd.concat([frame, copied.assign(score=copied[name])], ignore_index=True)
+    copied = copied.assign(**{"score": copied[name], METRICS + "accuracy": copied[name]})
+    return pd.concat([frame, copied], ignore_index=True).drop(columns=name)
 
 
 def _marked(board: Board, row: Row, column: Column, cell: Cell | None) -> str:
@@ -185,10 +231,10 @@ def _difference(each: Comparison, sign: int = 1) -> str:
     return f"{sign * each.difference.mean:+.3f} ({low:+.3f} to {high:+.3f})" + (f", {told}" if told else "")
 
 
-def _markdown(lines: Sequence[dict[str, str]]) -> str:
+def _markdown(lines: Sequence[dict[str, str]], left: int = 1) -> str:
     names = list(lines[0])
     rows = [[line.get(name, "-") for name in names] for line in lines]
-    alignment = ["left"] + ["right"] * (len(names) - 1)
+    alignment = ["left"] * left + ["right"] * (len(names) - left)
     return tabulate(rows, names, tablefmt="github", disable_numparse=True, colalign=alignment)
 
 
@@ -207,41 +253,46 @@ def kind_of(record: RunRecord) -> str | None:
 def controls_table(controls: Part) -> str:
     """dEBORA against each control: numbers, score, and dEBORA's score less the control's with its interval."""
     lines = []
-    for task in controls.tasks:
-        if task == "glue/sst2":
-            continue  # claims about SST-2 rest on the reserved sentences
-        there = [kind for kind in CONTROLS if kind in controls.rows]
-        found = controls.compare("debora", there, task)
-        own = {"task": TITLES[task], "against": "dEBORA itself", "numbers": controls.numbers("debora", task)}
-        lines.append(own | {"score": controls.score("debora", task), "dEBORA's less this": "", "dEBORA is": ""})
-        for kind, each in found.items():
-            lines.append(
-                {
-                    "task": "",
-                    "against": CONTROLS[kind],
-                    "numbers": controls.numbers(kind, task),
-                    "score": controls.score(kind, task),
-                    "dEBORA's less this": _difference(each),
-                    "dEBORA is": each.verdict,
-                }
-            )
-    return _markdown(lines)
+    for task in controls.claimed:
+        found = controls.compare("debora", list(CONTROLS), task)
+        for kind, name in {"debora": f"{TITLES[task]}: dEBORA itself", **CONTROLS}.items():
+            runs = [controls.records[run["run_id"]] for run in controls.cell(kind, task).scored]
+            own = [controls.records[run["run_id"]] for run in controls.cell("debora", task).scored]
+            both = [agreement.agreement([a.ranks, b.ranks]).shared for a, b in zip(runs, own, strict=True)]
+            wide = [sum(rank for layer, rank in run.ranks.items() if _shape(layer) != "attention") for run in runs]
+            every = [sum(run.ranks.values()) for run in runs]
+            line = {"against": name, "numbers": controls.numbers(kind, task)}
+            line["shared with dEBORA"] = "" if kind == "debora" else f"{sum(both) / len(both):.2f}"
+            line["in feed-forward layers"] = f"{sum(wide) / sum(every):.0%}"
+            line["score"] = controls.score(kind, task)
+            line["dEBORA's less this"] = _difference(found[kind]) if kind in found else ""
+            line["dEBORA is"] = found[kind].verdict if kind in found else ""
+            lines.append(line)
+    return _markdown(lines, left=1)
 
 
-def parts_table(parts: Part) -> str:
-    """Every change to dEBORA, and LoRA by rank: numbers, scores, and the score less that of dEBORA as it comes."""
+def _shape(layer: str) -> str:
+    """The shape of a layer of BERT by its name: all of attention are square; two of another shape feed forward."""
+    module = split_name(layer)[1]
+    return "attention" if module.startswith("attention") else module
+
+
+def parts_table(parts: Part, differences: bool) -> str:
+    """Every change to dEBORA, and LoRA by rank: numbers and scores, or the score less that of dEBORA's defaults."""
     changed = sorted(label for label in parts.rows if label.startswith("debora["))
-    rivals = sorted(
-        (label for label in parts.rows if label.startswith("lora")), key=lambda label: parts.rows[label].rank or 0
-    )
+    rivals = [f"lora[rank={rank}]" for rank in (1, 2, 4)] + ["lora"]
     found = {task: parts.compare("debora", [*changed, *rivals], task) for task in parts.tasks}
     lines = []
     for label in ["debora", *changed, *rivals]:
         line = {"setting": f"`{label}`"}
         for task in parts.tasks:
             name = TITLES[task]
-            line |= {f"{name}: numbers": parts.numbers(label, task), f"{name}: accuracy": parts.score(label, task)}
-            line[f"{name}: less dEBORA's"] = "" if label == "debora" else _difference(found[task][label], -1)
+            if differences:
+                line[f"{name}: difference to `debora`"] = (
+                    "" if label == "debora" else _difference(found[task][label], -1)
+                )
+            else:
+                line |= {f"{name}: numbers": parts.numbers(label, task), f"{name}: accuracy": parts.score(label, task)}
         lines.append(line)
     return _markdown(lines)
 
@@ -275,18 +326,16 @@ def paper_table(main: Part) -> str:
     lines = []
     for label in ours:
         line = {"method": f"`{label}`"}
-        for task in main.tasks:
-            if task not in metrics:
-                continue
+        for own in main.claimed:
+            task = "glue/sst2" if own == RESERVED else own
             theirs, lora = figures[label, task], figures["lora", task]
-            own = RESERVED if task == "glue/sst2" else task
             share = theirs.parameters / lora.parameters
             line |= {
                 f"{TITLES[task]}, reported": f"{theirs.score - lora.score:+.3f}",
                 f"{TITLES[own]}, ours": _difference(main.compare(label, ["lora"], own)["lora"]),
             }
             line["numbers over LoRA's, reported"] = f"{share:.2f}"
-        line["ours"] = f"{(main.rows[label].parameters or 0) / (main.rows['lora'].parameters or 1):.2f}"
+        line["numbers over LoRA's, ours"] = f"{main.mean(label, main.count) / main.mean('lora', main.count):.2f}"
         lines.append(line)
     return _markdown(lines)
 
@@ -307,11 +356,11 @@ def agreements(parts: dict[str, Part]) -> list[Agreed]:
     for model, part in parts.items():
         for task in part.tasks:
             for label in part.rows:
-                if task == RESERVED or not label.startswith(("debora", "adalora")):
+                if task not in part.claimed or not label.startswith(("debora", "adalora", "magnitude")):
                     continue
                 ranks = [part.records[run["run_id"]].ranks for run in part.cell(label, task).scored]
                 sizes = tuple(sum(of_run.values()) for of_run in ranks)
-                found.append(Agreed(model, task, label, sizes, agreement.agreement(ranks)))
+                found.append(Agreed(model, task, label, sizes, agreement.agreement(ranks, _shape)))
     return found
 
 
@@ -320,23 +369,34 @@ def ranks_table(agreed: Iterable[Agreed]) -> str:
     return _markdown(
         [
             {
-                "model, task": f"{each.model}, {TITLES[each.task]}",
-                "method": f"`{each.label}`",
+                "model, task": f"{each.model.partition(',')[0]}, {TITLES[each.task.partition(',')[0]]}",
+                "method": "LoRA 8 pruned by magnitude" if each.label == "magnitude" else f"`{each.label}`",
                 "components left": ", ".join(map(str, each.components)),
                 "shared": f"{each.found.shared:.2f}",
                 "by chance": f"{each.found.chance:.2f} ({each.found.low:.2f} to {each.found.high:.2f})",
             }
             for each in agreed
-        ]
+        ],
+        left=2,
     )
 
 
 def beyond_chance(agreed: Iterable[Agreed]) -> str:
-    """3 of 28 (`debora[tau=32]` on MNLI, ...): dEBORA's rows that share more than the middle 95 % of chance."""
+    """3 of 28 (`debora[tau=32]` on MNLI; chance alone: 0.7): dEBORA's rows that share more than the middle 95 % of
+    chance."""
     own = [each for each in agreed if each.label.startswith("debora")]
     above = [each for each in own if each.found.shared > each.found.high]
     names = ", ".join(f"`{each.label}` on {TITLES[each.task]}" for each in above)
-    return f"{len(above)} of {len(own)}" + (f" ({names})" if above else "")
+    expected = f"chance alone: {len(own) * 0.025:.1f}"
+    return f"{len(above)} of {len(own)} ({f'{names}; ' if above else ''}{expected})"
+
+
+def agree(agreed: Iterable[Agreed], label: str, beyond: bool) -> str:
+    """Nothing, where the row's seeds agree beyond chance on every task, or on none; a sentence rests on it."""
+    for each in agreed:
+        if each.label == label and (each.found.shared > each.found.high) != beyond:
+            raise ValueError(f"seeds of {label} share {each.found} on {each.task}: the text says otherwise")
+    return ""
 
 
 def _pictures(main: Part, parts: Part, convolutions: Part) -> None:
@@ -366,21 +426,28 @@ def _only(board: Board, labels: set[str]) -> Board:
 
 def main() -> None:
     """Write everything."""
-    if not (STUDY / "main" / "runs").exists():
+    with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(STUDY / "records.tar.xz") as archive:
-            archive.extractall(STUDY, filter="data")
-    whole = _whole_tasks(RecordStore.existing(STUDY / "main").records())
-    tuned = Part("main", lambda record: record.spec.task in whole and record.spec.search is not None)
-    controls = Part("main", lambda record: record.spec.task in whole and _is_of_controls(record), kind_of)
-    parts, convolutions = Part("parts"), Part("convolutions")
+            archive.extractall(folder, filter="data")
+        _write(Path(folder))
+
+
+def _write(folder: Path) -> None:
+    whole = _whole_tasks(RecordStore.existing(folder / "main").records())
+    tuned = Part(folder / "main", lambda record: record.spec.task in whole and record.spec.search is not None)
+    controlled = _controlled_tasks(RecordStore.existing(folder / "main").records()) & whole
+    controls = Part(folder / "main", lambda record: record.spec.task in controlled and _is_of_controls(record), kind_of)
+    parts, convolutions = Part(folder / "parts"), Part(folder / "convolutions")
     tables = STUDY / "tables"
     tables.mkdir(exist_ok=True)
     for name, part in {"main": tuned, "controls": controls, "parts": parts, "convolutions": convolutions}.items():
         (tables / f"{name}.md").write_text(markdown([part.board]))
         (tables / f"{name}.tex").write_text(latex([part.board]))
         (tables / f"{name}.csv").write_text(tidy([part.board]).to_csv(index=False, lineterminator="\n"))
-    agreed = agreements({"MiniLM": tuned, "BERT-tiny": parts})
+    agreed = agreements({"MiniLM": tuned, "MiniLM, controls": controls, "BERT-tiny": parts})
+    agreed = [each for each in agreed if each.model != "MiniLM, controls" or each.label == "magnitude"]
     (tables / "ranks.md").write_text(ranks_table(agreed) + "\n")
+    (tables / "parts_differences.md").write_text(parts_table(parts, differences=True) + "\n")
     _pictures(tuned, parts, convolutions)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -397,10 +464,11 @@ def main() -> None:
         "parts": parts,
         "convolutions": convolutions,
         "controls_table": controls_table(controls),
-        "parts_table": parts_table(parts),
+        "parts_table": parts_table(parts, differences=False),
         "paper_table": paper_table(tuned),
-        "ranks_table": ranks_table(each for each in agreed if each.model == "MiniLM" or each.label in IDENTIFIED),
+        "ranks_table": ranks_table(each for each in agreed if each.model != "BERT-tiny" or each.label in IDENTIFIED),
         "beyond_chance": beyond_chance(agreed),
+        "agree": functools.partial(agree, agreed),
     }
     (STUDY / "README.md").write_text(environment.get_template("reading.md").render(known))
     block = environment.get_template("front.md").render(known)
@@ -413,8 +481,18 @@ def main() -> None:
 def _whole_tasks(records: Iterable[RunRecord]) -> set[str]:
     """The main table's tasks on which every row has ended on every seed: the study goes over several sittings."""
     plan = tomllib.loads(Path(__file__).with_name("main.toml").read_text())
-    ended = Counter(record.spec.task for record in records if record.spec.search and not record.spec.is_trial)
-    return {task for task, count in ended.items() if count == len(plan["methods"]) * len(plan["seeds"])}
+    return _with_all((r for r in records if r.spec.search), len(plan["methods"]) * len(plan["seeds"]))
+
+
+def _controlled_tasks(records: Iterable[RunRecord]) -> set[str]:
+    """The tasks on which every control has ended on every seed."""
+    seeds = len(tomllib.loads(Path(__file__).with_name("main.toml").read_text())["seeds"])
+    return _with_all((r for r in records if kind_of(r)), len(CONTROLS) * seeds)
+
+
+def _with_all(records: Iterable[RunRecord], number: int) -> set[str]:
+    runs = Counter(record.spec.task for record in records if not record.spec.is_trial)
+    return {task for task, count in runs.items() if count >= number}
 
 
 def _is_of_controls(record: RunRecord) -> bool:

@@ -270,6 +270,8 @@ def test_layers_that_cannot_be_adapted_are_a_reason_and_wrong_values_an_error():
         ({"geometry": "oblique", "rank": 7}, "rank = 7 should be even"),
         ({"step_rule": "backtracking", "hypergradient": "closed_form"}, "no direction of descent at fixed factors"),
         ({"step_rule": "backtracking", "hypergradient": "implicit", "geometry": "oblique"}, "no direction of descent"),
+        ({"step_rule": "backtracking", "momentum": 0.5}, "need not descend on the batch"),
+        ({"momentum": 1}, "momentum"),
         ({"damping": -1}, "damping"),
         ({"iterations": 0}, "iterations"),
         ({"search_fraction": 0}, "search_fraction"),
