@@ -14,6 +14,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+from harness.errors import InputError
 from harness.record import RecordStore, RunRecord
 
 MAIN = Path(__file__).with_name("main.toml")
@@ -77,4 +78,8 @@ def main(results: Path, options: list[str]) -> int:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+    try:
+        sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
