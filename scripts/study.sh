@@ -8,20 +8,25 @@ cd "$(dirname "$0")/.."
 python=.venv/bin/python
 [ -x "$python" ] || bash scripts/install.sh
 
-if [ "${1:-}" = --run ]; then
-    root=${2:?a folder with data and models must follow --run}
+if [ "${1:-}" = --run ] && [ -d "${2:-}" ]; then
+    root=$2
     shift 2
+    go_on() { # a failed run is a record (exit code 1), and no reason to stop
+        "$@" || [ $? -eq 1 ]
+    }
     run() {
         plan=$1
         shift
-        "$python" -m harness run --config "scripts/study/$plan.toml" --results "results/study/$plan" --data-root "$root" "$@"
+        go_on "$python" -m harness run --config "scripts/study/$plan.toml" --results "results/study/$plan" \
+            --data-root "$root" "$@"
     }
     run main "$@"
-    "$python" scripts/study/controls.py results/study/main --data-root "$root" "$@"
+    go_on "$python" scripts/study/controls.py results/study/main --data-root "$root" "$@"
     run parts --model "$root/models/bert-tiny" "$@"
     run convolutions --model "$root/models/resnet50-half" "$@"
     "$python" scripts/study/pack.py
 elif [ $# -gt 0 ]; then
+    echo "error: '$*' is not --run with a folder that is there" >&2
     sed -n '2,5s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
