@@ -10,7 +10,7 @@ and one with a larger K begins with those of the smaller. All trials share one s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError
@@ -38,11 +38,12 @@ class MethodSearch:
         role = Search(role="trial", parameters=tuple(self.space))
         self.trials = [self._spec(values, SEED, role) for values in self._points(method, number)]
 
-    def chosen(self, seed: int, store: RecordStore) -> RunSpec:
-        """The run of the best setting so far, the first of equals; of the first, where no trial gave a score."""
+    def chosen(self, seeds: Iterable[int], store: RecordStore) -> dict[int, RunSpec]:
+        """By seed, the run of the best setting so far; of equals, or where no trial gave a score, the first."""
         search = Search(role="chosen", parameters=tuple(self.space), trials=tuple(spec.run_id for spec in self.trials))
         best = max(self.trials, key=lambda spec: _merit(store, spec))
-        return self._spec({name: best.method_parameters[name] for name in self.space}, seed, search)
+        values = {name: best.method_parameters[name] for name in self.space}
+        return {seed: self._spec(values, seed, search) for seed in seeds}
 
     def _points(self, method: Method, number: int) -> list[dict[str, Any]]:
         """The settings to try, the one as given first."""
@@ -95,8 +96,9 @@ def trials_of(searches: Sequence[MethodSearch]) -> list[RunSpec]:
 
 def chosen(searches: Sequence[MethodSearch], specs: Sequence[RunSpec], store: RecordStore) -> list[RunSpec]:
     """The plan with the chosen setting in every run that was searched for."""
-    found = {cell_of(search.template): search for search in searches}
-    return [found[cell].chosen(spec.seed, store) if (cell := cell_of(spec)) in found else spec for spec in specs]
+    seeds = {spec.seed for spec in specs}
+    found = {cell_of(search.template): search.chosen(seeds, store) for search in searches}
+    return [found[cell][spec.seed] if (cell := cell_of(spec)) in found else spec for spec in specs]
 
 
 def _merit(store: RecordStore, spec: RunSpec) -> float:

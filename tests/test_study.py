@@ -1,6 +1,6 @@
 """The study: its archive gives the committed tables and text again, and its statistics mean what they say."""
 
-import importlib.util
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,13 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 STUDY = Path("results") / "study"
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / "study" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+agreement = runpy.run_path(str(ROOT / "scripts" / "study" / "ranks.py"))["agreement"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +41,6 @@ def test_pictures_of_the_texts_are_there(written):
 
 
 def test_agreement_of_equal_ranks_is_whole_and_of_dealt_ones_that_of_chance():
-    agreement = script("ranks").agreement
     ranks = {str(layer): layer % 4 for layer in range(40)}
     found = agreement([ranks, ranks, ranks])
     assert found.shared == 1
@@ -58,13 +51,12 @@ def test_agreement_of_equal_ranks_is_whole_and_of_dealt_ones_that_of_chance():
 
 
 def test_agreement_by_hand():
-    found = script("ranks").agreement([{"a": 3, "b": 1}, {"a": 1, "b": 1}])
+    found = agreement([{"a": 3, "b": 1}, {"a": 1, "b": 1}])
     assert found.shared == 2 * (1 + 1) / (4 + 2)
     assert found.chance == pytest.approx(found.shared)  # dealt either way, 2 are shared
 
 
 def test_within_shapes_a_preference_for_a_shape_is_no_agreement():
-    agreement = script("ranks").agreement
     runs = [
         {
             f"{shape}{layer}": 5 * (shape == "wide") + (layer + shift) % 2
@@ -80,4 +72,4 @@ def test_within_shapes_a_preference_for_a_shape_is_no_agreement():
 
 def test_agreement_needs_two_runs():
     with pytest.raises(ValueError, match="needs two runs"):
-        script("ranks").agreement([{"a": 1}])
+        agreement([{"a": 1}])

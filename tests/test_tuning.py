@@ -112,8 +112,8 @@ def search_of(name, folder, number):
 def test_a_trial_without_a_score_is_no_choice(tmp_path):
     search, store = search_of("head", tmp_path, 3), RecordStore(tmp_path)
     store.make_ready()
-    assert search.chosen(0, store).method_parameters == search.trials[0].method_parameters
-    assert search.chosen(0, store).search.trials == tuple(spec.run_id for spec in search.trials)
+    assert search.chosen([0], store)[0].method_parameters == search.trials[0].method_parameters
+    assert search.chosen([0], store)[0].search.trials == tuple(spec.run_id for spec in search.trials)
 
 
 def test_trials_are_the_same_every_time_and_a_larger_search_begins_with_the_smaller(tmp_path):

@@ -32,15 +32,14 @@ class ExampleReader:
 
     def __init__(self, store: RecordStore) -> None:
         self._store = store
-        self._known: dict[str, np.ndarray | None] = {}
+        self._known: dict[tuple[str, str], np.ndarray | None] = {}  # by run_id and split
 
     def __call__(self, run: Run, column: Column) -> np.ndarray | None:
         """See `example_scores`."""
-        run_id = run["run_id"]
-        if run_id not in self._known:
-            folder, split = self._store.folder(run_id), run["split"] or ""
-            self._known[run_id] = example_scores(folder, split, column.headline, run["score"])
-        return self._known[run_id]
+        key = run["run_id"], run["split"] or ""
+        if key not in self._known:
+            self._known[key] = example_scores(self._store.folder(key[0]), key[1], column.headline, run["score"])
+        return self._known[key]
 
     def forget(self) -> None:
         """Let go of what was read."""
@@ -92,8 +91,12 @@ def compare(board: Board, first: Row, second: Row, read: ExampleReader) -> list[
     for column in board.columns:
         if column.title in first.cells and column.title in second.cells:
             found.append(compare_cells(first.cells[column.title], second.cells[column.title], column, read))
-    tested = [comparison for comparison in found if comparison.difference is not None]
-    adjusted = iter(holm([each.difference.p_value for each in tested if each.difference is not None]))
+    return corrected(found)
+
+
+def corrected(found: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons with Holm's correction over those of them that have a difference."""
+    adjusted = iter(holm([each.difference.p_value for each in found if each.difference is not None]))
     return [
         dataclasses.replace(each, adjusted_p=next(adjusted)) if each.difference is not None else each for each in found
     ]
@@ -139,14 +142,11 @@ def _tied(board: Board, best: Row, column: Column, read: ExampleReader) -> tuple
     """(labels that are not told from the best, labels with a score that no test was possible on)."""
     others = [row for row in board.rows if column.title in row.cells and row is not best]
     found = [compare_cells(best.cells[column.title], row.cells[column.title], column, read) for row in others]
-    tested = [(row, each.difference.p_value) for row, each in zip(others, found, strict=True) if each.difference]
-    adjusted = holm([p for _, p in tested])
-    tied = frozenset(row.label for (row, _), p in zip(tested, adjusted, strict=True) if p >= 1 - CONFIDENCE)
-    return tied, [
-        row.label
-        for row, each in zip(others, found, strict=True)
-        if not each.difference and row.cells[column.title].scored
-    ]
+    by_label = dict(zip((row.label for row in others), corrected(found), strict=True))
+    tied = frozenset(
+        label for label, each in by_label.items() if each.adjusted_p is not None and each.adjusted_p >= 1 - CONFIDENCE
+    )
+    return tied, [row.label for row in others if not by_label[row.label].difference and row.cells[column.title].scored]
 
 
 def _by_example(first: Sequence[Run], second: Sequence[Run], column: Column, read: ExampleReader) -> np.ndarray | None:

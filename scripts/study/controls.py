@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from harness.errors import InputError
 from harness.record import RecordStore, RunRecord
@@ -53,10 +54,18 @@ def task_of(record: RunRecord, tasks: list[str]) -> str:
     return next(task for task in tasks if task.split("[")[0] == record.spec.task)
 
 
+def options_of(train: dict[str, Any]) -> list[str]:
+    """The [train] table of a plan as options of `run`; a switch that is on has no value."""
+    options = []
+    for name, value in train.items():
+        options += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return options
+
+
 def main(results: Path, options: list[str]) -> int:
     """One command for each run of dEBORA; the largest of their exit codes."""
     plan = tomllib.loads(MAIN.read_text())
-    train = plan["train"]
+    train = options_of(plan["train"])
     records = RecordStore.existing(results).records()
     rates = {r.spec.task: r.spec.method_parameters["learning_rate"] for r in chosen(records, "lora", rank=8)}
     code = 0
@@ -67,7 +76,7 @@ def main(results: Path, options: list[str]) -> int:
             *[sys.executable, "-m", "harness", "run", "--results", str(results), "--model", plan["model"]],
             *["--methods", ",".join(controls_of(found, rates[found.spec.task]))],
             *["--tasks", task_of(found, plan["tasks"]), "--seeds", f"{found.spec.seed},"],
-            *["--batches", str(train["batches"]), "--batch-size", str(train["batch_size"]), "--group-by-length"],
+            *train,
             *options,
         ]
         print(" ".join(command), flush=True)

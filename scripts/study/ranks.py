@@ -36,7 +36,12 @@ def agreement(runs: Sequence[Mapping[str, int]], shape: Callable[[str], str] = l
     draw = np.random.default_rng(0)
     dealt = [_shared(np.hstack([draw.permuted(ranks, axis=1) for ranks in groups])) for _ in range(DRAWS)]
     low, high = np.quantile(dealt, [0.025, 0.975])
-    return Agreement(_shared(np.hstack(groups)), float(np.mean(dealt)), float(low), float(high))
+    return Agreement(shared(runs), float(np.mean(dealt)), float(low), float(high))
+
+
+def shared(runs: Sequence[Mapping[str, int]]) -> float:
+    """The share alone, see `agreement`."""
+    return _shared(np.array([[run[layer] for layer in runs[0]] for run in runs], dtype=float))
 
 
 def _shared(ranks: np.ndarray) -> float:
