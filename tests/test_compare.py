@@ -153,6 +153,21 @@ class TestVerdict:
         words = "\n".join(in_words("lora", "head", compared(store)))
         assert "over 3 tasks: probability that a run of lora beats one of head: 1.00" in words
         assert "interquartile mean of lora: 0." in words
+        (line,) = [line for line in words.splitlines() if "mean difference over these tasks" in line]
+        assert float(line.split(": ")[1].split(" ")[0]) == pytest.approx(
+            np.mean([each.difference.mean for each in compared(store) if each.difference]), abs=1e-4
+        )
+
+    def test_no_mean_over_tasks_where_one_has_no_difference(self, tmp_path: Path) -> None:
+        runs = [
+            record(method, task, seed=seed, score=0.5 + 0.1 * (method == "lora") + noise * seed * (method == "head"))
+            for method in ("lora", "head")
+            for task, noise in (("a", 0.0), ("b", 0.01))
+            for seed in range(3)
+        ]
+        words = "\n".join(in_words("lora", "head", compared(stored(tmp_path, *runs))))
+        assert "over 2 tasks: probability" in words
+        assert "mean difference" not in words
 
 
 class TestTies:

@@ -20,6 +20,7 @@ from harness.report.statistics import (
     holm,
     interquartile_mean,
     mcnemar,
+    over_tasks,
     paired,
     probability_of_improvement,
 )
@@ -217,9 +218,19 @@ def _over_tasks(comparisons: Sequence[Comparison], first: str, second: str) -> l
     turned = [[each.column.merit(1) * each.scores[place] for each in comparisons] for place in (0, 1)]
     chance = probability_of_improvement(*turned)
     lines = [f"over {len(comparisons)} tasks: probability that a run of {first} beats one of {second}: {chance:.2f}"]
-    if len(comparisons) >= LEAST_TASKS and len({each.column.higher_is_better for each in comparisons}) == 1:
+    if len({each.column.higher_is_better for each in comparisons}) > 1:
+        return lines
+    differences = [each.difference for each in comparisons if each.difference is not None]
+    if len(differences) == len(comparisons):
+        overall = over_tasks(differences)
+        low, high = overall.interval
+        lines.append(
+            f"  mean difference over these tasks: {overall.mean:+.4f} (95 % interval: {low:+.4f} to {high:+.4f}; "
+            f"t, {overall.degrees:.1f} degrees of freedom), p = {overall.p_value:.3g}"
+        )
+    if len(comparisons) >= LEAST_TASKS:
         for name, place in ((first, 0), (second, 1)):
-            mean, low, high = interquartile_mean([each.scores[place] for each in comparisons])
-            spread = "not available" if low is None else f"{low:.4f} to {high:.4f}"
-            lines.append(f"  interquartile mean of {name}: {mean:.4f} (95 % interval: {spread})")
+            middle, lowest, highest = interquartile_mean([each.scores[place] for each in comparisons])
+            spread = "not available" if lowest is None else f"{lowest:.4f} to {highest:.4f}"
+            lines.append(f"  interquartile mean of {name}: {middle:.4f} (95 % interval: {spread})")
     return lines
