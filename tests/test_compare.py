@@ -13,6 +13,7 @@ from harness.record import RecordStore, RunRecord
 from harness.report.compare import Comparison, ExampleReader, compare, in_words, row_of, with_ties
 from harness.report.frame import to_frame
 from harness.report.leaderboard import Board, leaderboards, sorted_by
+from harness.report.statistics import over_tasks
 from harness.report.text import markdown
 from tests.report_records import NAMING, predicted, record, stored
 
@@ -154,9 +155,10 @@ class TestVerdict:
         assert "over 3 tasks: probability that a run of lora beats one of head: 1.00" in words
         assert "interquartile mean of lora: 0." in words
         (line,) = [line for line in words.splitlines() if "mean difference over these tasks" in line]
-        assert float(line.split(": ")[1].split(" ")[0]) == pytest.approx(
-            np.mean([each.difference.mean for each in compared(store) if each.difference]), abs=1e-4
-        )
+        overall = over_tasks([each.difference for each in compared(store)])
+        assert overall is not None
+        low, high = overall.interval
+        assert f": {overall.mean:+.4f} (95 % interval: {low:+.4f} to {high:+.4f};" in line
 
     def test_no_mean_over_tasks_where_one_has_no_difference(self, tmp_path: Path) -> None:
         runs = [
@@ -167,6 +169,11 @@ class TestVerdict:
         ]
         words = "\n".join(in_words("lora", "head", compared(stored(tmp_path, *runs))))
         assert "over 2 tasks: probability" in words
+        assert "mean difference over these tasks: not available" in words
+
+    def test_one_task_in_two_columns_has_no_mean(self, tmp_path: Path) -> None:
+        comparisons = compared(two_methods(tmp_path, (0.7, 0.5)))
+        words = "\n".join(in_words("lora", "head", [*comparisons, *comparisons]))
         assert "mean difference" not in words
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.report_records import record
+
 ROOT = Path(__file__).parents[1]
 STUDY = Path("results") / "study"
 agreement = runpy.run_path(str(ROOT / "scripts" / "study" / "ranks.py"))["agreement"]
@@ -73,3 +75,13 @@ def test_within_shapes_a_preference_for_a_shape_is_no_agreement():
 def test_agreement_needs_two_runs():
     with pytest.raises(ValueError, match="needs two runs"):
         agreement([{"a": 1}])
+
+
+def test_a_task_is_shown_on_the_seeds_that_every_row_has_ended_on(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "study")
+    whole = runpy.run_path(str(ROOT / "scripts" / "study" / "write.py"))["_whole"]
+    cells = [(task, seed, method) for task in ("whole", "begun") for seed in range(4) for method in ("lora", "head")]
+    missing = [("whole", 3, "head"), ("begun", 0, "head"), ("begun", 1, "lora")]
+    records = [record(method, task, seed=seed) for task, seed, method in cells if (task, seed, method) not in missing]
+    shown = {(each.spec.task, each.spec.seed, each.spec.method) for each in whole(records, 2)}
+    assert shown == {("whole", seed, method) for seed in range(3) for method in ("lora", "head")}

@@ -52,6 +52,7 @@ class Comparison:
     """Two configurations on one task, over the seeds that both have a score of."""
 
     column: Column
+    task: str  # by its name alone, where the column's title may say more
     seeds: tuple[int, ...]
     scores: tuple[np.ndarray, np.ndarray]  # (seeds,) of the first and of the second
     difference: Difference | None  # first less second, in the score's unit; None: not available
@@ -113,6 +114,7 @@ def compare_cells(first: Cell, second: Cell, column: Column, read: ExampleReader
     within = tuple(_mcnemar(row) for row in differences) if differences is not None else ()
     return Comparison(
         column,
+        first.runs[0]["task"],
         seeds,
         (scores[0], scores[1]),
         difference=paired(scores[0] - scores[1]) if differences is None else crossed(differences),
@@ -220,14 +222,13 @@ def _over_tasks(comparisons: Sequence[Comparison], first: str, second: str) -> l
     lines = [f"over {len(comparisons)} tasks: probability that a run of {first} beats one of {second}: {chance:.2f}"]
     if len({each.column.higher_is_better for each in comparisons}) > 1:
         return lines
-    differences = [each.difference for each in comparisons if each.difference is not None]
-    if len(differences) == len(comparisons):
-        overall = over_tasks(differences)
-        low, high = overall.interval
-        lines.append(
-            f"  mean difference over these tasks: {overall.mean:+.4f} (95 % interval: {low:+.4f} to {high:+.4f}; "
-            f"t, {overall.degrees:.1f} degrees of freedom), p = {overall.p_value:.3g}"
-        )
+    if len({each.task for each in comparisons}) == len(comparisons):  # not the same examples twice
+        overall, found = over_tasks([each.difference for each in comparisons]), "not available"
+        if overall is not None:
+            low, high = overall.interval
+            found = f"{overall.mean:+.4f} (95 % interval: {low:+.4f} to {high:+.4f}; t, {overall.degrees:.1f} degrees "
+            found += f"of freedom), p = {overall.p_value:.3g}"
+        lines.append(f"  mean difference over these tasks: {found}")
     if len(comparisons) >= LEAST_TASKS:
         for name, place in ((first, 0), (second, 1)):
             middle, lowest, highest = interquartile_mean([each.scores[place] for each in comparisons])

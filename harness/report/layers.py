@@ -64,8 +64,8 @@ def _table(ranks: Sequence[Mapping[str, int]]) -> dict[tuple[str, str], float]:
     sums: dict[tuple[str, str], float] = defaultdict(float)
     for of_run in ranks:
         for layer, rank in of_run.items():
-            sums[split_name(layer)] += rank / len(ranks)
-    return sums
+            sums[split_name(layer)] += rank
+    return {place: total / len(ranks) for place, total in sums.items()}
 
 
 def _heat_map(board: Board, title: str, found: Mapping[str, Mapping[tuple[str, str], float]]) -> Figure:
@@ -103,9 +103,11 @@ def _name_axes(panel: Axes, blocks: Sequence[str], modules: Sequence[str], first
 
 
 def _write_values(panel: Axes, grid: np.ndarray, highest: float) -> None:
+    known = grid[~np.isnan(grid)]
+    digits = 0 if (known == known.round()).all() else 1
     for (down, across), value in np.ndenumerate(grid):
         if not np.isnan(value):
-            text = f"{value:.0f}" if float(value).is_integer() else f"{value:.1f}"
+            text = f"{value:.{digits}f}"
             colour = "white" if value < 0.55 * highest else "black"
             panel.text(across, down, text, ha="center", va="center", fontsize=5, color=colour)
 

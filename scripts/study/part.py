@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pandas as pd
+from safetensors.numpy import load_file
 from tabulate import tabulate
 
 from harness.commands.report import naming_of
@@ -12,7 +15,8 @@ from harness.record import RecordStore, RunRecord
 from harness.report.build import boards_of
 from harness.report.compare import Comparison, ExampleReader, compare_cells, corrected
 from harness.report.frame import METRICS, to_frame
-from harness.report.leaderboard import Board, Cell, Column, Row
+from harness.report.leaderboard import Board, Cell, Column, Row, leaderboards
+from harness.report.statistics import Difference, over_tasks
 from harness.report.text import human, summary_text
 
 RESERVED = "glue/sst2, reserved"
@@ -25,6 +29,8 @@ TITLES = {
     "rotten_tomatoes": "rotten_tomatoes",
     "cifar10": "CIFAR-10",
 }
+
+WORDS = {3: "three", 4: "four", 5: "five"}
 
 
 class Part:
@@ -47,7 +53,7 @@ class Part:
         self.frame = _with_reserved(frame)
         boards = boards_of(store, self.frame)
         assert len(boards) == 1, f"{store.results.name} has {len(boards)} settings"
-        self.board = boards[0]
+        self.board = boards[0] if self.frame is frame else _with_task_once(boards[0], self.frame)
         self.rows = {row.label: row for row in self.board.rows}
         self.columns = {_task(column.title): column for column in self.board.columns}
 
@@ -56,12 +62,15 @@ class Part:
         """Names of the tasks, in the order of TITLES."""
         return [task for task in TITLES if task in self.columns]
 
+    @property
+    def seeds(self) -> str:
+        """three, or "three to five" where tasks differ: the numbers of seeds."""
+        numbers = sorted({cell.score.n for row in self.board.rows for cell in row.cells.values()})
+        return " to ".join(dict.fromkeys(WORDS[n] for n in (numbers[0], numbers[-1])))
+
     def cell(self, label: str, task: str) -> Cell:
         """Runs of a row on a task."""
         return self.rows[label].cells[self.columns[task].title]
-
-    def _mean_score(self, label: str, task: str) -> float:
-        return self.cell(label, task).score.mean or 0.0
 
     def score(self, label: str, task: str) -> str:
         """0.823 ± 0.004: mean over seeds and half the 95 % interval of t."""
@@ -76,9 +85,17 @@ class Part:
         """The same, for people."""
         return human(self.count(label, task))
 
+    def ranks(self, label: str, task: str) -> dict[int, dict[str, int]]:
+        """Final ranks by layer of each seed's run."""
+        return {run["seed"]: self.records[run["run_id"]].ranks for run in self.cell(label, task).scored}
+
     def ratio(self, label: str, other: str, task: str) -> str:
         """Adapter numbers of one row over those of another."""
         return f"{self.count(label, task) / self.count(other, task):.2f}"
+
+    def mean_ratio(self, label: str, other: str) -> str:
+        """The same of the means over the tasks that claims rest on."""
+        return f"{self.mean(label, self.count) / self.mean(other, self.count):.2f}"
 
     def ratio_with_head(self, label: str, other: str, task: str) -> str:
         """The same of all trained numbers, the head among them."""
@@ -88,6 +105,21 @@ class Part:
     def changed(self) -> list[str]:
         """dEBORA's rows with a setting of their own."""
         return sorted(label for label in self.rows if label.startswith("debora["))
+
+    def largest_class(self, task: str) -> str:
+        """0.684: share of the largest class in the evaluation split, the accuracy of who always answers it."""
+        run = self.cell("lora", task).scored[0]
+        kept = load_file(self.store.folder(run["run_id"]) / "predictions.safetensors")
+        references = kept[f"{run['split']}/references"]
+        return f"{np.unique(references, return_counts=True)[1].max() / len(references):.3f}"
+
+    def rows_of(self, task: str) -> str:
+        """56,349: rows of the training split that a run draws from."""
+        return f"{self.records[self.cell('lora', task).scored[0]['run_id']].rows['train']:,}"
+
+    def others(self, label: str) -> list[str]:
+        """All rows but one."""
+        return [other for other in self.rows if other != label]
 
     def upper_share(self, label: str, task: str) -> str:
         """Share of the budget's batches that no optimizer step was made on: the upper level's."""
@@ -102,10 +134,18 @@ class Part:
 
     def difference(self, label: str, other: str, task: str) -> str:
         """+0.004 (-0.003 to +0.011): the first less the second with its 95 % interval over seeds and examples."""
-        return difference_text(self.compare(label, [other], task)[other])
+        return difference_text(self.compare(label, [other], task)[other].difference)
+
+    def overall(self, label: str, other: str, tasks: Sequence[str] | None = None) -> str:
+        """The same of the mean over these tasks; None for those that claims rest on."""
+        return difference_text(self._overall(label, other, tasks))
+
+    def _overall(self, label: str, other: str, tasks: Sequence[str] | None = None) -> Difference | None:
+        chosen = self.claimed if tasks is None else tasks
+        return over_tasks([self.compare(label, [other], task)[other].difference for task in chosen])
 
     def told_from_best(self, task: str) -> str:
-        """The rows whose scores the paired test tells from the best mean, which has none of the marks."""
+        """The rows whose scores the paired test tells from the best mean."""
         column = self.columns[task]
         there = [row for row in self.board.rows if column.title in row.cells]
         told = [row for row in there if not self.board.is_best(row, column) and not self.board.is_tie(row, column)]
@@ -120,31 +160,47 @@ class Part:
         """The mean over `claimed` of something of a row on a task."""
         return sum(of(label, task) for task in self.claimed) / len(self.claimed)
 
-    def rates(self, task: str) -> str:
-        """`lora` 0.001, `full` 5e-05, ...: learning rates that the search chose, "largest tried" where it is."""
-        told = []
+    def rates_table(self) -> str:
+        """The learning rates that the search chose, with * where it is the largest tried."""
+        lines = []
         for row in self.board.rows:
-            spec = self.records[self.cell(row.label, task).runs[0]["run_id"]].spec
-            assert spec.search is not None
-            chosen = spec.method_parameters["learning_rate"]
-            tried = [self.records[trial].spec.method_parameters["learning_rate"] for trial in spec.search.trials]
-            told.append(f"`{row.label}` {chosen:g}" + (" (the largest tried)" if chosen == max(tried) else ""))
-        return ", ".join(told)
+            line = {"method": f"`{row.label}`"}
+            for task in (each for each in self.tasks if each != RESERVED):
+                spec = self.records[self.cell(row.label, task).runs[0]["run_id"]].spec
+                assert spec.search is not None
+                chosen = spec.method_parameters["learning_rate"]
+                tried = [self.records[trial].spec.method_parameters["learning_rate"] for trial in spec.search.trials]
+                line[TITLES[task]] = f"{chosen:g}" + "*" * (chosen == max(tried))
+            lines.append(line)
+        return pipes(lines)
 
-    def expect(self, verdict: str, label: str, others: Sequence[str], task: str) -> str:
+    def expect(self, verdict: str, label: str, others: Sequence[str], task: str | None = None) -> str:
         """Nothing, where this is the verdict of each comparison, corrected over `others`; a sentence rests on it.
 
-        Raises ValueError where the records now say something else: the sentence has to be written anew.
+        `task`: None for every task that claims rest on. Raises ValueError where the records now say something else: the
+        sentence has to be written anew.
         """
-        for other, each in self.compare(label, others, task).items():
-            if each.verdict != verdict:
-                raise ValueError(f"{label} is {each.verdict} against {other} on {task}, where the text says {verdict}")
+        for name in self.claimed if task is None else [task]:
+            for other, each in self.compare(label, others, name).items():
+                if each.verdict != verdict:
+                    told = f"{label} is {each.verdict} against {other} on {name}"
+                    raise ValueError(f"{told}, where the text says {verdict}")
+        return ""
+
+    def expect_overall(self, verdict: str, label: str, others: Sequence[str]) -> str:
+        """The same of the mean over the tasks that claims rest on, each comparison on its own."""
+        for other in others:
+            found = self._overall(label, other)
+            low, high = (0.0, 0.0) if found is None else found.interval
+            told = "better" if low > 0 else "worse" if high < 0 else "undecided"
+            if told != verdict:
+                raise ValueError(f"{label} is {told} against {other} over the tasks, where the text says {verdict}")
         return ""
 
     def table(self) -> str:
-        """Scores against numbers, best mean of the claimed tasks first, as Markdown."""
+        """Scores against numbers, as Markdown."""
         lines = []
-        for row in sorted(self.board.rows, key=lambda row: -self.mean(row.label, self._mean_score)):
+        for row in self.board.rows:
             line = {"method": f"`{row.label}`", "numbers": human(self.mean(row.label, self.count))}
             for task in self.tasks:
                 column = self.columns[task]
@@ -165,9 +221,17 @@ def _with_reserved(frame: pd.DataFrame) -> pd.DataFrame:
     name = METRICS + "reserved_accuracy"
     if name not in frame:
         return frame
-    copied = frame[frame[name].notna()].assign(column=RESERVED, split="reserved")
+    copied = frame[frame["task"] == "glue/sst2"].assign(column=RESERVED, split="reserved")
     copied = copied.assign(**{"score": copied[name], METRICS + "accuracy": copied[name]})
     return pd.concat([frame, copied], ignore_index=True).drop(columns=name)
+
+
+def _with_task_once(board: Board, frame: pd.DataFrame) -> Board:
+    """The board with order, averages and costs in which SST-2 counts once, by its reserved sentences."""
+    (once,) = leaderboards(frame[(frame["task"] != "glue/sst2") | (frame["column"] == RESERVED)])
+    cells = {row.label: row.cells for row in board.rows}
+    rows = tuple(dataclasses.replace(row, cells=cells[row.label]) for row in once.rows)
+    return dataclasses.replace(board, rows=rows, notes=(*board.notes, "SST-2 counts in averages by its reserved rows."))
 
 
 def _marked(board: Board, row: Row, column: Column, cell: Cell | None) -> str:
@@ -177,17 +241,17 @@ def _marked(board: Board, row: Row, column: Column, cell: Cell | None) -> str:
     return f"**{text}**" if board.is_best(row, column) else text
 
 
-def difference_text(each: Comparison, sign: int = 1) -> str:
+def difference_text(found: Difference | None, sign: int = 1) -> str:
     """+0.004 (-0.003 to +0.011): a difference (times `sign`) with its 95 % interval."""
-    if each.difference is None:
+    if found is None:
         return "not available"
-    low, high = sorted(sign * end for end in each.difference.interval)
-    return f"{sign * each.difference.mean:+.3f} ({low:+.3f} to {high:+.3f})"
+    low, high = sorted(sign * end for end in found.interval)
+    return f"{sign * found.mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def pipes(lines: Sequence[dict[str, str]], left: int = 1) -> str:
     """The lines as a Markdown table, its first `left` columns left-aligned, numbers to the right."""
-    names = list(lines[0])
+    names = list(dict.fromkeys(name for line in lines for name in line))
     rows = [[line.get(name, "-") for name in names] for line in lines]
     alignment = ["left"] * left + ["right"] * (len(names) - left)
     return tabulate(rows, names, tablefmt="github", disable_numparse=True, colalign=alignment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -11,7 +12,8 @@ from ranks import Agreement, agreement, shared
 
 from harness.record import RunRecord
 from harness.report.layers import split_name
-from harness.report.paper import reported
+from harness.report.paper import Reported, reported
+from harness.report.text import human
 
 CONTROLS = {  # by kind: what it is
     "same ranks": "LoRA retrained at the ranks that dEBORA found",
@@ -34,24 +36,37 @@ def kind_of(record: RunRecord) -> str | None:
     return "shuffled" if parameters["shuffle_ranks"] else "same ranks"
 
 
-def controls_table(controls: Part) -> str:
-    """dEBORA against each control: numbers, score, and dEBORA's score less the control's with its interval."""
+def differences_table(part: Part, pairs: Iterable[tuple[str, str]]) -> str:
+    """The first's score less the second's on each task and over all of them, with the share of numbers."""
     lines = []
-    for task in controls.claimed:
-        found = controls.compare("debora", list(CONTROLS), task)
-        for kind, name in {"debora": f"{TITLES[task]}: dEBORA itself", **CONTROLS}.items():
-            runs = [controls.records[run["run_id"]] for run in controls.cell(kind, task).scored]
-            own = [controls.records[run["run_id"]] for run in controls.cell("debora", task).scored]
-            both = [shared([a.ranks, b.ranks]) for a, b in zip(runs, own, strict=True)]
-            wide = [sum(rank for layer, rank in run.ranks.items() if shape_of(layer) != "attention") for run in runs]
-            every = [sum(run.ranks.values()) for run in runs]
-            line = {"against": name, "numbers": controls.numbers(kind, task)}
-            line["shared with dEBORA"] = "" if kind == "debora" else f"{sum(both) / len(both):.2f}"
-            line["in feed-forward layers"] = f"{sum(wide) / sum(every):.0%}"
-            line["score"] = controls.score(kind, task)
-            line["dEBORA's less this"] = difference_text(found[kind]) if kind in found else ""
-            line["dEBORA is"] = found[kind].verdict if kind in found else ""
-            lines.append(line)
+    for label, other in pairs:
+        line = {"difference": f"`{label}` less `{other}`", "numbers": part.mean_ratio(label, other)}
+        lines.append(line | _by_task(part, label, other))
+    return pipes(lines)
+
+
+def _by_task(part: Part, label: str, other: str) -> dict[str, str]:
+    texts = {TITLES[task]: part.difference(label, other, task) for task in part.claimed}
+    return texts if len(texts) == 1 else texts | {"mean over tasks": part.overall(label, other)}
+
+
+def controls_table(controls: Part) -> str:
+    """dEBORA against each control: what its ranks are like, and dEBORA's score less the control's."""
+    lines = []
+    for kind, name in {"debora": "(dEBORA itself)", **CONTROLS}.items():
+        alike, wide = [], []
+        for task in controls.claimed:
+            own = controls.ranks("debora", task)
+            for seed, ranks in controls.ranks(kind, task).items():
+                alike.append(shared([ranks, own[seed]]))
+                of_shape = [rank for layer, rank in ranks.items() if shape_of(layer) != "attention"]
+                wide.append(sum(of_shape) / sum(ranks.values()))
+        line = {"control": name, "numbers": human(controls.mean(kind, controls.count))}
+        line["shared"] = f"{sum(alike) / len(alike):.2f}"
+        line["in feed-forward"] = f"{sum(wide) / len(wide):.0%}"
+        if kind != "debora":
+            line |= _by_task(controls, "debora", kind)
+        lines.append(line)
     return pipes(lines)
 
 
@@ -72,17 +87,59 @@ def parts_table(parts: Part, differences: bool) -> str:
             name = TITLES[task]
             if differences:
                 each = found[task].get(label)
-                line[f"{name}: difference to `debora`"] = "" if each is None else difference_text(each, -1)
+                line[f"{name}: difference to `debora`"] = "" if each is None else difference_text(each.difference, -1)
             else:
                 line |= {f"{name}: numbers": parts.numbers(label, task), f"{name}: accuracy": parts.score(label, task)}
         lines.append(line)
     return pipes(lines)
 
 
+PAPERS_ROWS = (
+    "full",
+    "hadapter",
+    "padapter",
+    "adalora",
+    "debora",
+    "debora[geometry=oblique]",
+    "debora[geometry=stiefel]",
+)
+
+
 def paper_table(main: Part) -> str:
-    """Reported and ours, score less that of LoRA of rank 8, and numbers over LoRA's: the models differ."""
-    labels = ["full", "hadapter", "padapter", "adalora", "debora"]
-    labels += [f"debora[geometry={geometry}]" for geometry in ("oblique", "stiefel")]
+    """Reported and ours: score less that of LoRA of rank 8, and numbers over LoRA's. The models differ."""
+    figures, lines = _figures(), []
+    for label in PAPERS_ROWS:
+        line = {"method": f"`{label}`"}
+        for task in main.claimed:
+            theirs, ours = _less_lora(main, label, task)
+            line[f"{TITLES[_published(task)]}, reported / ours"] = f"{theirs:+.3f} / {ours:+.3f}"
+        both = [(figures[label, _published(task)], figures["lora", _published(task)]) for task in main.claimed]
+        share = sum(figure.parameters / lora.parameters for figure, lora in both) / len(both)
+        line["numbers over LoRA 8's, reported / ours"] = f"{share:.2f} / {main.mean_ratio(label, 'lora')}"
+        lines.append(line)
+    return pipes(lines)
+
+
+def within_a_point(main: Part) -> tuple[int, int, int]:
+    """How many scores of that table are less than a point from LoRA's: reported, ours, and of how many."""
+    both = [_less_lora(main, label, task) for label in PAPERS_ROWS for task in main.claimed]
+    return sum(abs(theirs) < 0.01 for theirs, _ in both), sum(abs(ours) < 0.01 for _, ours in both), len(both)
+
+
+def _less_lora(main: Part, label: str, task: str) -> tuple[float, float]:
+    """(reported, ours)"""
+    figures, own = _figures(), main.compare(label, ["lora"], task)["lora"].difference
+    assert own is not None
+    return figures[label, _published(task)].score - figures["lora", _published(task)].score, own.mean
+
+
+def _published(task: str) -> str:
+    return "glue/sst2" if task == RESERVED else task
+
+
+@functools.cache
+def _figures() -> dict[tuple[str, str], Reported]:
+    """dEBORA's table of GLUE, by our row and task."""
     metrics = {"glue/sst2": "accuracy", "glue/stsb": "pearson", "glue/mrpc": "accuracy"}
     figures = {}
     for figure in reported():
@@ -91,21 +148,7 @@ def paper_table(main: Part) -> str:
             geometry = figure.settings.get("geometry", "matrix")
             label = figure.method if geometry == "matrix" else f"{figure.method}[geometry={geometry}]"
             figures[label, figure.task] = figure
-    lines = []
-    for label in labels:
-        line = {"method": f"`{label}`"}
-        for own in main.claimed:
-            task = "glue/sst2" if own == RESERVED else own
-            theirs, lora = figures[label, task], figures["lora", task]
-            share = theirs.parameters / lora.parameters
-            line |= {
-                f"{TITLES[task]}, reported": f"{theirs.score - lora.score:+.3f}",
-                f"{TITLES[own]}, ours": difference_text(main.compare(label, ["lora"], own)["lora"]),
-            }
-            line["numbers over LoRA's, reported"] = f"{share:.2f}"
-        line["numbers over LoRA's, ours"] = f"{main.mean(label, main.count) / main.mean('lora', main.count):.2f}"
-        lines.append(line)
-    return pipes(lines)
+    return figures
 
 
 class Agreed(NamedTuple):
@@ -122,7 +165,7 @@ def agreements(model: str, part: Part, labels: Iterable[str]) -> list[Agreed]:
     """Of these rows on the tasks that claims rest on."""
     found = []
     for task, label in itertools.product(part.claimed, labels):
-        ranks = [part.records[run["run_id"]].ranks for run in part.cell(label, task).scored]
+        ranks = list(part.ranks(label, task).values())
         sizes = tuple(sum(of_run.values()) for of_run in ranks)
         found.append(Agreed(model, task, label, sizes, agreement(ranks, shape_of)))
     return found

@@ -32,6 +32,7 @@ from harness.report.text import markdown
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "results" / "study"
 MARKS = "<!-- study: written by scripts/study.sh -->", "<!-- end of the study -->"
+LEAST_SEEDS = 3  # a task is in the tables from so many on
 IDENTIFIED = (
     "debora",
     "debora[hypergradient=closed_form]",
@@ -54,9 +55,8 @@ def main() -> None:
 def _write(folder: Path) -> None:
     store = RecordStore.existing(folder / "main")
     records = store.records()
-    whole = _whole_tasks(records)
-    tuned = Part(store, [each for each in records if each.spec.task in whole and each.spec.search])
-    controls = Part(store, _of_controls(records, whole), tables.kind_of)
+    tuned = Part(store, _tuned(records))
+    controls = Part(store, _of_controls(records, tuned), tables.kind_of)
     parts, convolutions = (_all_of(RecordStore.existing(folder / name)) for name in ("parts", "convolutions"))
     agreed = [
         *tables.agreements("MiniLM", tuned, [label for label in tuned.rows if label.startswith(("debora", "adalora"))]),
@@ -80,8 +80,10 @@ def _write(folder: Path) -> None:
             "parts": parts,
             "convolutions": convolutions,
             "controls_table": tables.controls_table(controls),
+            "differences_table": tables.differences_table,
             "parts_table": tables.parts_table(parts, differences=False),
             "paper_table": tables.paper_table(tuned),
+            "within_a_point": tables.within_a_point(tuned),
             "ranks_table": tables.ranks_table(shown),
             "beyond_chance": tables.beyond_chance(agreed),
             "agree": functools.partial(tables.agree, agreed),
@@ -136,25 +138,34 @@ def _all_of(store: RecordStore) -> Part:
     return Part(store, store.records())
 
 
-def _whole_tasks(records: Iterable[RunRecord]) -> set[str]:
-    """The main table's tasks on which every row has ended on every seed: the study goes over several sittings."""
-    plan = tomllib.loads(control_runs.MAIN.read_text())
-    ended = (each for each in records if each.spec.search and not each.spec.is_trial)
-    return _with_all(ended, len(plan["methods"]) * len(plan["seeds"]))
+def _tuned(records: list[RunRecord]) -> list[RunRecord]:
+    """The main table's runs and their trials, on the tasks and seeds on which every row has ended."""
+    number = len(tomllib.loads(control_runs.MAIN.read_text())["methods"])
+    return _whole([each for each in records if each.spec.search], number)
 
 
-def _of_controls(records: list[RunRecord], whole: set[str]) -> list[RunRecord]:
-    """The controls, what they control and all trials, on the whole tasks on which every control has ended."""
-    controls = [each for each in records if tables.kind_of(each)]
-    own = {each.run_id for each in [*controls, *control_runs.chosen(records, "debora", geometry="matrix")]}
-    seeds = len(tomllib.loads(control_runs.MAIN.read_text())["seeds"])
-    ended = whole & _with_all(controls, len(tables.CONTROLS) * seeds)
-    return [each for each in records if each.spec.task in ended and (each.spec.is_trial or each.run_id in own)]
+def _of_controls(records: list[RunRecord], tuned: Part) -> list[RunRecord]:
+    """The controls, what they control and all trials, on the main table's tasks and seeds on which every control has
+    ended."""
+    found = [each for each in control_runs.chosen(records, "debora", geometry="matrix") if each.run_id in tuned.records]
+    own = {(each.spec.task, each.spec.seed) for each in found}
+    controls = [each for each in records if tables.kind_of(each) and (each.spec.task, each.spec.seed) in own]
+    trials = [each for each in records if each.spec.is_trial]
+    return _whole([*found, *controls, *trials], 1 + len(tables.CONTROLS))
 
 
-def _with_all(records: Iterable[RunRecord], number: int) -> set[str]:
-    counted = Counter(record.spec.task for record in records)
-    return {task for task, count in counted.items() if count >= number}
+def _whole(records: Iterable[RunRecord], number: int) -> list[RunRecord]:
+    """Records of the tasks and seeds that have `number` runs, and of these tasks' trials; a task needs three such
+    seeds. The study goes over several sittings."""
+    records = list(records)
+    ended = Counter((each.spec.task, each.spec.seed) for each in records if not each.spec.is_trial)
+    seeds = Counter(task for (task, _), count in ended.items() if count >= number)
+    return [
+        each
+        for each in records
+        if seeds[each.spec.task] >= LEAST_SEEDS
+        and (each.spec.is_trial or ended[each.spec.task, each.spec.seed] >= number)
+    ]
 
 
 if __name__ == "__main__":
