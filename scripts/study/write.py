@@ -118,8 +118,9 @@ def _pictures(main: Part, parts: Part, convolutions: Part) -> None:
         _only(main.board, {label for label in main.rows if label.startswith("debora")}), columns=tasks
     )
     both = dataclasses.replace(_only(main.board, {"debora", "adalora"}), columns=tasks)
+    claimed = dataclasses.replace(main.board, columns=tuple(main.columns[task] for task in main.claimed))
     figures = {
-        "main": scatter.draw(main.frame, main.board),
+        "main": scatter.draw(main.frame, claimed),
         "sweeps": scatter.draw(sweep, _only(parts.board, set(sweep["label"]))),
         "convolutions": scatter.draw(convolutions.frame, convolutions.board),
         "active_set": curves.over_time(search, traced(search, main.store)),
