@@ -161,7 +161,7 @@ class Part:
         return sum(of(label, task) for task in self.claimed) / len(self.claimed)
 
     def rates_table(self) -> str:
-        """The learning rates that the search chose, with * where it is the largest tried."""
+        """The learning rates that the search chose, with * where it is the largest or smallest tried."""
         lines = []
         for row in self.board.rows:
             line = {"method": f"`{row.label}`"}
@@ -170,7 +170,7 @@ class Part:
                 assert spec.search is not None
                 chosen = spec.method_parameters["learning_rate"]
                 tried = [self.records[trial].spec.method_parameters["learning_rate"] for trial in spec.search.trials]
-                line[TITLES[task]] = f"{chosen:g}" + "*" * (chosen == max(tried))
+                line[TITLES[task]] = f"{chosen:g}" + "*" * (chosen in (min(tried), max(tried)))
             lines.append(line)
         return pipes(lines)
 

@@ -126,6 +126,11 @@ def within_a_point(main: Part) -> tuple[int, int, int]:
     return sum(abs(theirs) < 0.01 for theirs, _ in both), sum(abs(ours) < 0.01 for _, ours in both), len(both)
 
 
+def above_lora(main: Part, task: str) -> int:
+    """How many of that table's rows have a better mean than LoRA of rank 8 here."""
+    return sum(_less_lora(main, label, task)[1] > 0 for label in PAPERS_ROWS)
+
+
 def _less_lora(main: Part, label: str, task: str) -> tuple[float, float]:
     """(reported, ours)"""
     figures, own = _figures(), main.compare(label, ["lora"], task)["lora"].difference

@@ -84,6 +84,7 @@ def _write(folder: Path) -> None:
             "parts_table": tables.parts_table(parts, differences=False),
             "paper_table": tables.paper_table(tuned),
             "within_a_point": tables.within_a_point(tuned),
+            "above_lora": tables.above_lora(tuned, "glue/stsb"),
             "ranks_table": tables.ranks_table(shown),
             "beyond_chance": tables.beyond_chance(agreed),
             "agree": functools.partial(tables.agree, agreed),
