@@ -198,14 +198,16 @@ class Part:
         return ""
 
     def table(self) -> str:
-        """Scores against numbers, as Markdown."""
+        """Scores against numbers, as Markdown; the number of seeds in a heading where tasks differ in it."""
+        seeds = {task: max(self.cell(label, task).score.n for label in self.rows) for task in self.tasks}
+        differ = len(set(seeds.values())) > 1
         lines = []
         for row in self.board.rows:
             line = {"method": f"`{row.label}`", "numbers": human(self.mean(row.label, self.count))}
             for task in self.tasks:
                 column = self.columns[task]
-                cell = row.cells.get(column.title)
-                line[f"{TITLES[task]} ({column.headline})"] = _marked(self.board, row, column, cell)
+                heading = f"{TITLES[task]} ({column.headline}{f', {seeds[task]} seeds' if differ else ''})"
+                line[heading] = _marked(self.board, row, column, seeds[task])
             if self.board.has_search:
                 line["search, batches"] = f"{row.search_batches:.0f}"
             lines.append(line)
@@ -234,10 +236,11 @@ def _with_task_once(board: Board, frame: pd.DataFrame) -> Board:
     return dataclasses.replace(board, rows=rows, notes=(*board.notes, "SST-2 counts in averages by its reserved rows."))
 
 
-def _marked(board: Board, row: Row, column: Column, cell: Cell | None) -> str:
+def _marked(board: Board, row: Row, column: Column, seeds: int) -> str:
+    cell = row.cells.get(column.title)
     if cell is None:
         return "-"
-    text = summary_text(cell.score, with_n=cell.score.n != board.n) + (" ≈" if board.is_tie(row, column) else "")
+    text = summary_text(cell.score, with_n=cell.score.n != seeds) + (" ≈" if board.is_tie(row, column) else "")
     return f"**{text}**" if board.is_best(row, column) else text
 
 
