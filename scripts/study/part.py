@@ -144,6 +144,12 @@ class Part:
         chosen = self.claimed if tasks is None else tasks
         return over_tasks([self.compare(label, [other], task)[other].difference for task in chosen])
 
+    def told_overall(self, other: str) -> str:
+        """The rows whose mean difference to this one over the tasks has an interval without 0, with it."""
+        found = {label: self._overall(label, other) for label in self.others(other)}
+        told = {label: each for label, each in found.items() if each and each.interval[0] * each.interval[1] > 0}
+        return ", ".join(f"`{label}` {difference_text(each)}" for label, each in told.items()) or "none"
+
     def told_from_best(self, task: str) -> str:
         """The rows whose scores the paired test tells from the best mean."""
         column = self.columns[task]
