@@ -67,10 +67,7 @@ class Comparison:
         if not self.seeds:
             return "not comparable"
         found = self.difference
-        if found is None or self.adjusted_p is None or self.adjusted_p >= 1 - CONFIDENCE:
-            return "undecided"
-        low, high = found.interval
-        if low <= 0 <= high:
+        if found is None or self.adjusted_p is None or self.adjusted_p >= 1 - CONFIDENCE or not found.excludes_zero:
             return "undecided"
         return "better" if self.column.merit(found.mean) > 0 else "worse"
 
@@ -188,7 +185,7 @@ def _verdict(each: Comparison, first: str, second: str) -> str:
         return "undecided: one seed says nothing about other seeds"
     if found is None:
         return "undecided: no spread between the runs to judge by"
-    if found.interval[0] <= 0 <= found.interval[1]:
+    if not found.excludes_zero:
         return "undecided: the interval includes 0"
     return "undecided: the interval excludes 0, but not after Holm's correction for several tasks"
 
@@ -223,15 +220,19 @@ def _over_tasks(comparisons: Sequence[Comparison], first: str, second: str) -> l
     if len({each.column.higher_is_better for each in comparisons}) > 1:
         return lines
     if len({each.task for each in comparisons}) == len(comparisons):  # not the same examples twice
-        overall, found = over_tasks([each.difference for each in comparisons]), "not available"
-        if overall is not None:
-            low, high = overall.interval
-            found = f"{overall.mean:+.4f} (95 % interval: {low:+.4f} to {high:+.4f}; t, {overall.degrees:.1f} degrees "
-            found += f"of freedom), p = {overall.p_value:.3g}"
-        lines.append(f"  mean difference over these tasks: {found}")
+        lines.append(f"  mean difference over these tasks: {_mean_difference(comparisons)}")
     if len(comparisons) >= LEAST_TASKS:
         for name, place in ((first, 0), (second, 1)):
-            middle, lowest, highest = interquartile_mean([each.scores[place] for each in comparisons])
-            spread = "not available" if lowest is None else f"{lowest:.4f} to {highest:.4f}"
-            lines.append(f"  interquartile mean of {name}: {middle:.4f} (95 % interval: {spread})")
+            mean, low, high = interquartile_mean([each.scores[place] for each in comparisons])
+            spread = "not available" if low is None else f"{low:.4f} to {high:.4f}"
+            lines.append(f"  interquartile mean of {name}: {mean:.4f} (95 % interval: {spread})")
     return lines
+
+
+def _mean_difference(comparisons: Sequence[Comparison]) -> str:
+    found = over_tasks([each.difference for each in comparisons])
+    if found is None:
+        return "not available"
+    low, high = found.interval
+    spread = f"95 % interval: {low:+.4f} to {high:+.4f}; t, {found.degrees:.1f} degrees of freedom"
+    return f"{found.mean:+.4f} ({spread}), p = {found.p_value:.3g}"

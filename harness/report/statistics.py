@@ -47,6 +47,12 @@ class Difference:
         return self.mean - self.half_width, self.mean + self.half_width
 
     @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval does."""
+        low, high = self.interval
+        return low > 0 or high < 0
+
+    @property
     def p_value(self) -> float:
         """Two-sided, of no difference."""
         from scipy.special import stdtr

@@ -43,7 +43,8 @@ class Part:
         relabel: Callable[[RunRecord], str | None] = lambda record: None,
     ) -> None:
         self.store = store
-        self.read = ExampleReader(store)
+        self._read = ExampleReader(store)
+        self._compared: dict[tuple[str, str, str], Comparison] = {}  # by both rows and the task
         self.records = {record.run_id: record for record in records}
         frame = to_frame(records, naming_of(records))
         frame["label"] = [
@@ -65,8 +66,8 @@ class Part:
     @property
     def seeds(self) -> str:
         """three, or "three to five" where tasks differ: the numbers of seeds."""
-        numbers = sorted({cell.score.n for row in self.board.rows for cell in row.cells.values()})
-        return " to ".join(dict.fromkeys(WORDS[n] for n in (numbers[0], numbers[-1])))
+        numbers = {cell.score.n for row in self.board.rows for cell in row.cells.values()}
+        return " to ".join(dict.fromkeys(WORDS[n] for n in (min(numbers), max(numbers))))
 
     def cell(self, label: str, task: str) -> Cell:
         """Runs of a row on a task."""
@@ -128,13 +129,24 @@ class Part:
 
     def compare(self, label: str, others: Sequence[str], task: str) -> dict[str, Comparison]:
         """One row against others on a task: the report's paired test, Holm-corrected over `others`."""
-        cell, column = self.cell(label, task), self.columns[task]
-        found = [compare_cells(cell, self.cell(other, task), column, self.read) for other in others]
+        found = [self._compare(label, other, task) for other in others]
         return dict(zip(others, corrected(found), strict=True))
 
+    def _compare(self, label: str, other: str, task: str) -> Comparison:
+        """One comparison, not corrected, made once."""
+        key = label, other, task
+        if key not in self._compared:
+            cells = self.cell(label, task), self.cell(other, task)
+            self._compared[key] = compare_cells(*cells, self.columns[task], self._read)
+        return self._compared[key]
+
+    def less(self, label: str, other: str, task: str) -> Difference | None:
+        """The first's score less the second's, over seeds and examples."""
+        return self._compare(label, other, task).difference
+
     def difference(self, label: str, other: str, task: str) -> str:
-        """+0.004 (-0.003 to +0.011): the first less the second with its 95 % interval over seeds and examples."""
-        return difference_text(self.compare(label, [other], task)[other].difference)
+        """+0.004 (-0.003 to +0.011): the same with its 95 % interval, as text."""
+        return difference_text(self.less(label, other, task))
 
     def overall(self, label: str, other: str, tasks: Sequence[str] | None = None) -> str:
         """The same of the mean over these tasks; None for those that claims rest on."""
@@ -142,13 +154,13 @@ class Part:
 
     def _overall(self, label: str, other: str, tasks: Sequence[str] | None = None) -> Difference | None:
         chosen = self.claimed if tasks is None else tasks
-        return over_tasks([self.compare(label, [other], task)[other].difference for task in chosen])
+        return over_tasks([self.less(label, other, task) for task in chosen])
 
     def told_overall(self, other: str) -> str:
         """The rows whose mean difference to this one over the tasks has an interval without 0, with it."""
         found = {label: self._overall(label, other) for label in self.others(other)}
-        told = {label: each for label, each in found.items() if each and each.interval[0] * each.interval[1] > 0}
-        return ", ".join(f"`{label}` {difference_text(each)}" for label, each in told.items()) or "none"
+        told = [f"`{label}` {difference_text(each)}" for label, each in found.items() if each and each.excludes_zero]
+        return ", ".join(told) or "none"
 
     def told_from_best(self, task: str) -> str:
         """The rows whose scores the paired test tells from the best mean."""
@@ -197,8 +209,9 @@ class Part:
         """The same of the mean over the tasks that claims rest on, each comparison on its own."""
         for other in others:
             found = self._overall(label, other)
-            low, high = (0.0, 0.0) if found is None else found.interval
-            told = "better" if low > 0 else "worse" if high < 0 else "undecided"
+            told = "undecided"
+            if found is not None and found.excludes_zero:
+                told = "better" if found.mean > 0 else "worse"
             if told != verdict:
                 raise ValueError(f"{label} is {told} against {other} over the tasks, where the text says {verdict}")
         return ""

@@ -133,9 +133,9 @@ def above_lora(main: Part, task: str) -> int:
 
 def _less_lora(main: Part, label: str, task: str) -> tuple[float, float]:
     """(reported, ours)"""
-    figures, own = _figures(), main.compare(label, ["lora"], task)["lora"].difference
-    assert own is not None
-    return figures[label, _published(task)].score - figures["lora", _published(task)].score, own.mean
+    figures, ours = _figures(), main.less(label, "lora", task)
+    assert ours is not None
+    return figures[label, _published(task)].score - figures["lora", _published(task)].score, ours.mean
 
 
 def _published(task: str) -> str:

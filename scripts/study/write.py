@@ -12,7 +12,6 @@ import tarfile
 import tempfile
 import tomllib
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import controls as control_runs
@@ -79,6 +78,7 @@ def _write(folder: Path) -> None:
             "controls": controls,
             "parts": parts,
             "convolutions": convolutions,
+            "kinds": list(tables.CONTROLS),
             "controls_table": tables.controls_table(controls),
             "differences_table": tables.differences_table,
             "parts_table": tables.parts_table(parts, differences=False),
@@ -156,10 +156,9 @@ def _of_controls(records: list[RunRecord], tuned: Part) -> list[RunRecord]:
     return _whole([*found, *controls, *trials], 1 + len(tables.CONTROLS))
 
 
-def _whole(records: Iterable[RunRecord], number: int) -> list[RunRecord]:
+def _whole(records: list[RunRecord], number: int) -> list[RunRecord]:
     """Records of the tasks and seeds that have `number` runs, and of these tasks' trials; a task needs three such
     seeds. The study goes over several sittings."""
-    records = list(records)
     ended = Counter((each.spec.task, each.spec.seed) for each in records if not each.spec.is_trial)
     seeds = Counter(task for (task, _), count in ended.items() if count >= number)
     return [
