@@ -4,46 +4,57 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
-import uuid
-import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from harness import process, storage
 from harness.errors import InputError
 from harness.parameters import flattened
 
 KEPT = 2  # the newest checkpoints of a run that stay on disk
+SCHEMA = 2
 TENSORS, STATE, ORIGIN, SUMS = "tensors.safetensors", "state.json", "origin.json", "sums.json"
+
+
+class Unusable(Exception):
+    """A checkpoint that is what was written, and does not fit the run that it is for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"checkpoint '{path}' does not fit its run")
+        self.path = path
 
 
 def save(folder: Path, batches: int, state: dict[str, Any], origin: dict[str, Any] | None = None) -> None:
     """Write `folder/<batches>/` in one rename and drop all but the newest KEPT.
 
     `origin`: nested JSON values that say what the state belongs to; `load_newest` refuses any other. Where another
-    process was faster, its checkpoint stays: of one run, all are equal.
+    process was faster, its checkpoint stays: of one run, all are equal. Raises OSError where the disk is full.
     """
-    draft = folder / f".draft-{uuid.uuid4().hex}"
+    draft = folder / process.own_name(".checkpoint", "draft")
     draft.mkdir(parents=True)
     try:
         tensors: dict[str, torch.Tensor] = {}
         structure = _flatten(state, tensors)
-        save_file(tensors, draft / TENSORS)
+        storage.save_tensors(tensors, draft / TENSORS)
         (draft / STATE).write_text(json.dumps(structure))
         (draft / ORIGIN).write_text(json.dumps(origin or {}))
-        (draft / SUMS).write_text(json.dumps(_sums(draft)))
+        sums = {storage.VERSION: SCHEMA, "files": storage.file_sums(draft)}
+        (draft / SUMS).write_text(storage.sealed_text(sums))
         place = folder / f"{batches:09d}"
-        shutil.rmtree(place, ignore_errors=True)
+        storage.remove(place)
         draft.rename(place)
     except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+    finally:
+        storage.remove(draft)
     for old in _folders(folder)[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+        storage.remove(old)
 
 
 class Newest(NamedTuple):
@@ -51,35 +62,38 @@ class Newest(NamedTuple):
 
     state: dict[str, Any] | None  # None where there is none
     damaged: list[Path]
+    path: Path | None  # of the state
 
 
-def load_newest(folder: Path, origin: dict[str, Any] | None = None) -> Newest:
-    """Read the newest checkpoint that is whole.
+def load_newest(folder: Path, origin: dict[str, Any] | None = None, without: Collection[Path] = ()) -> Newest:
+    """Read the newest checkpoint that is whole; those of `without` count as damaged.
 
-    Raises InputError, naming the difference, for a checkpoint of another origin.
+    Raises InputError, naming the difference, for a checkpoint of another origin, and Unreadable for one of a newer
+    version.
     """
     damaged: list[Path] = []
     for path in reversed(_folders(folder)):
-        if _is_whole(path):
+        if path not in without and _is_whole(path):
             _check(path, json.loads((path / ORIGIN).read_bytes()), json.loads(json.dumps(origin or {})))
-            state = _unflatten(json.loads((path / STATE).read_bytes()), load_file(path / TENSORS))
-            assert isinstance(state, dict)
-            return Newest(state, damaged)
+            try:
+                state = _unflatten(json.loads((path / STATE).read_bytes()), load_file(path / TENSORS))
+            except (KeyError, TypeError, ValueError, RecursionError, SafetensorError):  # not as `save` writes it
+                state = None
+            if isinstance(state, dict):
+                return Newest(state, damaged, path)
         damaged.append(path)
-    return Newest(None, damaged)
+    return Newest(None, damaged, None)
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether no file is missing or garbled; where one is, the checkpoint before will do."""
+    """Whether no file is missing or garbled; where one is, the checkpoint before will do. Raises Unreadable."""
     try:
-        return bool(_sums(path) == json.loads((path / SUMS).read_bytes()))
+        sums = storage.unseal((path / SUMS).read_bytes(), SCHEMA, f"checkpoint '{path}'")
+        return bool({name: storage.file_sum(path / name) for name in (TENSORS, STATE, ORIGIN)} == sums.get("files"))
+    except storage.Unreadable:
+        raise
     except (OSError, ValueError):
         return False
-
-
-def _sums(path: Path) -> dict[str, int]:
-    """A checksum of each file: a flipped bit in a tensor would otherwise go into a result."""
-    return {name: zlib.crc32((path / name).read_bytes()) for name in (TENSORS, STATE, ORIGIN)}
 
 
 def _check(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -94,7 +108,7 @@ def _check(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
 
 def delete(folder: Path) -> None:
     """Remove a finished run's checkpoints."""
-    shutil.rmtree(folder, ignore_errors=True)
+    storage.remove(folder)
 
 
 def _folders(folder: Path) -> list[Path]:

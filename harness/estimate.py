@@ -13,7 +13,7 @@ import torch
 from harness import registry
 from harness.data import data_of
 from harness.environment import device_of
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 from harness.running import duration
 from harness.spec import RunSpec
 from harness.training import Training, TrainingData

@@ -4,66 +4,46 @@ from __future__ import annotations
 
 import gc
 import math
-import shutil
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 
-from harness import checkpoint, registry, running
+from harness import checkpoint, registry, storage
 from harness.data import Data, data_of
 from harness.environment import device_of, environment
 from harness.errors import Diverged, InputError
 from harness.memory import PeakMemory, is_out_of_memory
 from harness.method import Adaptation, Backbone, Method
 from harness.rank_curve import rank_curve
-from harness.record import RETRIED, RecordStore, RunRecord, Seconds, Status
+from harness.record import PREDICTIONS, RETRIED, RunRecord, Seconds, Status
+from harness.record_store import RecordStore
 from harness.running import Progress
 from harness.spec import RunSpec
+from harness.storage import Unwritable
 from harness.training import Training, TrainingData, derived_seed, predict, seed_everything
 
 Watch = Callable[[Progress], None]
 
 
-def run_once(spec: RunSpec, store: RecordStore, watch: Watch = lambda progress: None) -> RunRecord | None:
-    """`run_one`, unless another process is at this run (None) or has finished it since it was planned.
-
-    Raises InputError where the results folder cannot be written.
-    """
-    try:
-        with running.claimed(store.running, spec.run_id) as claim:
-            if claim is None:
-                return None
-            store.clear(spec.run_id)
-            found = store.read(spec.run_id)
-            if found is not None and found.status not in RETRIED:
-                return found
-
-            def tell(progress: Progress) -> None:
-                claim.tell(progress)
-                watch(progress)
-
-            return run_one(spec, store, tell)
-    except OSError as error:
-        raise store.unwritable(error) from None
-
-
 def run_one(spec: RunSpec, store: RecordStore, watch: Watch = lambda progress: None) -> RunRecord:
     """Carry out one run and keep its record, also when it diverges, runs out of memory or fails.
 
-    An interrupt is passed on, and leaves no record; a checkpoint, if the spec asks for them, is taken up next time.
+    An interrupt is passed on, and leaves no record; a checkpoint, if the spec asks for them, is taken up next time. So
+    is Unwritable: that the disk is full says nothing of the run.
     """
-    run = _Run(spec, store, watch)
+    with store.writing():
+        run = _Run(spec, store, watch)
     try:
         return run.finish(run.outcome())
     finally:
-        shutil.rmtree(run.files, ignore_errors=True)  # moved into the run's folder by now, or of no use
+        storage.remove(run.files)  # moved into the run's folder by now, or of no use
 
 
 def failed_record(spec: RunSpec, error: str, trace: str) -> RunRecord:
@@ -105,6 +85,7 @@ class _Run:
     earlier_seconds: float = 0.0  # of the run before it was interrupted
     error: str | None = None
     trace: str | None = None
+    unusable: list[Path] = field(default_factory=list)  # checkpoints that do not fit
 
     def __post_init__(self) -> None:
         self.device = device_of(self.spec.place)
@@ -117,9 +98,14 @@ class _Run:
         torch.set_num_threads(self.spec.threads)
         try:
             return self._attempt()
+        except checkpoint.Unusable as error:  # what it has half restored is made anew
+            self.unusable.append(error.path)
+            return self.outcome()
         except Diverged as error:
             self.error = str(error)
             return "diverged"
+        except Unwritable:
+            raise
         except (MemoryError, RuntimeError) as error:
             self._keep(error)
             return "out_of_memory" if is_out_of_memory(error) else "failed"
@@ -129,8 +115,8 @@ class _Run:
 
     def finish(self, status: Status) -> RunRecord:
         """Write the record with everything that is known, and clean up."""
-        record = self._record(status)
-        self.store.write(record, self.training.history if self.training else [], self.files)
+        history = self.training.history if self.training else []
+        record = self.store.write(self._record(status), history, self.files)
         if status not in RETRIED:
             checkpoint.delete(self.store.checkpoints / self.spec.run_id)
         self.training = None
@@ -175,14 +161,17 @@ class _Run:
             return "unsupported"
         backbone.module.to(self.device)
         if not spec.is_trial:
-            task.artifacts(backbone.module, place.model, self.files / "artifacts" / "before")
+            with self.store.writing():
+                task.artifacts(backbone.module, place.model, self.files / "artifacts" / "before")
         adaptation = self._start(method, backbone, data)
         self._train(adaptation, data)
         if not spec.is_trial:
             self._evaluate(adaptation, data)
-            task.artifacts(adaptation.model, place.model, self.files / "artifacts" / "after")
+            with self.store.writing():
+                task.artifacts(adaptation.model, place.model, self.files / "artifacts" / "after")
         if place.save_adapter:
-            adaptation.export(self.files / "adapter")
+            with self.store.writing():
+                adaptation.export(self.files / "adapter")
         return "done"
 
     def _start(self, method: Method, backbone: Backbone, data: Data) -> Adaptation:
@@ -212,14 +201,7 @@ class _Run:
         folder = self.store.checkpoints / self.spec.run_id
         seed_everything(derived_seed(self.spec.seed, "training"))
         origin = _origin(self.spec)
-        saved, damaged = checkpoint.load_newest(folder, origin)
-        if damaged:
-            after = "anew" if saved is None else "from the one before"
-            names = ", ".join(path.name for path in damaged)
-            self.known["notes"] = (f"damaged checkpoint {names} passed over: the run began {after}",)
-        if saved is not None:
-            training.load_state_dict(saved)
-            self.earlier_seconds, self.evaluation_seconds = saved["seconds_total"], saved["seconds_evaluation"]
+        self._take_up(training, checkpoint.load_newest(folder, origin, self.unusable))
         self.task.set_training(adaptation.model)
         points = max(self.spec.train.holdout_points, int(self.spec.is_trial))  # a trial is scored at its end
         due = [math.ceil(training.budget * (i + 1) / points) for i in range(points)]
@@ -236,11 +218,33 @@ class _Run:
                 next_checkpoint = training.used + place.checkpoint_every
                 total = self.earlier_seconds + time.perf_counter() - self.started
                 seconds = {"seconds_total": total, "seconds_evaluation": self.evaluation_seconds}
-                checkpoint.save(folder, training.used, training.state_dict() | seconds, origin)
+                with self.store.writing():
+                    checkpoint.save(folder, training.used, training.state_dict() | seconds, origin)
             self._tell(training)
 
         training.run(after_update)
         self.known |= {"ranks": adaptation.ranks(), "parameters": adaptation.parameter_count()}
+
+    def _take_up(self, training: Training, newest: checkpoint.Newest) -> None:
+        """Go on from a checkpoint, where there is one. Raises Unusable for one that does not fit."""
+        saved, damaged, path = newest
+        if damaged:
+            after = "anew" if saved is None else "from the one before"
+            names = ", ".join(path.name for path in damaged)
+            self.known["notes"] = (f"damaged checkpoint {names} passed over: the run began {after}",)
+        if saved is None:
+            return
+        assert path is not None
+        try:
+            training.load_state_dict(saved)
+            self.earlier_seconds = float(saved["seconds_total"])
+            self.evaluation_seconds = float(saved["seconds_evaluation"])
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise checkpoint.Unusable(path) from error
 
     def _predictions(self, adaptation: Adaptation, split: str, encoded: Any, references: np.ndarray) -> np.ndarray:
         encoded = self._noted(split, encoded)
@@ -277,7 +281,8 @@ class _Run:
             for name, examples in self.task.test(self.spec.place.data_root).items():
                 encoded = self.task.encode(examples, self.spec.place.model)
                 arrays[f"{name}/predictions"] = self._predictions(adaptation, name, encoded, examples.labels)
-        save_file({key: np.ascontiguousarray(a) for key, a in arrays.items()}, self.files / "predictions.safetensors")
+        with self.store.writing():
+            storage.save_arrays(arrays, self.files / PREDICTIONS)
         self.known |= {"metrics": metrics, "score": metrics[headline], "rank_curve": curve}
         self.evaluation_seconds += time.perf_counter() - started
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -158,10 +160,21 @@ class RunSpec(Parameters):
         """8 hexadecimal digits of the SHA-256 of `setting`."""
         return hashlib.sha256(json.dumps(self.setting, sort_keys=True).encode()).hexdigest()[:8]
 
-    @property
+    @functools.cached_property
     def run_id(self) -> str:
         """16 hexadecimal digits: the SHA-256 of everything above but `place`, and `search` where there is one."""
-        identity = self.model_dump(mode="json", exclude={"place"} if self.search else {"place", "search"})
-        if not self.train.group_by_length:  # younger than the first records: at its default their ids stay
-            del identity["train"]["group_by_length"]
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        return identity_hash(self.model_dump(mode="json"))
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """The spec with some fields changed: another run."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("run_id", None)
+        return copied
+
+
+def identity_hash(spec: dict[str, Any]) -> str:
+    """The run_id that a spec has, from its JSON."""
+    identity = {name: value for name, value in spec.items() if name != "place" and (name != "search" or value)}
+    if not identity["train"].get("group_by_length"):  # younger than the first records: at its default their ids stay
+        identity["train"] = {name: value for name, value in identity["train"].items() if name != "group_by_length"}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

@@ -33,7 +33,14 @@ DISK_ERRORS = {
 
 
 class Unwritable(InputError):
-    """A place to keep results cannot be written: no run's own failure, so that it never becomes a record."""
+    """A place to keep results cannot be written: no run's own failure, so that it never becomes a record.
+
+    `is_gone`: what was to be written into is not there any more.
+    """
+
+    def __init__(self, message: str, is_gone: bool = False) -> None:
+        super().__init__(message)
+        self.is_gone = is_gone
 
 
 class Damaged(ValueError):
@@ -49,10 +56,16 @@ def seal(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, CHECKSUM: checksum(content)}
 
 
-def unseal(raw: bytes | str, newest: int, what: str) -> dict[str, Any]:
+def sealed_text(content: Mapping[str, Any]) -> str:
+    """The JSON object with its checksum, as a file holds it."""
+    return json.dumps(seal(content), indent=1) + "\n"
+
+
+def unseal(raw: bytes | str, newest: int, what: str, sealed_from: int = 0) -> dict[str, Any]:
     """The JSON object that `seal` was given, from what a file holds.
 
-    `newest`: the highest schema version that can be read; `what`: what the file is, as a message names it.
+    `newest`: the highest schema version that can be read; `what`: what the file is, as a message names it; versions
+    before `sealed_from` had no checksum.
     Raises Damaged for anything that is not such an object, and Unreadable for one of a newer version.
     """
     try:
@@ -67,6 +80,8 @@ def unseal(raw: bytes | str, newest: int, what: str) -> dict[str, Any]:
             f"{what} has schema version {version}, and this program reads up to {newest}: use a newer one; "
             "it was left as it is"
         )
+    if isinstance(version, int) and version < sealed_from:
+        return content
     if content.pop(CHECKSUM, None) != checksum(content):
         raise Damaged(f"the checksum of {what} is not that of its content")
     return content

@@ -17,7 +17,7 @@ from harness.errors import InputError
 from harness.method import Method
 from harness.parameters import Range, SearchSpace
 from harness.plan import Sweep, cell_of
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 from harness.spec import RunSpec, Search
 
 if TYPE_CHECKING:

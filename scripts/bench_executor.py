@@ -28,7 +28,8 @@ from harness import executors, sweeps
 from harness.commands import status
 from harness.contracts import Subject, spec_of
 from harness.progress import View
-from harness.record import RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import RecordStore
 from harness.run import run_one
 from harness.spec import Execution, RunSpec
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.contracts import Subject, spec_of
 from harness.plan import Fingerprints, Sweep, plan
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 from harness.run import run_one
 from harness.spec import Place
 

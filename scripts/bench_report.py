@@ -42,7 +42,7 @@ def main() -> None:
 
 def report(folder: Path) -> None:
     """Build the report and print what it took."""
-    from harness.record import RecordStore
+    from harness.record_store import RecordStore
     from harness.report.build import build_report
 
     started = time.perf_counter()
@@ -54,7 +54,7 @@ def report(folder: Path) -> None:
 
 def track(folder: Path) -> None:
     """Log every record and print what it took."""
-    from harness.record import RecordStore
+    from harness.record_store import RecordStore
     from harness.tracking import log_records
 
     store = RecordStore(folder)
@@ -71,7 +71,7 @@ def track(folder: Path) -> None:
 def make(folder: Path, count: int, steps: int) -> None:
     """Records of one real run, changed: configurations x tasks x seeds, with history and predictions."""
     from harness.contracts import Subject, spec_of
-    from harness.record import RecordStore
+    from harness.record_store import RecordStore
     from harness.run import run_one
 
     random = np.random.default_rng(0)

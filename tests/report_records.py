@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from harness.environment import Environment
 from harness.method import ParameterCount
-from harness.record import RecordStore, RunRecord, Seconds
+from harness.record import RunRecord, Seconds
+from harness.record_store import RecordStore
 from harness.report.frame import to_frame
 from harness.report.leaderboard import Board, leaderboards
 from harness.spec import RunSpec, Search, TrainSpec

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from harness.cli import main
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 
 
 def sweep(tmp_path, *extra):

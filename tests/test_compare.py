@@ -9,7 +9,8 @@ import pytest
 
 from harness import cli
 from harness.errors import InputError
-from harness.record import RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import RecordStore
 from harness.report.compare import Comparison, ExampleReader, compare, in_words, row_of, with_ties
 from harness.report.frame import to_frame
 from harness.report.leaderboard import Board, leaderboards, sorted_by

@@ -8,7 +8,8 @@ import pytest
 
 from harness import cli
 from harness.commands.diff import differences
-from harness.record import RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import RecordStore
 from harness.report.card import model_card
 from harness.spec import Place
 from tests.report_records import boards, chosen, record, stored, trial

@@ -16,7 +16,7 @@ from harness import registry, sweep_file
 from harness.cli import main
 from harness.errors import InputError
 from harness.plan import Sweep, task_cells
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 from harness.task import Examples, make_splits
 from harness.training import TrainingData
 from tasks import glue_submission, pretrained

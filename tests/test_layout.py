@@ -38,10 +38,10 @@ def test_directions(path):
     names, place = of_project(path), path.relative_to(ROOT)
     top = place.parts[0]
     if top == "methods":
-        allowed = ("method", "optimizer", "errors", "parameters", "spec")
+        allowed = ("method", "optimizer", "errors", "parameters", "spec", "storage")
         assert within(names, *(f"harness.{name}" for name in allowed), "methods")
     elif top == "tasks":
-        assert within(names, "harness.task", "harness.method", "harness.errors", "tasks")
+        assert within(names, "harness.task", "harness.method", "harness.errors", "harness.storage", "tasks")
     else:
         assert within(names, "harness"), "the harness finds methods and tasks by name only"
     if place.name in ("frank_wolfe.py", "hypergradient.py", "manifolds.py"):
@@ -49,7 +49,8 @@ def test_directions(path):
     if place.name == "training.py":
         assert within(names, "harness.errors", "harness.method", "harness.spec", "harness.task")
     if place.parts[:2] == ("harness", "report"):
-        assert within(names, "harness.report", "harness.record", "harness.spec", "harness.errors")
+        allowed = ("report", "record", "record_store", "spec", "errors", "storage")
+        assert within(names, *(f"harness.{name}" for name in allowed))
         assert not within({"torch"}, *imported(path))
 
 

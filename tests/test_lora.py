@@ -14,7 +14,7 @@ from harness.contracts import METHOD_CONTRACTS, Subject, start
 from harness.contracts.subject import task_of
 from harness.errors import InputError
 from harness.method import Backbone
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 
 LAYERS = 12  # of the synthetic task's BERT
 PATTERN = 'rank_pattern={"query"=3,"value"=0,"bert.encoder.layer.1.output.dense"=2}'

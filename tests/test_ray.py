@@ -16,7 +16,7 @@ import pytest
 
 from harness import running
 from harness.cli import main
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 
 ROOT = Path(__file__).parent.parent
 METHODS = ["head", "lora[rank=2]", "debora[rank=4,T_max=2,n0=0,step_size=0.5]", "full[learning_rate=1e-3]"]

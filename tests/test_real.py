@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from harness.cli import main
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 
 ROOT = Path(os.environ.get("HARNESS_DATA_ROOT", ""))
 pytestmark = pytest.mark.skipif("HARNESS_DATA_ROOT" not in os.environ, reason="HARNESS_DATA_ROOT is not set")

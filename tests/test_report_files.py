@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 
 from harness.errors import InputError
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 from harness.report.build import build_report
 from harness.report.data import tidy
 from harness.report.frame import to_frame

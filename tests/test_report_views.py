@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from safetensors.numpy import save_file
 
 from harness import cli
-from harness.record import RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import RecordStore
 from harness.report import budget, critical, curves, layers, lines, rank_curves, scatter
 from harness.report.build import build_report
 from harness.report.figures import COLOURS

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from harness import checkpoint, registry, run, training
+from harness import checkpoint, registry, run, storage, training
 from harness.contracts import Subject, spec_of, start
 from harness.environment import device_of
 from harness.errors import InputError
@@ -21,9 +21,11 @@ from harness.executors import serial
 from harness.memory import PeakMemory
 from harness.method import Adaptation
 from harness.progress import View
-from harness.record import RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import RecordStore
 from harness.run import run_one
 from harness.spec import Execution, Place
+from harness.storage import Damaged
 from methods.head import Head
 from tasks.synthetic import Synthetic
 
@@ -169,11 +171,12 @@ def test_two_writers_of_one_run(store, tmp_path):
     before = (store.folder(record.run_id) / "record.json").stat().st_ino
     store.write(record, [], store.draft(record.run_id))
     assert (store.folder(record.run_id) / "record.json").stat().st_ino == before  # the first stays
-    failed = record.model_copy(update={"status": "failed", "run_id": "0" * 16})
-    for _ in range(2):
-        store.write(failed, [], store.draft(failed.run_id))
-    store.write(record.model_copy(update={"run_id": failed.run_id}), [], store.draft(failed.run_id))
-    assert store.read(failed.run_id).status == "done"
+    other = record.spec.model_copy(update={"seed": 7})
+    done = record.model_copy(update={"spec": other, "run_id": other.run_id})
+    for each in (done.model_copy(update={"status": "failed"}),) * 2:
+        store.write(each, [], store.draft(each.run_id))
+    store.write(done, [], store.draft(done.run_id))
+    assert store.read(other.run_id).status == "done"
     assert not list(store.runs.glob(".*"))
 
 
@@ -183,14 +186,23 @@ def test_folders_can_be_read_by_whoever_the_umask_allows(store, tmp_path):
     assert store.folder(record.run_id).stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_what_a_killed_process_left_is_cleared(store):
+def test_what_a_killed_process_left_is_cleared(store, tmp_path):
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     mine = store.draft("a")
     theirs = mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{dead.stdout.strip()}-"))
     theirs.mkdir()
+    finished = run_one(spec(tmp_path), store)
+    begun = spec(tmp_path, batches=40)
+    for run_id in (finished.run_id, begun.run_id):
+        checkpoint.save(store.checkpoints / run_id, 4, {"at": 4})
+    (store.checkpoints / begun.run_id / theirs.name.replace("a-", ".checkpoint-", 1)).mkdir()
+    (store.sweeps / ".0123").write_text("a draft of an earlier version")
     store.make_ready()
     assert mine.exists()
     assert not theirs.exists()
+    assert [path.name for path in store.checkpoints.iterdir()] == [begun.run_id]
+    assert [path.name for path in (store.checkpoints / begun.run_id).iterdir()] == ["000000004"]
+    assert not list(store.sweeps.iterdir())
 
 
 def test_a_checkpoint_from_another_kind_of_device_is_refused(tmp_path):
@@ -239,11 +251,20 @@ def test_an_interrupted_run_is_taken_up_from_its_checkpoint_and_equals_the_unint
     assert not (other.checkpoints / wanted.run_id).exists()
 
 
-@pytest.mark.parametrize("row", ['{"loss": 1.0}', "[1]", "{"])
+def resealed(store, record, name, content):
+    """The run with another content of one file, as if it had been written so."""
+    folder = store.folder(record.run_id)
+    (folder / name).write_bytes(content)
+    files = storage.file_sums(folder)
+    del files["record.json"]
+    (folder / "record.json").write_text(record.model_copy(update={"files": files}).to_json())
+
+
+@pytest.mark.parametrize("row", ['{"loss": 1.0}', "[1]", "{", "[" * 100_000])
 def test_a_history_that_holds_no_rows_is_told(store, tmp_path, row):
     record = run_one(spec(tmp_path), store)
-    (store.folder(record.run_id) / "history.jsonl").write_text(row + "\n")
-    with pytest.raises(ValueError, match=r"without its number of batches|Expecting"):
+    resealed(store, record, "history.jsonl", (row + "\n").encode())
+    with pytest.raises(Damaged, match="without its number of batches"):
         store.history(record.run_id)
 
 
@@ -366,7 +387,9 @@ def test_a_checkpoint_of_another_run_or_version_is_refused_with_the_difference(s
         origin = json.loads((path / "origin.json").read_text())
         origin["version"]["torch"] = "1.0"
         (path / "origin.json").write_text(json.dumps(origin))
-        (path / "sums.json").write_text(json.dumps(checkpoint._sums(path)))
+        sums = {"schema_version": 2, "files": storage.file_sums(path)}
+        del sums["files"]["sums.json"]
+        (path / "sums.json").write_text(storage.sealed_text(sums))
     assert f"was made with version.torch = 1.0, this run has {torch.__version__}" in run_one(mine, store).error
 
 
@@ -382,7 +405,13 @@ def interrupt_at(batches, wanted, store):
 def test_records_with_unknown_fields_or_versions_are_refused(store, tmp_path):
     record = run_one(spec(tmp_path), store)
     values = record.model_dump(mode="json")
-    for change in ({"schema_version": 2}, {"status": "fine"}, {"extra": 1}, {"score": "high"}):
+    for change in (
+        {"schema_version": 3},
+        {"started": "yesterday"},
+        {"status": "fine"},
+        {"extra": 1},
+        {"score": "high"},
+    ):
         with pytest.raises(ValueError, match="validation error"):
             RunRecord.model_validate(values | change)
 

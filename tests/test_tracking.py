@@ -11,7 +11,7 @@ import mlflow
 import pytest
 
 from harness import cli
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 from harness.tracking import CONTENT, PARENT, RUN_ID, Unreachable, curves, default_uri, log_records, thinned
 from tests.report_records import record, stored
 

@@ -11,7 +11,7 @@ from harness.cli import main
 from harness.contracts import Subject, spec_of
 from harness.contracts.subject import method_of
 from harness.parameters import Range
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 from tests.test_contracts import PARAMETERS
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from tabulate import tabulate
 
 from harness.parameters import flattened
-from harness.record import RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import RecordStore
 
 SECTIONS = ("spec", "environment", "status", "headline", "score", "metrics", "holdout", "parameters", "ranks")  # first
 WIDTH = 40  # signs of a value

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.commands.report import chosen, naming_of
 from harness.errors import InputError
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 
 
 def command(results: Path, run_id: str, to: Path) -> int:

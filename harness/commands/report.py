@@ -11,7 +11,8 @@ from typing import Any
 from harness import registry
 from harness.commands.tracking import log
 from harness.errors import InputError, unknown
-from harness.record import Found, RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import Found, RecordStore
 
 FAILED = ("failed", "diverged", "out_of_memory")
 AGAINST = ("paper",)  # reported results that come with the program

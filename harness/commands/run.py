@@ -7,7 +7,7 @@ import contextlib
 import functools
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from harness.spec import Execution, Place, RunSpec, TrainSpec
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from harness.record import RecordStore, RunRecord
+    from harness.record_store import RecordStore, Skim
 
 DATA_ROOT = "HARNESS_DATA_ROOT"
 MOST_SEEDS = 100_000
@@ -35,15 +35,15 @@ def command(options: argparse.Namespace) -> int:
         raise (sweep_file.located(error, options.config) if options.config else None) or error from None
 
 
-def _check_kept(store: RecordStore, finished: list[RunRecord], place: Place, console: Console) -> None:
+def _check_kept(store: RecordStore, finished: Mapping[str, Skim], place: Place, console: Console) -> None:
     """A finished run is not run again for the sake of what it has not kept: say so."""
-    wanted: dict[str, tuple[object, Callable[[RunRecord], object]]] = {
-        "adapter": (place.save_adapter, lambda record: (store.folder(record.run_id) / "adapter").exists()),
-        "predictions for the test set": (place.predict_test, lambda record: store.test_splits(record.run_id)),
-        "such rank curve": (place.rank_curve, lambda record: record.spec.place.rank_curve == place.rank_curve),
+    wanted: dict[str, tuple[object, Callable[[str], object]]] = {
+        "adapter": (place.save_adapter, lambda run_id: (store.folder(run_id) / "adapter").exists()),
+        "predictions for the test set": (place.predict_test, store.test_splits),
+        "such rank curve": (place.rank_curve, lambda run_id: finished[run_id].rank_curve == place.rank_curve),
     }
     for what, (asked, kept) in wanted.items():
-        lacking = sum(not kept(record) for record in finished) if asked else 0
+        lacking = sum(not kept(run_id) for run_id in finished) if asked else 0
         if lacking:
             console.print(f"{lacking} of the finished runs have kept no {what}; delete their folders to run them again")
 
@@ -129,7 +129,8 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
 
     from harness import executors, preflight, progress, sweeps, tuning
     from harness.commands.report import show_sweep
-    from harness.record import RETRIED, RecordStore
+    from harness.record import RETRIED
+    from harness.record_store import RecordStore
 
     console, store = Console(), RecordStore(options.results)
     with console.status("checking data, models and methods"):
@@ -146,11 +147,10 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
 
         def carry_out(specs: list[RunSpec]) -> None:
             """Make the records that are missing."""
+            skimmed = {run_id: store.skim(run_id) for run_id in _ids(specs)}
             sweeps.write(store, specs)
-            read = map(store.read, _ids(specs))
-            finished = [record for record in read if record and record.status not in retried]
-            there = {record.run_id for record in finished}
-            missing = [spec for spec in specs if spec.run_id not in there]
+            finished = {run_id: skim for run_id, skim in skimmed.items() if skim and skim.status not in retried}
+            missing = [spec for spec in specs if spec.run_id not in finished]
             _check_kept(store, finished, place, console)
             done = len(specs) - len(missing)
             console.print(f"{len(specs)} runs: {done} finished before, {len(missing)} to do", highlight=False)
@@ -175,7 +175,7 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     from tabulate import tabulate
 
     from harness import estimate, preflight, tuning
-    from harness.record import RecordStore
+    from harness.record_store import RecordStore
 
     checked = preflight.check_tasks(sweep, place)
     store = RecordStore(results)
@@ -184,7 +184,7 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     specs = [spec for spec, _ in planned]
     searches = tuning.searches_of(sweep, planned)
     trials = tuning.trials_of(searches)
-    missing = [spec for spec in [*trials, *tuning.chosen(searches, specs, store)] if store.read(spec.run_id) is None]
+    missing = [spec for spec in [*trials, *tuning.chosen(searches, specs, store)] if store.skim(spec.run_id) is None]
     rows, notes = [], defaultdict(list)
     for task, column in zip(checked, cells, strict=True):
         for name, method, reason, said in column:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness import running, sweeps
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 from harness.running import Progress, duration
+from harness.storage import Unreadable
 from harness.sweeps import Cell
 
 
@@ -35,7 +37,10 @@ def command(results: Path) -> int:
     at_work = running.everything(store.running)
     rows: dict[tuple[str, str], Row] = defaultdict(Row)
     mine: list[tuple[Cell, Progress]] = []
-    for cell in sweeps.cells(sweeps.newest(store)):
+    cells, garbled = sweeps.newest(store)
+    for line in garbled:
+        print(f"passed over: {line}", file=sys.stderr)
+    for cell in cells:
         progress = at_work.get(cell.run_id)
         _count(rows[cell.method, cell.task], store, cell, progress)
         if progress is not None:
@@ -52,16 +57,22 @@ def command(results: Path) -> int:
 
 
 def _count(row: Row, store: RecordStore, cell: Cell, progress: Progress | None) -> None:
-    record = None if progress else store.read(cell.run_id)
-    status = "running" if progress else record.status if record else "waiting"
-    row.counts[status] += 1
-    if record is not None and record.status == "done":
-        row.timed += 1
-        row.seconds += record.seconds.total
     if progress is not None:
+        row.counts["running"] += 1
         row.to_do += 1 - progress.share
-    elif record is None:
+        return
+    try:
+        found = store.skim(cell.run_id)
+    except Unreadable as error:
+        print(error, file=sys.stderr)
+        row.counts["unreadable"] += 1
+        return
+    row.counts[found.status if found else "waiting"] += 1
+    if found is None:
         row.to_do += 1
+    elif found.status == "done":
+        row.timed += 1
+        row.seconds += found.seconds
 
 
 def _summary(rows: dict[tuple[str, str], Row], total: Counter[str], num_running: int) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from harness import registry
 from harness.errors import InputError
-from harness.record import RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import RecordStore
 
 if TYPE_CHECKING:
     import numpy as np

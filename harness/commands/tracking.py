@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from harness.errors import InputError
-from harness.record import RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import RecordStore
 
 OFF = "off"
 

@@ -14,7 +14,7 @@ from harness.data import Data
 from harness.method import in_modules
 from harness.plan import Fingerprints, Sweep
 from harness.preflight import CheckedTask, preview
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 from harness.run import run_one
 from harness.task import make_splits
 from harness.training import Training

@@ -11,7 +11,8 @@ import torch
 
 from harness.contracts.subject import CPU, Subject, spec_of, task_of
 from harness.method import Adaptation, in_modules
-from harness.record import RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import RecordStore
 from harness.run import run_one
 from harness.spec import TrainSpec
 from harness.task import Task, make_splits

@@ -16,7 +16,7 @@ from harness.spec import Execution, RunSpec
 
 if TYPE_CHECKING:
     from harness.progress import View
-    from harness.record import RecordStore
+    from harness.record_store import RecordStore
 
 WAIT_SECONDS = 2.0  # between looks at runs that another process is at
 RAY = {
@@ -58,7 +58,8 @@ def session(execution: Execution, threads: int, device: str) -> AbstractContextM
 def wait_for_others(busy: Sequence[RunSpec], store: RecordStore, view: View) -> list[RunSpec]:
     """Wait until another process has let go of one of its runs. Returns those that are still to be made."""
     if busy:
-        view.note(f"waiting for {len(busy)} runs that another process is at")
+        holders = sorted({running.holder(store.running, spec.run_id) for spec in busy})
+        view.note(f"waiting for {len(busy)} runs that {', '.join(holders)} {'is' if len(holders) == 1 else 'are'} at")
     while busy and all(running.progress(store.running, spec.run_id) for spec in busy):
         time.sleep(WAIT_SECONDS)
     missing = []

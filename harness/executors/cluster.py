@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import signal
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,17 +18,36 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from harness import running
+from harness import process, storage
 from harness.errors import InputError
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 from harness.spec import Execution
 
 CONNECT_SECONDS = 5.0  # for a cluster's address to answer
+LONGEST_PARENT = 24  # signs of the folder that holds Ray's own
 PROBE_SECONDS = 60.0  # for every machine to say whether it sees the results folder
 
 
-def connect(execution: Execution) -> None:
-    """Raises InputError where there is no such cluster."""
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """A folder for the files of Ray and of Tune, which goes with this process; those of dead ones go now."""
+    # Ray's sockets are in it, and a socket's path may have 107 signs.
+    parent = Path(tempfile.gettempdir())
+    parent = parent if len(str(parent)) <= LONGEST_PARENT else Path("/tmp")
+    for owner in parent.glob("harness-ray-*/*-owner"):
+        known = process.owner_of(owner.name)
+        if known is not None and known.state == "dead":
+            storage.remove(owner.parent)
+    folder = Path(tempfile.mkdtemp(prefix="harness-ray-", dir=parent))
+    try:
+        (folder / process.own_name("sweep", "owner")).touch()
+        yield folder
+    finally:
+        storage.remove(folder)
+
+
+def connect(execution: Execution, folder: Path) -> None:
+    """Start Ray with its files in `folder`, or join a cluster. Raises InputError where there is no such cluster."""
     address = execution.address
     if address not in (None, "auto"):
         _check_address(address)
@@ -38,6 +59,7 @@ def connect(execution: Execution) -> None:
             include_dashboard=None if address else False,
             log_to_driver=execution.show_logs,
             logging_level=level,
+            **({} if address or "RAY_TMPDIR" in os.environ else {"_temp_dir": str(folder / "ray")}),
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -90,7 +112,7 @@ def slots(bundle: dict[str, float]) -> int:
 @contextmanager
 def marker(store: RecordStore) -> Iterator[Path]:
     """A file in the results folder by which a machine knows that it sees it. Raises InputError where one does not."""
-    path = (store.running / running.own_name("sweep", "marker")).resolve()
+    path = (store.running / process.own_name("sweep", "marker")).resolve()
     path.touch()
     try:
         blind = _blind(path)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from harness.executors import Execute, wait_for_others
-from harness.record import RecordStore
-from harness.run import run_once
+from harness.executors.once import run_once
+from harness.record_store import RecordStore
 from harness.spec import Execution, RunSpec
 
 if TYPE_CHECKING:

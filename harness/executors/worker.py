@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import tune
 
-from harness import data, registry, running
+from harness import data, process, registry
 from harness.executors.cluster import unseen
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 from harness.spec import RunSpec
+from harness.storage import Unreadable, Unwritable
 
 if TYPE_CHECKING:
     from harness.data import Key
@@ -34,16 +35,18 @@ class Worker(tune.Trainable):
         config: dict[str, Any],
         results: str = "",
         marker: str = "",
+        sweep: str = "",
         run_timeout: float | None = None,
         shared: Mapping[Key, Any] | None = None,
     ) -> None:
         """Called once a process. `marker`: a file below `results`, there where this machine sees the folder.
-        `shared`: references to the encoded data of each task."""
+        `sweep`: the driver's name in claims. `shared`: references to the encoded data of each task."""
         from harness.cli import quiet_environment
 
         quiet_environment()
         self.store = RecordStore(Path(results))
         self.marker = Path(marker)
+        self.sweep = sweep
         self.run_timeout = run_timeout
         self.shared = shared or {}
         self.reset_config(config)
@@ -65,13 +68,17 @@ class Worker(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Carry out the run. Raises RunFailed where it failed, and ends the process where it hangs."""
-        from harness.run import run_once
+        from harness.executors.once import run_once
 
         if not self.marker.exists():
             raise unseen(self.store.results, [socket.gethostname()])
         self._take_data()
-        with _watched(self.store.running / running.own_name(self.spec.run_id, "stack"), self.run_timeout):
-            record = run_once(self.spec, self.store)
+        try:
+            stack = self.store.running / process.own_name(self.spec.run_id, "stack")
+            with self.store.writing(), _watched(stack, self.run_timeout):
+                record = run_once(self.spec, self.store, sweep=self.sweep)
+        except (Unwritable, Unreadable) as error:  # ends the sweep: no other attempt would do better
+            return {"done": True, "unwritable": str(error)}
         if record is not None and record.status == "failed":
             raise RunFailed(record.error)
         return {"done": True, "busy": record is None}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 from harness.report.histories import series, traced
 from harness.report.leaderboard import Board, Column, Row, Run, over, peak_bytes, whole
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 
 from harness.errors import InputError
-from harness.record import Found, RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import Found, RecordStore
 from harness.report.budget import costs, matched, sweeps, time_to_score
 from harness.report.compare import ExampleReader, with_ties
 from harness.report.data import structured, tidy

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.errors import unknown
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 from harness.report.examples import example_scores
 from harness.report.leaderboard import Board, Cell, Column, Row, Run, score_text
 from harness.report.statistics import (

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 from harness.report.leaderboard import Board, Run
 
 MOST_ROWS, MOST_COLUMNS, MOST_SEEDS = 6, 3, 5  # of a board: its first ones

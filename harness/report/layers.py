@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from harness.record import RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import RecordStore
 from harness.report.figures import (
     PANELS_ACROSS,
     SEQUENTIAL,

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from harness.record import RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import RecordStore
 from harness.report import critical, curves, layers, lines, scatter
 from harness.report.histories import traced
 from harness.report.leaderboard import Board

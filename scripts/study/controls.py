@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import InputError
-from harness.record import RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import RecordStore
 
 MAIN = Path(__file__).with_name("main.toml")
 

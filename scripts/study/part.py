@@ -11,7 +11,8 @@ from safetensors.numpy import load_file
 from tabulate import tabulate
 
 from harness.commands.report import naming_of
-from harness.record import RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import RecordStore
 from harness.report.build import boards_of
 from harness.report.compare import Comparison, ExampleReader, compare_cells, corrected
 from harness.report.frame import METRICS, to_frame

@@ -19,7 +19,8 @@ import tables
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from part import RESERVED, TITLES, Part
 
-from harness.record import RecordStore, RunRecord
+from harness.record import RunRecord
+from harness.record_store import RecordStore
 from harness.report import curves, layers, scatter
 from harness.report.data import tidy
 from harness.report.figures import save

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("diffusers", reason="needs the extra: pip install 'rank-adaptive-harness[diffusion]'")
 
 from harness.cli import main
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 from tests.dreambooth.settings import CLASS, SETTINGS, SUBJECT, named
 
 

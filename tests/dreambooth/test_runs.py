@@ -13,7 +13,7 @@ from harness.contracts import Subject, spec_of
 from harness.contracts.subject import method_of
 from harness.data import data_of
 from harness.method import Backbone
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 from harness.run import run_one
 from harness.spec import Place, Search
 from tasks.dreambooth.task import DreamBooth, layers_of
