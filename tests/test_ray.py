@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import running
 from harness.cli import main
+from harness.process import Owner
 from harness.record_store import RecordStore
 
 ROOT = Path(__file__).parent.parent
@@ -153,26 +153,70 @@ def holders(store):
     found = []
     for path in store.running.glob("*.json"):
         with contextlib.suppress(OSError, ValueError):
-            found.append(json.loads(path.read_text())["process"])
-    return [process for process in found if running.is_alive(process)]
+            found.append(Owner.model_validate(json.loads(path.read_text())["owner"]))
+    return [owner.process for owner in found if owner.state == "alive"]
+
+
+def test_a_results_folder_that_vanishes_ends_the_sweep_in_one_line(tmp_path, environment):
+    store = RecordStore(tmp_path / "ray")
+    before = set(Path("/tmp").glob("harness-ray-*")) | set(Path("/tmp").glob("ray"))
+    driver = started(environment, command(store.results, ["full"], batches=100_000))
+    wait_for(lambda: holders(store))
+    store.results.rename(tmp_path / "elsewhere")
+    code, _, errors = ended(driver)
+    assert code == 2
+    (line,) = errors.splitlines()
+    assert line == f"error: --results '{store.results}' has gone while the sweep ran"
+    assert not store.results.exists()
+    assert set(Path("/tmp").glob("harness-ray-*")) | set(Path("/tmp").glob("ray")) <= before
+
+
+def test_a_suspended_driver_keeps_its_run_and_both_end_well(tmp_path, environment):
+    store = RecordStore(tmp_path / "shared")
+    sweep = command(store.results, METHODS[:2], *SERIAL, batches=100, seeds=2)
+    first = started(environment, sweep)
+    wait_for(lambda: holders(store))
+    first.send_signal(signal.SIGSTOP)
+    (claim,) = store.running.glob("*.json")
+    os.utime(claim, (0, 0))
+    second = started(environment, sweep)
+    wait_for(lambda: len(store.records()) == 3)
+    assert second.poll() is None, "it waits for the fourth"
+    first.send_signal(signal.SIGCONT)
+    for driver in (first, second):
+        code, output, _ = ended(driver)
+        assert code == 0, output
+    assert "waiting for 1 runs that process" in output
+    assert main([*command(tmp_path / "alone", METHODS[:2], batches=100)[3:], *SERIAL]) == 0
+    assert results_of(store.results) == results_of(tmp_path / "alone")
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_and_a_killed_driver(tmp_path, environment):
+def test_twenty_kills_at_random_moments_with_two_drivers_one_of_them_suspended(tmp_path, environment):
+    """Of workers, and of a driver, which is started again; the other driver sleeps through most of it."""
     chance = random.Random(0)
     store = RecordStore(tmp_path / "ray")
     sweep = command(store.results, METHODS, "--max-retries", "30", batches=300, seeds=3)
+    sleeper = started(environment, [*sweep, *SERIAL])
+    wait_for(lambda: holders(store))
+    sleeper.send_signal(signal.SIGSTOP)
     driver, seen = started(environment, sweep), {}
+
+    def workers():
+        return [process for process in holders(store) if process != sleeper.pid]
+
     for kill in range(1, 21):
         time.sleep(chance.uniform(0.5, 4))
-        os.kill(chance.choice(wait_for(lambda: holders(store))), signal.SIGKILL)
+        os.kill(chance.choice(wait_for(workers)), signal.SIGKILL)
         seen |= {record.run_id: record for record in store.records()}
         if kill == 10:
             driver.kill()
             driver.communicate()
             driver = started(environment, sweep)
-    code, output, _ = ended(driver)
-    assert code == 0, output
+    sleeper.send_signal(signal.SIGCONT)
+    for process in (driver, sleeper):
+        code, output, _ = ended(process)
+        assert code == 0, output
     assert len(seen) < 12, "the kills came after the sweep"
     for record in seen.values():
         assert store.read(record.run_id) == record  # made once, seconds and all

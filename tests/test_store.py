@@ -70,6 +70,7 @@ class TestRecords:
         path = store.folder(run_id) / "record.json"
         whole, content = path.read_bytes(), json.loads(path.read_bytes())
         for place in range(bit, len(whole), 13):
+            path.write_bytes(whole)
             flip(path, place, bit)
             with contextlib.suppress(ValueError):
                 if json.loads(path.read_bytes()) == content:  # the last digit of a number may say nothing
