@@ -1,4 +1,5 @@
-"""Finished records in MLflow: the only file that imports it. A view: everything in it can be made again from records.
+"""Finished records in MLflow, which this file and `tracking_database` alone import. A view: everything in it can be
+made again from records, and no failure of it is a failure of the runs.
 
 A parent run for each setting (the runs that share everything but method, seed and task), in it a run for each record,
 found again by its tag `harness.run_id`.
@@ -9,15 +10,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import logging
-import os
 import re
-import sqlite3
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness import tracking_database as database
 from harness.record import RunRecord
 from harness.record_store import RecordStore
 
@@ -30,6 +30,7 @@ RUN_ID, CONTENT, SETTING, PARENT = "harness.run_id", "harness.content", "harness
 MOST_POINTS = 100  # of a curve: MLflow takes a tenth of a millisecond for each
 MOST_METRICS, MOST_PARAMETERS = 900, 100  # of one call, to which MLflow allows 1000 of both together
 LONGEST_VALUE = 6000  # signs of a parameter, as MLflow allows
+HIGHEST_STEP, LARGEST = 2**53, sys.float_info.max  # beyond them a curve's point is garbled
 
 
 class Unreachable(RuntimeError):
@@ -38,7 +39,7 @@ class Unreachable(RuntimeError):
 
 def default_uri(results: Path) -> str:
     """The results folder's own database."""
-    return f"sqlite:///{(results / 'mlflow.db').resolve()}"
+    return database.address(results / database.DATABASE)
 
 
 def log_records(
@@ -52,21 +53,38 @@ def log_records(
 
     A record that has changed since (a failed run made again) replaces what was logged of it. `pictures` go to the
     parents. `told` is called after each record with their number so far. Returns how many were logged.
+    One process at a time logs a results folder. Its own database (`uri` None) is made again where it is broken, with
+    every record of the store, and a line on stderr says so.
 
-    Raises Unreachable where the server or the database cannot be used; what was logged until then stays.
+    Raises Unreachable, and nothing else, where the server or the database cannot be used, or refuses a record; what
+    was logged until then stays, and a record that is refused does not keep the others out.
     """
-    _be_quick_and_quiet()
-    import mlflow  # takes seconds
-    from sqlalchemy.exc import SQLAlchemyError
-
-    failures = (mlflow.exceptions.MlflowException, SQLAlchemyError, OSError)
     try:
-        client = mlflow.MlflowClient(tracking_uri=uri or default_uri(store.results))
-        experiment = _experiment(client, store.results)
-        return _Log(client, experiment, store).all(records, pictures, told)
-    except failures as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Unreachable(f"{uri or default_uri(store.results)}: {first}") from None
+        with database.quick_and_quiet(), database.alone(store.results):
+            return _log(store, records, uri, pictures, told)
+    except Exception as error:
+        raise Unreachable(f"{uri or store.results / database.DATABASE}: {database.first_line(error)}") from None
+
+
+def _log(
+    store: RecordStore,
+    records: Sequence[RunRecord],
+    uri: str | None,
+    pictures: Sequence[Path],
+    told: Callable[[int], None],
+) -> int:
+    refused: list[str] = []
+
+    def fill(draft: str) -> None:
+        given = {record.run_id for record in records}
+        _Log(draft, store, refused).all([record for record in store.records() if record.run_id not in given])
+
+    if uri is None:
+        database.make_sound(store.results, EXPERIMENT, fill)
+    logged = _Log(uri or default_uri(store.results), store, refused).all(records, pictures, told)
+    if refused:
+        raise ValueError(f"{len(refused)} of the records could not be logged, the first of them {refused[0]}")
+    return logged
 
 
 def thinned(rows: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> list[tuple[int, float]]:
@@ -80,15 +98,22 @@ def curves(history: Iterable[dict[str, Any]]) -> dict[str, list[tuple[int, float
     """(batches, value) by name, thinned, of everything in a history that is one finite number."""
     found: dict[str, list[tuple[int, float]]] = {}
     for row in history:
+        if not 0 <= row["batches"] <= HIGHEST_STEP:
+            continue
         for name, value in row.items():
-            if name not in ("batches", "update") and isinstance(value, (int, float)) and abs(value) < float("inf"):
+            if name not in ("batches", "update") and isinstance(value, (int, float)) and abs(value) <= LARGEST:
                 found.setdefault(name, []).append((row["batches"], float(value)))
     return {name: thinned(points) for name, points in found.items()}
 
 
 class _Log:
-    def __init__(self, client: MlflowClient, experiment: str, store: RecordStore) -> None:
-        self.client, self.experiment, self.store = client, experiment, store
+    """One experiment, and what it has. `refused` is given a line for each record that MLflow does not take."""
+
+    def __init__(self, uri: str, store: RecordStore, refused: list[str]) -> None:
+        from mlflow import MlflowClient
+
+        self.client, self.store, self.refused = MlflowClient(tracking_uri=uri), store, refused
+        self.experiment = _experiment(self.client, store.results)
         self.parents: dict[str, str] = {}
         self.known: dict[str, Run] = {}
         for run in self._runs():
@@ -98,10 +123,20 @@ class _Log:
             elif SETTING in tags:
                 self.parents[tags[SETTING]] = run.info.run_id
 
-    def all(self, records: Sequence[RunRecord], pictures: Sequence[Path], told: Callable[[int], None]) -> int:
+    def all(
+        self,
+        records: Sequence[RunRecord],
+        pictures: Sequence[Path] = (),
+        told: Callable[[int], None] = lambda done: None,
+    ) -> int:
         logged = 0
         for done, record in enumerate(records, 1):
-            logged += self._one(record)
+            try:
+                logged += self._one(record)
+            except Exception as error:
+                if not _of_the_record(error):
+                    raise
+                self.refused.append(f"{record.run_id!r}: {database.first_line(error)}")
             told(done)
         parents = {record.spec.setting_key: self._parent(record) for record in records} if logged else {}
         for key, parent in parents.items():
@@ -123,35 +158,50 @@ class _Log:
     def _one(self, record: RunRecord) -> bool:
         content = hashlib.sha256(record.model_dump_json().encode()).hexdigest()[:16]
         known = self.known.get(record.run_id)
-        if known is not None:
-            if known.data.tags.get(CONTENT) == content and known.info.status != "RUNNING":
-                return False
-            self.client.delete_run(known.info.run_id)  # changed since, or cut off while it was logged
+        if known is not None and known.data.tags.get(CONTENT) == content and known.info.status != "RUNNING":
+            return False
         started = _milliseconds(record.started)
+        parameters = list(_parts(_parameters(record), MOST_PARAMETERS))
+        metrics = list(_parts(_metrics(record, self._history(record.run_id), started), MOST_METRICS))
+        if known is not None:
+            self.client.delete_run(known.info.run_id)  # changed since, or cut off while it was logged
         name = f"{record.spec.method} {record.spec.task} seed {record.spec.seed}"
         tags = {RUN_ID: record.run_id, CONTENT: content, PARENT: self._parent(record), "harness.status": record.status}
         run = self.client.create_run(self.experiment, start_time=started, tags=tags, run_name=name)
-        self._content(run.info.run_id, record, started)
-        status = "FINISHED" if record.status in ("done", "unsupported") else "FAILED"
-        self.client.set_terminated(run.info.run_id, status, started + round(1000 * record.seconds.total))
+        try:
+            for some_parameters, some_metrics in itertools.zip_longest(parameters, metrics, fillvalue=()):
+                self.client.log_batch(run.info.run_id, params=some_parameters, metrics=some_metrics)
+            for path, place in self._files(record.run_id):
+                self.client.log_artifact(run.info.run_id, str(path), place)
+            status = "FINISHED" if record.status in ("done", "unsupported") else "FAILED"
+            self.client.set_terminated(run.info.run_id, status, started + round(1000 * record.seconds.total))
+        except Exception as error:
+            if _of_the_record(error):
+                self.client.delete_run(run.info.run_id)
+            raise
         return True
 
-    def _content(self, mlflow_id: str, record: RunRecord, started: int) -> None:
-        parameters = list(_parts(_parameters(record), MOST_PARAMETERS))
-        metrics = list(_parts(_metrics(record, self._history(record.run_id), started), MOST_METRICS))
-        for some_parameters, some_metrics in itertools.zip_longest(parameters, metrics, fillvalue=()):
-            self.client.log_batch(mlflow_id, params=some_parameters, metrics=some_metrics)
-        folder = self.store.folder(record.run_id)
-        for path in (folder / "record.json", folder / "adapter", folder / "artifacts"):
-            if path.is_dir():
-                self.client.log_artifacts(mlflow_id, str(path), path.name)
-            elif path.is_file():
-                self.client.log_artifact(mlflow_id, str(path))
+    def _folder(self, run_id: str) -> Path | None:
+        """The run's folder; None for a foreign record whose run_id leads elsewhere."""
+        folder = self.store.folder(run_id).resolve()
+        return folder if folder.parent == self.store.runs.resolve() else None
+
+    def _files(self, run_id: str) -> Iterator[tuple[Path, str | None]]:
+        """(file, its folder in MLflow) of what is logged; nothing that a link takes from outside of the run."""
+        folder = self._folder(run_id)
+        if folder is None:
+            return
+        for part in ("record.json", "adapter", "artifacts"):
+            for path in [folder / part, *sorted((folder / part).rglob("*"))]:
+                if path.is_file() and path.resolve().is_relative_to(folder):
+                    place = path.parent.relative_to(folder).as_posix()
+                    yield path, None if place == "." else place
 
     def _history(self, run_id: str) -> list[dict[str, Any]]:
+        """The run's history; none where it is garbled."""
         try:
-            return self.store.history(run_id)
-        except (OSError, ValueError):
+            return self.store.history(run_id) if self._folder(run_id) else []
+        except (OSError, ValueError, RecursionError):
             return []
 
     def _parent(self, record: RunRecord) -> str:
@@ -161,6 +211,16 @@ class _Log:
             self.client.set_terminated(run.info.run_id)
             self.parents[key] = run.info.run_id
         return self.parents[key]
+
+
+def _of_the_record(error: Exception) -> bool:
+    """Whether one record is at fault, a foreign one perhaps, and not the server or the disk."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    if isinstance(error, MlflowException):
+        return error.error_code == "INVALID_PARAMETER_VALUE" or isinstance(error.__cause__, (ValueError, OverflowError))
+    return not isinstance(error, (OSError, SQLAlchemyError))
 
 
 def _parts(values: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
@@ -178,7 +238,7 @@ def _parameters(record: RunRecord) -> list[Param]:
     environment = record.environment.model_dump(mode="json", exclude={"packages"}) | record.environment.packages
     flat |= {f"environment.{name}": value for name, value in environment.items()}
     return [
-        Param(name, value if isinstance(value, str) else json.dumps(value)[:LONGEST_VALUE])
+        Param(_key(name), (value if isinstance(value, str) else json.dumps(value))[:LONGEST_VALUE])
         for name, value in flat.items()
     ]
 
@@ -190,7 +250,7 @@ def _metrics(record: RunRecord, history: list[dict[str, Any]], started: int) -> 
 
     total, last = 1000 * record.seconds.total, max(1, record.batches)
     found = [
-        Metric(name, value, started + round(total * step / last), step)
+        Metric(_key(name), value, started + round(total * min(1, step / last)), step)
         for name, points in curves(history).items()
         for step, value in points
     ]
@@ -204,7 +264,7 @@ def _metrics(record: RunRecord, history: list[dict[str, Any]], started: int) -> 
     end = started + round(total)
     found += [Metric("score_at_rank", value, end, rank) for rank, value in record.rank_curve.items()]
     return found + [
-        Metric(name, float(value), end, record.batches) for name, value in final.items() if value is not None
+        Metric(_key(name), float(value), end, record.batches) for name, value in final.items() if value is not None
     ]
 
 
@@ -212,30 +272,18 @@ def _experiment(client: MlflowClient, results: Path) -> str:
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is not None:
         return str(found.experiment_id)
-    local = client.tracking_uri.startswith("sqlite:")
-    return client.create_experiment(EXPERIMENT, str((results / "mlflow").resolve()) if local else None)
+    local = client.tracking_uri.startswith("sqlite")
+    return client.create_experiment(EXPERIMENT, database.files_of(results) if local else None)
+
+
+def _key(name: str) -> str:
+    """A name with the signs that MLflow takes."""
+    return re.sub(r"[^\w./ -]", "_", name)
 
 
 def _milliseconds(date: str) -> int:
-    return round(1000 * datetime.fromisoformat(date).timestamp())
-
-
-def _be_quick_and_quiet() -> None:
-    """A server that is down is given up after seconds, not minutes; the database need not survive a power cut, since it
-    can be made again, and waits for no disk: 20 times as fast."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-    for name in ("mlflow", "alembic"):  # the variable is too late where Ray has imported mlflow
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from sqlalchemy import event
-    from sqlalchemy.engine import Engine
-
-    if not event.contains(Engine, "connect", _no_waiting):
-        event.listen(Engine, "connect", _no_waiting)
-
-
-def _no_waiting(connection: Any, _: object) -> None:
-    if isinstance(connection, sqlite3.Connection):
-        connection.execute("PRAGMA synchronous=OFF")
+    """Since 1970, at least 1, as for what is no date: MLflow takes 0 for now."""
+    try:
+        return max(1, round(1000 * datetime.fromisoformat(date).timestamp()))
+    except (ValueError, OverflowError, OSError):
+        return 1

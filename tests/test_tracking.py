@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import logging
+import json
+import os
+import shutil
 import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
 
-from harness import cli
+from harness import cli, storage, tracking_database
+from harness.commands.tracking import log
+from harness.errors import InputError
 from harness.record_store import RecordStore
 from harness.tracking import CONTENT, PARENT, RUN_ID, Unreachable, curves, default_uri, log_records, thinned
 from tests.report_records import record, stored
@@ -64,9 +73,7 @@ class TestMlflow:
         assert [(point.step, point.value) for point in at_rank] == [(1, 0.3), (4, 0.5)]
         assert [each.path for each in client.list_artifacts(done.info.run_id)] == ["record.json"]
 
-        logging.getLogger("mlflow").setLevel(logging.INFO)  # as where another package has imported it
         assert log_records(store, store.records()) == 0, "nothing is logged twice"
-        assert not logging.getLogger("mlflow.store").isEnabledFor(logging.INFO)
         again = failed_run_made_again(store)
         assert log_records(store, store.records()) == 1
         (_,), (_, new) = logged(client)
@@ -81,7 +88,9 @@ class TestMlflow:
             cli.main(["report", "--to-mlflow", "--tracking-uri", default_uri(tmp_path), "--results", str(tmp_path)])
             == 0
         )
-        assert "0 of 2 runs new" in capsys.readouterr().out
+        output = capsys.readouterr()
+        assert "0 of 2 runs new" in output.out
+        assert output.err == "", "neither MLflow nor Alembic says anything"
 
     def test_server_that_is_down(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         with socket.socket() as free:
@@ -99,10 +108,226 @@ class TestMlflow:
         assert "MLflow cannot be used at http" in output.err
         assert "report --to-mlflow" in output.err
 
-    def test_address_that_is_none(self, tmp_path: Path) -> None:
-        store = store_with_history(tmp_path)
-        with pytest.raises(Unreachable):
-            log_records(store, store.records(), "carrier-pigeon://loft")
+    def test_every_failure_is_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        store = store_with_history(tmp_path / "results")
+        garbage, folder = tmp_path / "given.db", tmp_path / "folder.db"
+        garbage.write_bytes(b"no database" * 500)
+        folder.mkdir()
+        addresses = ["carrier-pigeon://loft", "http://[", f"sqlite:///{folder}", f"sqlite:///{garbage}"]
+        for uri in [*addresses, "postgresql+a_driver://not/installed"]:
+            log(store, store.records(), uri)
+            output = capsys.readouterr()
+            assert output.err.startswith("MLflow cannot be used at ")
+            assert output.err.count("\n") == 1
+            assert output.out == ""
+            with pytest.raises(InputError):
+                log(store, store.records(), uri, must=True)
+        assert garbage.read_bytes() == b"no database" * 500, "a database that the user gave is left alone"
+
+    def test_lock_that_cannot_be_had(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        store = stored(tmp_path, record())
+        monkeypatch.setattr(tracking_database, "PATIENCE", 0.1)
+        monkeypatch.setattr(tracking_database, "LONGEST_WAIT", 0.1)
+        with tracking_database.alone(tmp_path):
+            log(store, store.records(), None)
+        first, second = capsys.readouterr().err.splitlines()
+        assert "waiting" in first
+        assert "another process has been logging it" in second
+        (tmp_path / tracking_database.LOCK).unlink()
+        (tmp_path / tracking_database.LOCK).mkdir()
+        log(store, store.records(), None)
+        assert capsys.readouterr().err.count("\n") == 1
+        assert not (tmp_path / "mlflow.db").exists()
+
+    def test_foreign_records(self, tmp_path: Path) -> None:
+        """What is readable of them is logged; what is not keeps no other record out."""
+        for name in ("record.json", "adapter/secret", "runs/adapter/secret"):
+            (tmp_path / "results" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "results" / name).write_text("of nobody's business")
+        store = stored(tmp_path / "results", record(), record(seed=1), record(seed=2), record(seed=3))
+        folders = [store.folder(each.run_id) for each in store.records()]
+        seeds = {each.spec.seed: store.folder(each.run_id) for each in store.records()}
+        (seeds[1] / "history.jsonl").write_text('{"batches": 1, "s": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+        rows = [{"batches": 1, "loss": 0.5, "big": 10**400, "odd{name}": 1.0}, {"batches": 10**30, "loss": 0.25}]
+        (seeds[2] / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (seeds[3] / "adapter").symlink_to(store.results / "adapter")
+        (seeds[3] / "artifacts").mkdir()
+        (seeds[3] / "artifacts" / "link").symlink_to(store.results / "record.json")
+        outside = [record(seed=4, run_id=".."), record(seed=5, run_id="../.."), record(seed=6, run_id=".")]
+        refused = record(seed=7, run_id="refused", ranks={"a" * 300: 1})
+        late = record(seed=8, run_id="late", started="yesterday", task_parameters={"text": "x" * 10_000})
+        with pytest.raises(Unreachable, match=r"1 of the records could not be logged.*'refused'") as caught:
+            log_records(store, [*store.records(), *outside, refused, late])
+        assert "\n" not in str(caught.value)
+        client = mlflow.MlflowClient(tracking_uri=default_uri(store.results))
+        runs = {int(run.data.params["seed"]): run for run in logged(client)[1]}
+        assert set(runs) == {0, 1, 2, 3, 4, 5, 6, 8}
+        assert runs[2].data.metrics["loss"] == 0.5
+        assert runs[2].data.metrics["odd_name_"] == 1
+        assert "big" not in runs[2].data.metrics
+        assert runs[8].info.start_time == 1
+        files = {seed: [each.path for each in client.list_artifacts(run.info.run_id)] for seed, run in runs.items()}
+        assert files == {seed: ["record.json"] if seed < 4 else [] for seed in runs}
+        kept = [path for path in (store.results / "mlflow").rglob("*") if path.is_file()]
+        assert all(path.read_text() != "of nobody's business" for path in kept)
+        assert len(kept) == len(folders)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with three records, all of them logged; for copying."""
+    store = stored(tmp_path_factory.mktemp("sound"), *(record(seed=seed) for seed in range(3)))
+    assert log_records(store, store.records()) == 3
+    return store.results
+
+
+class TestOwnDatabase:
+    def test_two_processes_at_once(self, tmp_path: Path) -> None:
+        """From the very first moment, when there is no database yet."""
+        store = stored(tmp_path, *(record(seed=seed) for seed in range(4)))
+        program = (
+            "import sys, pathlib\n"
+            "from harness.commands.tracking import log\n"
+            "from harness.record import RecordStore\n"
+            "store = RecordStore(pathlib.Path(sys.argv[1]))\n"
+            "print('ready', flush=True)\n"
+            "sys.stdin.readline()\n"
+            "log(store, store.records(), None, must=True)\n"
+        )
+        both = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, str(tmp_path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(2)
+        ]
+        for process in both:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        outputs = []
+        for process in both:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        for process in both:
+            outputs.append(process.communicate())
+            assert process.returncode == 0, outputs[-1]
+        assert sorted(out.rpartition(": ")[2] for out, _ in outputs) == ["0 of 4 runs new\n", "4 of 4 runs new\n"]
+        assert all("waiting" in line for _, err in outputs for line in err.splitlines())
+        client = mlflow.MlflowClient(tracking_uri=default_uri(tmp_path))
+        assert [run.data.params["seed"] for run in logged(client)[1]] == ["0", "1", "2", "3"]
+        assert log_records(store, store.records()) == 0
+
+    @pytest.mark.parametrize("fault", ["garbage", "cut", "empty", "folder", "revision", "table", "killed"])
+    def test_broken_one_is_made_again(
+        self, fault: str, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        results = tmp_path / "results"
+        shutil.copytree(sound, results)
+        faults[fault](results / "mlflow.db")
+        store = RecordStore(results)
+        records = store.records()
+        assert log_records(store, records[:1]) == 1
+        line = capsys.readouterr().err
+        assert fault == "killed" or "made again from the records" in line
+        assert line.count("\n") == (fault != "killed")
+        assert (results / "mlflow.db.broken").exists()
+        assert not [path for path in results.iterdir() if path.name.endswith(("-journal", "-wal", "-shm"))]
+        client = mlflow.MlflowClient(tracking_uri=default_uri(results))
+        assert [run.data.params["seed"] for run in logged(client)[1]] == ["0", "1", "2"], "all that the store has"
+        assert log_records(store, records) == 0
+        assert capsys.readouterr().err == ""
+
+    def test_busy_one_is_not_broken(
+        self, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        results = tmp_path / "results"
+        shutil.copytree(sound, results)
+        monkeypatch.setattr(tracking_database, "BUSY", 0.1)
+        store = RecordStore(results)
+        with closing(sqlite3.connect(results / "mlflow.db")) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            log(store, store.records(), None)
+        error = capsys.readouterr().err
+        assert "locked" in error
+        assert error.count("\n") == 1
+        assert not (results / "mlflow.db.broken").exists()
+        assert log_records(store, store.records()) == 0
+
+    def test_folder_whose_name_means_something_in_an_address(
+        self, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its database and its files lie in it, and nothing lies elsewhere; also after it was copied there."""
+        results = tmp_path / "a?b%41c#d e;f&g\u00fc"
+        store = stored(results, record())
+        monkeypatch.chdir(tmp_path)
+        with storage.replaced(results / "mlflow.db") as draft:
+            draft.touch()
+        (results / "mlflow.db").unlink()
+        draft.write_bytes(b"left by a process that was killed")
+        assert log_records(store, store.records()) == 1
+        assert list(tmp_path.iterdir()) == [results]
+        assert not draft.exists()
+        uri = default_uri(results)
+        assert uri.isascii()
+        assert not {" ", "?", "#", ";", "&"} & set(uri)
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        _, (run,) = logged(client)
+        assert [each.path for each in client.list_artifacts(run.info.run_id)] == ["record.json"]
+        assert len([path for path in (results / "mlflow").rglob("*") if path.is_file()]) == 1
+
+        copied = tmp_path / "moved" / results.name
+        shutil.copytree(sound, copied)
+        before = sorted(sound.rglob("*"))
+        store = RecordStore(copied)
+        new = record(seed=3)
+        store.write(new, [], store.draft(new.run_id))
+        assert log_records(store, store.records()) == 1
+        assert sorted(sound.rglob("*")) == before, "the folder that it was copied from is left alone"
+        client = mlflow.MlflowClient(tracking_uri=default_uri(copied))
+        for run in logged(client)[1]:
+            assert [each.path for each in client.list_artifacts(run.info.run_id)] == ["record.json"]
+            assert str(copied.as_uri()) in run.info.artifact_uri
+
+
+def _sql(statement: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute(statement)
+
+    return change
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    (path / "inner").mkdir(parents=True)
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+    path.with_name("mlflow.db-journal").write_bytes(b"of the one that was there")
+
+
+def _killed(path: Path) -> None:
+    """After the broken one was put aside, and before the new one was there."""
+    path.rename(path.with_name("mlflow.db.broken"))
+    path.with_name("mlflow.db-wal").write_bytes(b"of the one that was there")
+
+
+faults: dict[str, Callable[[Path], None]] = {
+    "garbage": lambda path: path.write_bytes(b"no database" * 10_000) and None,
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": _empty,
+    "folder": _folder,
+    "revision": _sql("UPDATE alembic_version SET version_num = 'of another MLflow'"),
+    "table": _sql("DROP TABLE metrics"),
+    "killed": _killed,
+}
 
 
 def failed_run_made_again(store: RecordStore) -> float:
@@ -124,3 +349,6 @@ class TestCurves:
     def test_numbers_only(self) -> None:
         history = [{"update": 0, "batches": 1, "loss": 0.5, "s": [1.0], "gap": None}, {"batches": 2, "loss": 0.25}]
         assert curves(history) == {"loss": [(1, 0.5), (2, 0.25)]}
+        assert (
+            curves([{"batches": 10**30, "loss": 0.5}, {"batches": -1, "loss": 0.5}, {"batches": 1, "n": 10**400}]) == {}
+        )

@@ -15,7 +15,7 @@ OFF = "off"
 def log(store: RecordStore, records: Sequence[RunRecord], uri: str | None, must: bool = False) -> None:
     """Log to `uri` (None: the results folder's own database; "off": nothing) and say so in one line.
 
-    A server that cannot be reached is one line on stderr, since the records are all there; with `must`, InputError.
+    Whatever goes wrong is one line on stderr, since the records are all there; with `must`, InputError.
     """
     from harness.tracking import Unreachable, default_uri, log_records
 
