@@ -38,10 +38,10 @@ def test_directions(path):
     names, place = of_project(path), path.relative_to(ROOT)
     top = place.parts[0]
     if top == "methods":
-        allowed = ("method", "optimizer", "errors", "parameters", "spec")
+        allowed = ("method", "optimizer", "errors", "parameters", "spec", "storage")
         assert within(names, *(f"harness.{name}" for name in allowed), "methods")
     elif top == "tasks":
-        assert within(names, "harness.task", "harness.method", "harness.errors", "tasks")
+        assert within(names, "harness.task", "harness.method", "harness.errors", "harness.storage", "tasks")
     else:
         assert within(names, "harness"), "the harness finds methods and tasks by name only"
     if place.name in ("frank_wolfe.py", "hypergradient.py", "manifolds.py"):
@@ -61,6 +61,15 @@ def test_no_pickle_and_no_names_of_methods_in_the_harness(path):
     if path.relative_to(ROOT).parts[0] == "harness" and path.name != "cli.py":  # its examples name some
         strings = {node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)}
         assert not strings & {"lora", "debora", "full", "adalora", "glue", "cifar10", "rotten_tomatoes"}
+
+
+def test_tensors_are_saved_by_the_one_helper():
+    """It makes an OSError of a full disk, which safetensors' own functions do not."""
+    saving = {f"safetensors.{kind}.{name}" for kind in ("torch", "numpy") for name in ("save_file", "save_model")}
+    saving |= {"safetensors.serialize_file"}
+    assert [
+        name for path in FILES if imported(path) & saving and (name := relative(path)) != "harness/storage.py"
+    ] == []
 
 
 def test_files_stay_readable():
