@@ -21,6 +21,7 @@ from pydantic import Field
 
 from harness.errors import InputError, unknown
 from harness.parameters import Parameters, Range, SearchSpace
+from harness.storage import save_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -292,9 +293,8 @@ class Adaptation:
 
     def export(self, path: Path) -> None:
         """Write what was trained into the folder `path`, as a stock PEFT adapter where the update is low-rank;
-        here, for the other methods: the trained numbers under their names, `trained.safetensors`."""
-        from safetensors.torch import save_file
-
+        here, for the other methods: the trained numbers under their names, `trained.safetensors`. Raises OSError where
+        the folder cannot be written or the disk is full."""
         path.mkdir(parents=True, exist_ok=True)
-        trained = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
-        save_file(trained, path / "trained.safetensors")
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        save_tensors(trained, path / "trained.safetensors")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,35 +20,33 @@ if TYPE_CHECKING:
     from harness.spec import RunSpec
 
 METHODS, TASKS = "harness.methods", "harness.tasks"
+KINDS = {METHODS: "method", TASKS: "task"}
 
 
 @functools.cache
-def registered(group: str) -> dict[str, EntryPoint]:
-    """Entry points of a group by name, sorted. Raises InputError where two packages claim one name."""
-    found: dict[str, EntryPoint] = {}
+def registered(group: str) -> dict[str, tuple[EntryPoint, ...]]:
+    """Entry points of a group by name, sorted; several where packages claim one name for different objects."""
+    found: dict[str, dict[str, EntryPoint]] = {}
     for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
-        if found.setdefault(entry.name, entry).value != entry.value:
-            raise InputError(
-                f"the name '{entry.name}' in {group} is claimed twice, by {found[entry.name].value} and {entry.value}: "
-                "uninstall one of the packages"
-            )
-    return found
+        found.setdefault(entry.name, {}).setdefault(entry.value, entry)
+    return {name: tuple(claims.values()) for name, claims in found.items()}
 
 
 def method_class(name: str) -> type[Method]:
-    """The class registered as `name`. Raises InputError for an unknown name or one that cannot be imported."""
-    loaded = _load(METHODS, "method", name)
+    """The class registered as `name`. Raises InputError for an unknown name, one that packages contend for, or one
+    whose class cannot be imported or used."""
+    loaded = _load(METHODS, name)
     if not (isinstance(loaded, type) and issubclass(loaded, Method)):
         raise InputError(f"method '{name}' is {loaded!r}, which is not a subclass of harness.method.Method")
     return loaded
 
 
 def task_class(name: str) -> type[Task]:
-    """The class behind "family", "family/member" or "family:PATH". Raises InputError for an unknown name."""
+    """The class behind "family", "family/member" or "family:PATH". Raises InputError as `method_class` does."""
     family, member, path = _parts(name)
     if family not in registered(TASKS):
         raise unknown("task", family, registered(TASKS))
-    loaded = _load(TASKS, "task", family)
+    loaded = _load(TASKS, family)
     if not (isinstance(loaded, type) and issubclass(loaded, Task)):
         raise InputError(f"task '{family}' is {loaded!r}, which is not a subclass of harness.task.Task")
     if member is not None and member not in loaded.members:
@@ -110,8 +111,11 @@ def make_task(name: str, parameters: dict[str, Any], path: str | None = None) ->
         if key in parameters:
             raise InputError(f"parameter '{key}' of {family} is set by the task's name: write {written}", key)
     cls, path = task_class(name), path if path is not None else given
-    if path and Path(path).expanduser().exists():
-        path = str(Path(path).expanduser().absolute())  # workers may be in another folder
+    try:
+        if path and Path(path).expanduser().exists():
+            path = str(Path(path).expanduser().absolute())  # workers may be in another folder
+    except (OSError, RuntimeError) as error:  # no permission, too long a name; no such user
+        raise InputError(f"path '{path}' of task '{family}' cannot be looked up: {error}", path) from None
     if "path" in cls.model_fields and not path:
         raise InputError(f"task '{family}' needs to know your data: write {family}:PATH", name)
     named = {"member": member, "path": path}
@@ -135,13 +139,37 @@ def task_parameters(task: Task) -> dict[str, Any]:
     return task.model_dump(mode="json", exclude={"member", "path"})
 
 
-def _load(group: str, kind: str, name: str) -> object:
-    entries = registered(group)
-    if name not in entries:
-        raise unknown(kind, name, entries)
+@functools.cache
+def _load(group: str, name: str) -> object:
+    if name not in registered(group):
+        raise unknown(KINDS[group], name, registered(group))
+    entry, *others = registered(group)[name]
+    if others:
+        raise InputError(
+            f"the name '{name}' in {group} is claimed twice, by {entry.value} and {others[0].value}: "
+            "uninstall one of the packages"
+        )
+    with plugin_errors(group, name, "imported"):
+        loaded = entry.load()
+    with plugin_errors(group, name, "used"):
+        if isinstance(loaded, type) and issubclass(loaded, (Method, Task)):
+            if inspect.isabstract(loaded):
+                raise TypeError(f"{loaded.__name__} does not define {', '.join(sorted(loaded.__abstractmethods__))}")
+            loaded.defaults()  # raises for what is no JSON, as in a record
+            _ = ", ".join((*loaded.capabilities, *getattr(loaded, "members", ())))  # raises for other than words
+    return loaded
+
+
+@contextmanager
+def plugin_errors(group: str, name: str, done: str) -> Iterator[None]:
+    """What a plugin's own code raises, be it SystemExit, becomes an InputError of one line that names the plugin.
+    `done`: what cannot be done with it."""
     try:
-        return entries[name].load()
-    except Exception as error:
-        package = entries[name].dist
-        origin = package.name if package else entries[name].value
-        raise InputError(f"{kind} '{name}' of package {origin} cannot be imported: {error}") from error
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        entry = registered(group)[name][0]
+        package = entry.dist.name if entry.dist else entry.value
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{KINDS[group]} '{name}' of package {package} cannot be {done}: {reason}") from error

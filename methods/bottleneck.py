@@ -25,6 +25,7 @@ from pydantic import Field
 from harness.errors import InputError
 from harness.method import Adaptation, Backbone, Method, TrainData
 from harness.optimizer import adamw
+from harness.storage import VERSION, Damaged, file_sum, seal, unseal
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from harness.spec import TrainSpec
 
 CONFIG, WEIGHTS = "bottleneck.json", "trained.safetensors"  # of an export; the second is `Adaptation.export`'s
+SCHEMA = 1  # of CONFIG
+FIRST_KEYS = {"placement", "bottleneck"}  # of CONFIG before it had a checksum
 
 
 class Blocks(NamedTuple):
@@ -135,10 +138,16 @@ class BottleneckAdaptation(Adaptation):
         self.method = method
 
     def export(self, path: Path) -> None:
-        """The adapters and the head as `load` reads them: `trained.safetensors` and `bottleneck.json`."""
+        """The adapters and the head as `load` reads them: `trained.safetensors` and `bottleneck.json`, which has the
+        other's checksum and its own."""
         super().export(path)
-        config = {"placement": self.method.placement, "bottleneck": self.method.bottleneck}
-        (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        config = {
+            VERSION: SCHEMA,
+            "placement": self.method.placement,
+            "bottleneck": self.method.bottleneck,
+            WEIGHTS: file_sum(path / WEIGHTS),
+        }
+        (path / CONFIG).write_text(json.dumps(seal(config), indent=2) + "\n")
 
 
 def insert(module: nn.Module, placement: str, bottleneck: int) -> None:
@@ -162,17 +171,15 @@ def insert(module: nn.Module, placement: str, bottleneck: int) -> None:
 def load(module: nn.Module, path: Path) -> None:
     """Put an exported adapter and head onto `module`, in place: a model built as the one that was trained.
 
-    Raises InputError where `path` holds no such export, or where it does not fit the model (its class, its widths, its
-    number of labels, adapters that are there already); do not use the model then.
+    Raises InputError, in one line, where `path` holds no such export, where it is damaged, or where it does not fit the
+    model (its class, its widths, its number of labels, adapters that are there already); do not use the model then. An
+    export of an earlier version, without checksums, is checked for names, shapes, types and finite numbers alone.
     """
-    from safetensors.torch import load_file
-
     try:
-        config = json.loads((path / CONFIG).read_text())
-        placement, bottleneck = config["placement"], config["bottleneck"]
-        trained = load_file(path / WEIGHTS)
-    except Exception as error:
-        raise InputError(f"'{path}' holds no exported bottleneck adapter that can be read: {error}") from error
+        placement, bottleneck, trained = _exported(path)
+    except (OSError, Damaged) as error:
+        told = " ".join(str(error).split())
+        raise InputError(f"'{path}' holds no exported bottleneck adapter that can be read: {told}") from None
     reason = _misfit(module)
     if reason is not None:
         raise InputError(f"the adapter in '{path}' does not fit the model: {reason}")
@@ -185,6 +192,50 @@ def load(module: nn.Module, path: Path) -> None:
     strange = [*unexpected, *(name for name in missing if ".adapter." in name)]
     if strange:
         raise InputError(f"the adapter in '{path}' does not fit the model: only one of them has '{strange[0]}'")
+
+
+def _exported(path: Path) -> tuple[str, int, dict[str, Tensor]]:
+    """(placement, bottleneck, numbers by name) of an export. Raises Damaged, naming the file, or OSError."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    for file in (path / CONFIG, path / WEIGHTS):
+        if not file.is_file():
+            raise Damaged(f"'{file}' is not there or no regular file")
+    placement, bottleneck = _settings(path)
+    try:
+        trained = load_file(path / WEIGHTS)
+    except SafetensorError as error:
+        raise Damaged(f"'{path / WEIGHTS}' is no safetensors file: {error}") from None
+    widths = {numbers.shape[:1] for name, numbers in trained.items() if name.endswith(".adapter.down.weight")}
+    if widths != {(bottleneck,)}:  # found out before layers of a wrong size are made
+        raise Damaged(f"bottleneck = {bottleneck} in '{path / CONFIG}' is not the size of what is in {WEIGHTS}")
+    for name, numbers in trained.items():
+        if numbers.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise Damaged(f"'{name}' in '{path / WEIGHTS}' holds {numbers.dtype}, not floating-point numbers")
+        if not numbers.isfinite().all():
+            raise Damaged(f"'{name}' in '{path / WEIGHTS}' holds numbers that are not finite")
+    return placement, bottleneck, trained
+
+
+def _settings(path: Path) -> tuple[str, int]:
+    """(placement, bottleneck) of an export whose two files are as they were written. Raises Damaged or OSError."""
+    raw, what = (path / CONFIG).read_bytes(), f"'{path / CONFIG}'"
+    try:
+        config = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{what} is not JSON: {error}") from None
+    if not (isinstance(config, dict) and config.keys() == FIRST_KEYS):
+        config = unseal(raw, SCHEMA, what)
+        if config.get(WEIGHTS) != file_sum(path / WEIGHTS):
+            raise Damaged(f"the checksum of '{path / WEIGHTS}' is not the one in {what}")
+    placement, bottleneck = config.get("placement"), config.get("bottleneck")
+    if placement not in (known := sorted(PLACEMENTS)):
+        raise Damaged(f"{what} has placement = {placement!r}; known are {', '.join(known)}")
+    if type(bottleneck) is not int or bottleneck < 1:
+        raise Damaged(f"{what} has bottleneck = {bottleneck!r}; a whole number of at least 1 is needed")
+    return placement, bottleneck
 
 
 def _misfit(module: nn.Module) -> str | None:

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from harness.errors import InputError, unknown
 from harness.method import Adaptation, Backbone, FinishedRun, Method, ParameterCount, TrainData
 from harness.optimizer import adamw
+from harness.storage import os_errors
 
 if TYPE_CHECKING:
     import torch
@@ -294,7 +295,8 @@ class LoraAdaptation(Adaptation):
         """The adapter and the head as `PeftModel.from_pretrained` reads them, for the backbone as it was."""
         if not self.taken:
             model: Any = self.model
-            model.save_pretrained(str(path))
+            with os_errors():
+                model.save_pretrained(str(path))
             return
         import torch
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from harness.method import Adaptation, Backbone, Step, TrainData, in_modules
 from harness.optimizer import decay_groups
+from harness.storage import os_errors
 from methods.lora import ADAPTER, PREFIX
 
 IMPORTANCE = ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B")  # AdaMSS's averages of a layer
@@ -106,7 +107,8 @@ class PeftAdaptation(Adaptation):
 
     def export(self, path: Path) -> None:
         """The adapter and the head as `PeftModel.from_pretrained` reads them."""
-        self.peft_model.save_pretrained(str(path))
+        with os_errors():
+            self.peft_model.save_pretrained(str(path))
 
     def _trained(self) -> tuple[str, ...]:
         """Names of the parameters outside the head that train now."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from harness.storage import save_tensors
 from methods.lora import ADAPTER, PREFIX
 
 
@@ -59,7 +59,4 @@ def write_stock_lora(
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
     path.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(path))
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        path / "adapter_model.safetensors",
-    )
+    save_tensors(tensors, path / "adapter_model.safetensors")

@@ -2,7 +2,8 @@
 
 The folder is HARNESS_CACHE, else rank-adaptive-harness in the user's cache folder; HARNESS_CACHE= (empty) keeps
 nothing. It can be deleted at any time. A file appears whole, by one rename, so that any number of processes may write
-the same entry at once: the content is the same, and the last rename stays.
+the same entry at once: the content is the same, and the last rename stays. An entry says what it was made from and
+carries a checksum; one that does not hold to both is made again.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import uuid
+import stat
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.storage import replaced, save_arrays
+
 if TYPE_CHECKING:
     import numpy as np
 
 VARIABLE = "HARNESS_CACHE"
-FORMAT = 2  # raise it when what is kept, or the code that makes it, changes
+FORMAT = 3  # raise it when what is kept, or the code that makes it, changes
+IDENTITY, CHECKSUM = "made_from", "sha256"  # of an entry's metadata
 
 
 def cached(
@@ -29,48 +33,59 @@ def cached(
     """What `make` returns, from disk where it was made before.
 
     `made_from`: fingerprints and settings that decide the content. `libraries`: packages whose version does too.
-    A damaged entry is made again; where the folder cannot be written nothing is kept.
+    An entry that is damaged, another's or no file is made again; where it cannot be written nothing is kept.
     """
     folder = cache_folder()
     if folder is None:
         return make()
     identity = repr((FORMAT, kind, made_from, [version(name) for name in libraries]))
     path = folder / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:32]}.safetensors"
-    found = _read(path)
+    found = _read(path, identity)
     if found is None:
         found = make()
-        _write(path, found)
+        with contextlib.suppress(OSError):  # no room, no permission, a folder of that name: the next run makes it again
+            folder.mkdir(parents=True, exist_ok=True)
+            with replaced(path) as draft:
+                save_arrays(found, draft, {IDENTITY: identity, CHECKSUM: content_sum(found)})
     return found
 
 
 def cache_folder() -> Path | None:
-    """Where entries are; None where nothing is to be kept."""
+    """Where entries are; None where nothing is to be kept, or the user has no folder of their own."""
     own = os.environ.get(VARIABLE)
-    if own is not None:
-        return Path(own).expanduser() if own else None
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rank-adaptive-harness"
+    if own == "":
+        return None
+    with contextlib.suppress(RuntimeError):  # no such user, or one without a home
+        if own is not None:
+            return Path(own).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rank-adaptive-harness"
+    return None
 
 
-def _read(path: Path) -> dict[str, np.ndarray] | None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+def content_sum(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 over names, types, shapes and numbers."""
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        whole = np.ascontiguousarray(array)
+        digest.update(repr((name, whole.dtype.str, whole.shape)).encode())
+        digest.update(whole.data)
+    return digest.hexdigest()
+
+
+def _read(path: Path, identity: str) -> dict[str, np.ndarray] | None:
+    """The arrays of the entry; None where there is none to be believed."""
+    from safetensors import safe_open
 
     try:
-        return load_file(path)
-    except (OSError, SafetensorError):
+        if not stat.S_ISREG(path.lstat().st_mode):  # opening a pipe would wait for its other end
+            return None
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get(IDENTITY) != identity:
+                return None
+            arrays = {name: file.get_tensor(name) for name in set(file.keys())}
+    except Exception:  # whatever a file of other content makes its reader raise
         return None
-
-
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    import numpy as np
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    draft = path.with_name(f".{path.name}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    with contextlib.suppress(OSError, SafetensorError):  # no room or no permission: the next run makes it again
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, draft)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+    return arrays if metadata.get(CHECKSUM) == content_sum(arrays) else None

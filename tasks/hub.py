@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,8 @@ class Rows:
         """
         import numpy as np
 
-        cells = [cell.get("bytes") if isinstance(cell, dict) else None for cell in self.filled(column).to_pylist()]
+        found = (cell.get("bytes") if isinstance(cell, dict) else None for cell in self.filled(column).to_pylist())
+        cells = [encoded if isinstance(encoded, bytes) else None for encoded in found]
 
         def decode() -> dict[str, np.ndarray]:
             images = np.empty((len(cells), size, size, 3), dtype=np.uint8)
@@ -91,17 +93,19 @@ class Rows:
         import io
 
         import numpy as np
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         if not encoded:
             raise InputError(f"{self.source}: {where} holds no image bytes")
         try:
-            image = Image.open(io.BytesIO(encoded)).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
+            with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(encoded)) as image:
+                width, height = image.size
+                pixels = np.asarray(image.convert("RGB")) if (width, height) == (size, size) else None
+        except Exception as error:  # damaged images make Pillow raise anything, too large ones DecompressionBombError
             raise InputError(f"{self.source}: {where} is not a readable image ({error})") from None
-        if image.size != (size, size):
-            raise InputError(f"{self.source}: {where} is {image.width}x{image.height}; it should be {size}x{size}")
-        return np.asarray(image)
+        if pixels is None:
+            raise InputError(f"{self.source}: {where} is {width}x{height}; it should be {size}x{size}")
+        return pixels
 
     def filled(self, column: str) -> pa.ChunkedArray:
         cells = self.table.column(column)
@@ -188,11 +192,15 @@ def _check_shards(files: list[Path]) -> None:
 
 
 def read_parquet(files: list[Path], columns: Sequence[str], source: str) -> pa.Table:
+    """These columns of the files, one after the other. Raises InputError for a file that is damaged or no regular one,
+    or a column that is not there."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     tables = []
     for path in files:
+        if not path.is_file():  # a pipe would be waited for
+            raise InputError(f"'{path}' is not a regular file; a parquet file is needed")
         try:
             file = pq.ParquetFile(path)
             check_columns(columns, file.schema_arrow.names, f"{source} ({path.name})")

@@ -49,7 +49,8 @@ def table_files(path: str) -> dict[str, tuple[Path, ...]]:
     if place.is_file():
         return {"train": (place,)}
     if not place.is_dir():
-        raise InputError(f"'{path}' is not there: give a table ({', '.join(TABLES)}) or a folder", path)
+        what = "is neither a regular file nor a folder" if place.exists() else "is not there"
+        raise InputError(f"'{path}' {what}: give a table ({', '.join(TABLES)}) or a folder", path)
     found = {"train": tables_named(place, ("train",))}
     found |= {split: tables_named(place, names) for split, names in EVALUATIONS.items()}
     if not found["train"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MOST_UNREADABLE = 0.01  # share of the images of a split
+LARGEST_FILE = 256 * 2**20  # bytes of an image file
 
 
 class OwnImages(ImageClassification):
@@ -32,7 +34,8 @@ class OwnImages(ImageClassification):
     PATH is a folder with one folder of images a class (below train/ and test/ or validation/, if there are such), or a
     table (CSV, TSV, JSONL, parquet) whose `image` column holds file names, relative to the table, or encoded images.
     Without a test or validation split a fifth of the images is the evaluation. Images are resized so that the shorter
-    side fits and cropped in the middle. Images that cannot be read are left out and named in the record, up to 1 %.
+    side fits and cropped in the middle. Images that cannot be read are left out and named in the record, up to 1 %;
+    so are those that are no regular file, or above 256 MiB. Files outside the folder are never read.
     """
 
     default_model: ClassVar[str | None] = "microsoft/resnet-50"
@@ -116,35 +119,38 @@ def folder_rows(folder: Path) -> Rows:
         raise InputError(
             f"folder '{folder}' holds no images: it needs one folder a class, with images in it", str(folder)
         )
-    table = pa.table({"image": [str(file.resolve()) for file, _ in found], "label": [name for _, name in found]})
+    table = pa.table({"image": [str(file.absolute()) for file, _ in found], "label": [name for _, name in found]})
     return Rows(table, f"'{folder}'")
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in FILES)
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in FILES and not file.is_dir())
 
 
 def decoded(cells: Sequence[Any], folder: Path, side: int) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 (cells, side, side, 3), which of the cells could be read); kept on disk by the content of the files.
 
-    A cell is a file name, relative to `folder`, or {"bytes": an encoded image}.
+    A cell is a file name, relative to `folder`, or {"bytes": an encoded image}. Raises InputError for a file outside
+    the folder (also by way of a link), or one that is being written to.
     """
     import numpy as np
 
-    digest = hashlib.sha256()
-    for cell in cells:
-        digest.update(hashlib.sha256(_encoded(cell, folder) or b"").digest())
+    root = folder.resolve()
+    sums = [hashlib.sha256(_encoded(cell, root) or b"").digest() for cell in cells]
 
     def decode() -> dict[str, np.ndarray]:
         images = np.zeros((len(cells), side, side, 3), dtype=np.uint8)
         readable = np.zeros(len(cells), dtype=bool)
         for row, cell in enumerate(cells):
-            image = _square(_encoded(cell, folder), side)
+            encoded = _encoded(cell, root)
+            if hashlib.sha256(encoded or b"").digest() != sums[row]:  # it would be kept under another file's sum
+                raise InputError(f"image '{_name(cell, row)}' in '{folder}' changed while it was read: start again")
+            image = _square(encoded, side)
             if image is not None:
                 images[row], readable[row] = image, True
         return {"images": images, "readable": readable}
 
-    found = cached("own-images", (digest.hexdigest(), side), ("pillow",), decode)
+    found = cached("own-images", (hashlib.sha256(b"".join(sums)).hexdigest(), side), ("pillow",), decode)
     return found["images"], found["readable"]
 
 
@@ -162,15 +168,22 @@ def unreadable(
     return lost
 
 
-def _encoded(cell: Any, folder: Path) -> bytes | None:
-    """The bytes of an image file; None where there are none."""
-    if isinstance(cell, dict) and cell.get("bytes"):
-        return cell["bytes"]
-    name = cell.get("path") if isinstance(cell, dict) else cell
+def _encoded(cell: Any, root: Path) -> bytes | None:
+    """The bytes of an image; None where there are none, or too many. `root`: a folder, resolved. Raises InputError for
+    a file outside it."""
+    own, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (None, cell)
+    if own or name is None:
+        return own if isinstance(own, bytes) and len(own) <= LARGEST_FILE else None
     try:
-        return (folder / str(name)).read_bytes()
-    except OSError:
+        path = (root / str(name)).resolve()
+        inside = path.is_relative_to(root)
+        # No pipe and no device, which would not come to an end.
+        encoded = path.read_bytes() if inside and path.is_file() and path.stat().st_size <= LARGEST_FILE else None
+    except (OSError, ValueError, RuntimeError):  # no permission; not a name; links in a circle
         return None
+    if not inside:
+        raise InputError(f"image '{name}' is not inside '{root}': only files in there are read; copy it", str(name))
+    return encoded
 
 
 def _square(encoded: bytes | None, side: int) -> np.ndarray | None:
@@ -181,10 +194,12 @@ def _square(encoded: bytes | None, side: int) -> np.ndarray | None:
     if encoded is None:
         return None
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(encoded)) as image:
             upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
         return np.asarray(ImageOps.fit(upright, (side, side), method=Image.Resampling.BILINEAR))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what damaged files make Pillow raise
+    except MemoryError:  # the machine's fault, not to be kept as the image's
+        raise
+    except Exception:  # damaged files make Pillow raise anything, too large ones DecompressionBombError
         return None
 
 
@@ -203,4 +218,4 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _name(cell: Any, row: int) -> str:
     name = cell.get("path") if isinstance(cell, dict) else cell
-    return Path(name).name if name else f"row {row}"
+    return Path(str(name)).name if name else f"row {row}"

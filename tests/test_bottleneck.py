@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from harness import registry
@@ -272,6 +276,77 @@ def test_loading_onto_another_model_is_told(model, reason, tmp_path: Path):
 def test_a_folder_without_an_adapter_is_told(tmp_path: Path):
     with pytest.raises(InputError, match="holds no exported bottleneck adapter"):
         load(tiny("bert").module, tmp_path)
+
+
+def exported(folder: Path) -> Path:
+    started("hadapter", "bert").export(folder)
+    return folder
+
+
+def in_the_first_form(folder: Path, change: Callable[[dict], dict] = dict, **config) -> None:
+    """The export as it was before it had checksums, with other tensors or settings."""
+    save_file(change(load_file(folder / "trained.safetensors")), folder / "trained.safetensors")
+    size = json.loads((folder / "bottleneck.json").read_text())["bottleneck"]
+    (folder / "bottleneck.json").write_text(json.dumps({"placement": "houlsby", "bottleneck": size} | config))
+
+
+@pytest.mark.parametrize("file", ["trained.safetensors", "bottleneck.json"])
+def test_no_flipped_bit_of_an_export_is_loaded(file, tmp_path: Path):
+    whole = (exported(tmp_path) / file).read_bytes()
+    model = tiny("bert").module
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for bit in range(0, 8 * len(whole), 8 * len(whole) // 41):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / file).write_bytes(flipped)
+        with pytest.raises(InputError, match=f"{file}[^\n]*$"):
+            load(model, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "reason"),
+    [
+        (dict, {"placement": "houlsbi"}, "placement = 'houlsbi'; known are houlsby, pfeiffer"),
+        (dict, {"placement": ["houlsby"]}, r"placement = \['houlsby'\]"),
+        (dict, {"bottleneck": 0}, "bottleneck = 0; a whole number"),
+        (dict, {"bottleneck": True}, "bottleneck = True; a whole number"),
+        (dict, {"bottleneck": "32"}, "bottleneck = '32'; a whole number"),
+        (dict, {"bottleneck": 10**12}, "bottleneck = 1000000000000 in .* is not the size"),
+        (dict, {"more": 1}, "the checksum of '.*bottleneck.json'"),
+        (lambda found: {}, {}, "is not the size"),
+        (lambda found: {name: value.long() for name, value in found.items()}, {}, "holds torch.int64"),
+        (lambda found: {name: value / 0 for name, value in found.items()}, {}, "not finite"),
+        (lambda found: {name: value[:1] for name, value in found.items()}, {}, "is not the size"),
+        (lambda found: {f"a.{name}": value for name, value in found.items()}, {}, "only one of them has"),
+    ],
+)
+def test_an_export_without_checksums_is_checked_for_sense(change, config, reason, tmp_path: Path):
+    in_the_first_form(exported(tmp_path), change, **config)
+    with pytest.raises(InputError, match=reason) as error:
+        load(tiny("bert").module, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_export_of_before_the_checksums_still_loads(tmp_path: Path):
+    in_the_first_form(exported(tmp_path))
+    fresh = tiny("bert").module
+    load(fresh, tmp_path)
+    torch.testing.assert_close(logits(fresh), logits(started("hadapter", "bert").model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("file", ["trained.safetensors", "bottleneck.json"])
+@pytest.mark.parametrize(
+    "make",
+    [Path.mkdir, os.mkfifo, Path.touch, lambda path: path.write_text("[" * 100_000), lambda path: None],
+    ids=["folder", "pipe", "empty", "deep", "nothing"],
+)
+def test_something_else_in_the_place_of_an_export_is_told(file, make, tmp_path: Path):
+    (exported(tmp_path) / file).unlink()
+    make(tmp_path / file)
+    with pytest.raises(InputError, match=rf"holds no exported bottleneck adapter .*{file}") as error:
+        load(tiny("bert").module, tmp_path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("name", "numbers"), [("hadapter", 1_198_848), ("padapter", 1_189_632)])

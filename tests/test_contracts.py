@@ -1,5 +1,7 @@
 """Every registered method and task keeps the contracts."""
 
+import errno
+import resource
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from harness import registry
 from harness.contracts import METHOD_CONTRACTS, TASK_CONTRACTS, Subject
 from harness.contracts.methods import a_run_interrupted_after_every_update_equals_the_uninterrupted_one
+from harness.contracts.subject import start
 from harness.method import Backbone
 
 PARAMETERS = {
@@ -37,6 +40,22 @@ def test_method(method, contract, tmp_path: Path):
 )
 def test_state_that_only_some_settings_need_is_saved_too(method, tmp_path: Path):
     a_run_interrupted_after_every_update_equals_the_uninterrupted_one(Subject(method, tmp_path))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "lora[rank=4,init=pissa]", "peft[type=lokr]"])
+def test_a_disk_that_is_full_at_the_export_is_an_oserror(method, tmp_path: Path):
+    """So that it is told from a failure of the run. The stand-in for the disk is a limit on the size of files."""
+    adaptation = start(Subject(method, tmp_path)).adaptation
+    adaptation.export(tmp_path / "whole")
+    (weights,) = (tmp_path / "whole").glob("*.safetensors")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (weights.stat().st_size - 1, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            adaptation.export(tmp_path / "half")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
 
 
 @pytest.mark.parametrize("method", ["lora", "debora"])

@@ -64,6 +64,15 @@ def test_no_pickle_and_no_names_of_methods_in_the_harness(path):
         assert not strings & {"lora", "debora", "full", "adalora", "glue", "cifar10", "rotten_tomatoes"}
 
 
+def test_tensors_are_saved_by_the_one_helper():
+    """It makes an OSError of a full disk, which safetensors' own functions do not."""
+    saving = {f"safetensors.{kind}.{name}" for kind in ("torch", "numpy") for name in ("save_file", "save_model")}
+    saving |= {"safetensors.serialize_file"}
+    assert [
+        name for path in FILES if imported(path) & saving and (name := relative(path)) != "harness/storage.py"
+    ] == []
+
+
 def test_files_stay_readable():
     long = [relative(path) for path in FILES if len(path.read_text().splitlines()) > 320]
     assert not long

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from harness.plan import parse_choice
 from harness.record_store import RecordStore
 from harness.spec import Place
 from harness.task import Task, make_splits
-from tasks import own
+from tasks import own, own_image
 from tests import tiny
 
 WORDS = ("bad", "good", "odd")
@@ -330,6 +331,106 @@ def test_sixteen_bits_keep_their_range_and_unknown_ranges_are_unreadable(tmp_pat
     Image.fromarray(ramp.astype(np.float32)).save(folder / "ill" / "float.tiff")
     with told("1 of 9 images cannot be read", "float.tiff"):
         task_of(f"image:{folder}[image_size=32]").load(None)
+
+
+def test_images_outside_the_folder_are_refused(tmp_path):
+    photos = write_photos(tmp_path / "photos", 20)
+    other = write_photos(tmp_path / "other", 1)
+    rows = [{"image": f"cat/{n}.png", "label": n % 2} for n in range(20)]
+    (photos / "cat/link.png").symlink_to(other / "cat/0.png")
+    (photos / "linked").symlink_to(other)
+    for name in ("../other/cat/0.png", str(other / "cat/0.png"), "cat/link.png", "linked/cat/0.png", "/dev/zero"):
+        with told(f"image '{name}' is not inside '{photos}'"):
+            task_of(f"image:{write_csv(photos / 'list.csv', [*rows, {'image': name, 'label': 0}])}").load(None)
+    within = [{**rows[0], "image": str(photos / "cat/0.png")}, {**rows[1], "image": "dog/../cat/1.png"}, *rows[2:]]
+    (photos / "cat/again.png").symlink_to(photos / "cat/2.png")
+    within[2]["image"] = "cat/again.png"
+    train, _ = task_of(f"image:{write_csv(photos / 'list.csv', within)}[image_size=32]").load(None)
+    assert train.left_out == ()
+    (photos / "list.csv").unlink()
+    (photos / "cat/again.png").unlink()
+    with told("cat/link.png' is not inside"):
+        task_of(f"image:{photos}[image_size=32]").load(None)
+
+
+def test_pipes_folders_and_large_files_are_unreadable_images(tmp_path):
+    photos = write_photos(tmp_path / "photos", 20)
+    rows = [{"image": f"cat/{n}.png", "label": n % 2} for n in range(20)]
+    os.mkfifo(photos / "cat/pipe.png")
+    with told("1 of 41 images cannot be read", "pipe.png"):
+        task_of(f"image:{photos}[image_size=32]").load(None)
+    for name in ("cat/pipe.png", "cat", "nul\0.png", "x" * 300):
+        write_jsonl(photos / "list.jsonl", [*rows, {"image": name, "label": 0}])
+        with told("1 of 21 images cannot be read"):
+            task_of(f"image:{photos / 'list.jsonl'}").load(None)
+    (photos / "cat/pipe.png").unlink()
+    with (photos / "dog/3.png").open("ab") as stream:
+        stream.truncate(own_image.LARGEST_FILE + 1)  # a hole: no room is taken
+    with told("1 of 40 images cannot be read", "3.png"):
+        task_of(f"image:{photos}[image_size=32]").load(None)
+
+
+def test_cells_that_hold_no_image_are_unreadable(tmp_path):
+    photo = (write_photos(tmp_path / "photos", 1) / "cat/0.png").read_bytes()
+    good = [{"bytes": photo, "path": "elsewhere.png"}] * 20
+    for cell in (
+        {"bytes": b"", "path": None},
+        {"bytes": b"", "path": "lost.png"},
+        {"bytes": b"no image", "path": None},
+    ):
+        tiny.write_parquet(tmp_path / "x.parquet", {"image": [*good, cell], "label": [0, 1] * 10 + [0]})
+        with told("1 of 21 images cannot be read"):
+            task_of(f"image:{tmp_path / 'x.parquet'}").load(None)
+    tiny.write_parquet(tmp_path / "x.parquet", {"image": [{"bytes": "text"}] * 4, "label": [0, 1] * 2})
+    with told("4 of 4 images cannot be read"):
+        task_of(f"image:{tmp_path / 'x.parquet'}").load(None)
+    tiny.write_parquet(tmp_path / "x.parquet", {"image": [1, 2, 3, 4], "label": [0, 1] * 2})
+    with told("4 of 4 images cannot be read"):
+        task_of(f"image:{tmp_path / 'x.parquet'}").load(None)
+
+
+def test_a_decompression_bomb_is_an_unreadable_image(tmp_path, monkeypatch):
+    photos = write_photos(tmp_path / "photos", 20)
+    Image.new("RGB", (100, 100)).save(photos / "cat/0.png")
+    task = task_of(f"image:{photos}[image_size=32]")
+    monkeypatch.setenv("HARNESS_CACHE", "")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4999)  # Pillow warns above it and refuses twice as many
+    with told("1 of 40 images cannot be read", "0.png"):
+        task.load(None)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5001)
+    assert task.load(None)[0].left_out == ()
+
+
+def test_an_image_that_changes_while_it_is_read_is_told(tmp_path, monkeypatch):
+    photos = write_photos(tmp_path / "photos", 20)
+
+    def overtaken(kind, made_from, libraries, make):
+        shutil.copy(photos / "dog/1.png", photos / "cat/1.png")
+        return make()
+
+    monkeypatch.setattr(own_image, "cached", overtaken)
+    with told("image '1.png' in", "changed while it was read"):
+        task_of(f"image:{photos}[image_size=32]").load(None)
+
+
+def test_paths_that_are_neither_files_nor_folders(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / "train-0.parquet")
+    options = ["run", "--methods", "head", "--results", str(tmp_path / "results"), "--tasks"]
+    for path, reason in {
+        "/dev/zero": "'/dev/zero' is neither a regular file nor a folder",
+        f"{tmp_path}/pipe.csv": "pipe.csv' is neither a regular file nor a folder",
+        f"{tmp_path}/folder": "train-0.parquet' is not a regular file",
+        "~nobody-of-this-name/x.csv": "cannot be looked up",
+        "x" * 300: "cannot be looked up",
+    }.items():
+        for kind in ("text", "generation", "image"):
+            assert main([*options, f"{kind}:{path}"]) == 2, path
+            error = capsys.readouterr().err
+            assert reason in error, error
+            assert error.count("\n") == 1
+    assert not (tmp_path / "results").exists()
 
 
 def test_unreadable_images_are_named_and_counted_up_to_one_per_cent(models, tmp_path):

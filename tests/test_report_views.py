@@ -251,6 +251,45 @@ class TestPictures:
         assert found["encoder.query"] == pytest.approx(expected)
         assert layers.spectrum(tmp_path / "nothing") == {}
 
+    @pytest.mark.parametrize(
+        ("tensors", "config"),
+        [
+            ({"A": np.full((3, 5), np.nan)}, {}),
+            ({"B": np.full((7, 3), np.inf)}, {}),
+            ({"B": np.full((7, 3), 1e300), "A": np.full((3, 5), 1e300)}, {}),
+            ({"B": np.ones((7, 4))}, {}),
+            ({"B": np.ones(7)}, {}),
+            ({"A": np.ones(())}, {}),
+            ({"A": np.ones((0, 5)), "B": np.ones((7, 0))}, {}),
+            ({"A": np.ones((3, 5), dtype=np.int32)}, {}),
+            ({"B": None}, {}),
+            ({}, {"lora_alpha": "16"}),
+            ({}, {"lora_alpha": None}),
+            ({}, {"lora_alpha": True}),
+            ({}, {"lora_alpha": -4}),
+            ({}, {"lora_alpha": float("nan")}),
+            ({}, {"lora_alpha": 10**400}),
+            ({}, {"alpha_pattern": {"(query": 6}}),
+            ({}, {"alpha_pattern": {"query": "6"}}),
+            ({}, {"use_rslora": "no"}),
+            ({}, [1]),
+            ({}, "[" * 100_000),
+            ({}, "{"),
+            ("no tensors", {}),
+        ],
+    )
+    def test_a_garbled_adapter_has_no_spectrum(self, tmp_path: Path, tensors: Any, config: Any) -> None:
+        whole = {"A": np.ones((3, 5)), "B": np.ones((7, 3))}
+        weights = tmp_path / "adapter_model.safetensors"
+        if isinstance(tensors, str):
+            weights.write_text(tensors)
+        else:
+            kept = {name: value for name, value in (whole | tensors).items() if value is not None}
+            save_file({f"base_model.model.query.lora_{name}.weight": value for name, value in kept.items()}, weights)
+        told = {"lora_alpha": 4} | config if isinstance(config, dict) else config
+        (tmp_path / "adapter_config.json").write_text(told if isinstance(told, str) else json.dumps(told))
+        assert layers.spectrum(tmp_path) == {}
+
     def test_diagram_of_mean_ranks(self) -> None:
         runs = [record(f"m{i}", f"t{j}", score=0.5 + 0.1 * i + 0.01 * j) for i in range(4) for j in range(6)]
         panel = axes(critical.draw(board(*runs)))[-1]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from harness.errors import InputError
 from harness.task import make_splits
@@ -172,6 +175,30 @@ def test_damaged_images(root):
         tiny.write_parquet(root / "uoft-cs/cifar10/plain_text/train-00000-of-00001.parquet", rows)
         with told("row 2 of column 'img'", piece):
             Cifar10().load(str(root))
+
+
+def test_images_are_the_bytes_of_their_cells_alone_and_of_their_size(root, tmp_path, monkeypatch):
+    train = root / "uoft-cs/cifar10/plain_text/train-00000-of-00001.parquet"
+    rows = tiny.cifar_rows(4, seed=0)
+    (tmp_path / "whole.png").write_bytes(rows["img"][0]["bytes"])
+    large = io.BytesIO()
+    Image.new("RGB", (100, 100)).save(large, format="PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 32)  # above twice as many Pillow refuses
+    for cell, piece in (
+        ({"bytes": None, "path": str(tmp_path / "whole.png")}, "no image bytes"),
+        ({"bytes": large.getvalue(), "path": None}, "not a readable image (Image size (10000 pixels)"),
+    ):
+        rows["img"][2] = cell
+        tiny.write_parquet(train, rows)
+        with told("row 2 of column 'img'", piece):
+            Cifar10().load(str(root))
+
+
+def test_a_pipe_for_a_parquet_file_is_told(root):
+    (root / COLA).unlink()
+    os.mkfifo(root / COLA)
+    with told(f"'{root / COLA}' is not a regular file"):
+        glue("cola").load(str(root))
 
 
 def test_unknown_member():

@@ -19,13 +19,16 @@ def command(name: str | None) -> int:
         _print_all()
     elif name in registry.registered(registry.METHODS):
         method = registry.method_class(name)
-        _print_parameters(name, method)
-        for line in method.details():
-            print(line)
+        with registry.plugin_errors(registry.METHODS, name, "described"):
+            text = "\n".join([*_parameters(name, method), *method.details()])
+        print(text)
     elif name in sweep_file.presets():
         print(sweep_file.preset(name).read_text().strip())
-    elif name.partition("/")[0] in registry.registered(registry.TASKS):
-        _print_parameters(name, registry.task_class(name))
+    elif (family := name.partition("/")[0]) in registry.registered(registry.TASKS):
+        task = registry.task_class(name)
+        with registry.plugin_errors(registry.TASKS, family, "described"):
+            text = "\n".join(_parameters(name, task))
+        print(text)
     else:
         known = [*registry.registered(registry.METHODS), *registry.registered(registry.TASKS), *sweep_file.presets()]
         raise unknown("method, task or preset", name, known)
@@ -51,26 +54,27 @@ def _print_table(heading: str, rows: list[tuple[str, str]]) -> None:
 
 
 def _one_line(group: str, name: str) -> str:
-    """The first line of the docstring and the capabilities; a plugin that does not load says why."""
+    """The first line of the docstring and the capabilities; a plugin that cannot be used says why."""
     try:
         cls: Any = registry.method_class(name) if group == registry.METHODS else registry.task_class(name)
+        with registry.plugin_errors(group, name, "described"):
+            first = next(iter((cls.__doc__ or "").strip().splitlines()), "(no description)")
     except InputError as error:
         return f"(unavailable: {error})"
-    first = (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else "(no description)"
     members = f" Members: {', '.join(cls.members)}." if getattr(cls, "members", ()) else ""
     capabilities = f" [{', '.join(cls.capabilities)}]" if cls.capabilities else ""
     return f"{first}{members}{capabilities}"
 
 
-def _print_parameters(name: str, cls: type[Parameters]) -> None:
-    print(inspect.cleandoc(cls.__doc__ or ""))
-    print(f"\nparameters, as in {name}[parameter=value]:")
+def _parameters(name: str, cls: type[Parameters]) -> list[str]:
+    lines = [inspect.cleandoc(cls.__doc__ or ""), f"\nparameters, as in {name}[parameter=value]:"]
     schema = cls.model_json_schema()["properties"]
     for field, information in cls.model_fields.items():
         if field == "member":
             continue
         default = "required" if information.default is PydanticUndefined else f"default {information.default}"
-        print(f"  {field}: {information.description or ''} ({_allowed(schema[field])}{default})")
+        lines.append(f"  {field}: {information.description or ''} ({_allowed(schema[field])}{default})")
+    return lines
 
 
 def _allowed(schema: dict[str, Any]) -> str:

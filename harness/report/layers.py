@@ -170,19 +170,31 @@ def _draw_spectra(panel: Axes, spectra: Mapping[str, np.ndarray]) -> None:
 
 
 def spectrum(folder: Path) -> dict[str, np.ndarray]:
-    """Singular values of scaling x B A by layer, (rank,), from a stock LoRA adapter's folder; {} without one."""
-    from safetensors import SafetensorError
+    """Singular values of scaling x B A by layer, (rank,), from a stock LoRA adapter's folder.
+
+    {} without one, for one in a precision that NumPy does not know, and for one that is damaged.
+    """
     from safetensors.numpy import load_file
 
-    try:
-        tensors = load_file(folder / "adapter_model.safetensors")
-        config = json.loads((folder / "adapter_config.json").read_text())
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):  # numpy knows no bfloat16
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if not (weights.is_file() and settings.is_file()):
         return {}
+    try:
+        with np.errstate(all="ignore"):
+            found = _spectra(load_file(weights), json.loads(settings.read_bytes()))
+    except Exception:  # a picture is not worth a report: whatever other content makes the readers and NumPy raise
+        return {}
+    return found if all(np.isfinite(values).all() for values in found.values()) else {}
+
+
+def _spectra(tensors: Mapping[str, np.ndarray], config: Mapping[str, object]) -> dict[str, np.ndarray]:
+    """As `spectrum`. Raises an error of any kind for what is no stock LoRA adapter."""
     found = {}
     for name, down in tensors.items():
-        up = tensors.get(name.replace(".lora_A.", ".lora_B."))
-        if ".lora_A." in name and up is not None:
+        if ".lora_A." in name:
+            up = tensors[name.replace(".lora_A.", ".lora_B.")]
+            if not all(matrix.ndim >= 2 and matrix.dtype.kind == "f" for matrix in (up, down)):
+                raise TypeError(f"{name} and its counterpart are no matrices of numbers")
             layer = name.split(".lora_A.")[0].removeprefix("base_model.model.")
             B, A = up.reshape(up.shape[0], -1), down.reshape(down.shape[0], -1)
             found[layer] = _scaling(layer, len(A), config) * _product_singular_values(B, A)
@@ -197,10 +209,14 @@ def _product_singular_values(B: np.ndarray, A: np.ndarray) -> np.ndarray:
 
 def _scaling(layer: str, rank: int, config: Mapping[str, object]) -> float:
     """alpha / rank, or alpha / sqrt(rank) for rsLoRA; patterns are matched as PEFT does, at the end of the name."""
-    alpha = config.get("lora_alpha") or rank
+    alpha = config.get("lora_alpha", rank)
     patterns = config.get("alpha_pattern")
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         if re.match(rf"(.*\.)?({pattern})$", layer):
             alpha = value
-    assert isinstance(alpha, (int, float))
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or alpha < 0:
+        raise ValueError(f"alpha = {alpha!r} of layer {layer} is no scale")
+    root = config.get("use_rslora", False)
+    if not isinstance(root, bool):
+        raise TypeError(f"use_rslora = {root!r} is neither true nor false")
+    return float(alpha) / (rank**0.5 if root else rank)

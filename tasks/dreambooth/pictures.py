@@ -18,16 +18,17 @@ def read_pictures(folder: str, side: int) -> tuple[np.ndarray, tuple[str, ...]]:
     """(the folder's own pictures by name, uint8 (pictures, side, side, 3), names of those that cannot be read).
 
     A picture is resized to `side` pixels on its shorter side, and the middle square of that. Raises InputError where
-    there is no such folder or fewer than 4 pictures in it, more than 1 % of them cannot be read, or two of them are
-    one and the same (which could be on both sides of a split).
+    there is no such folder or fewer than 4 pictures in it, more than 1 % of them cannot be read, one is a link out of
+    the folder, or two are one and the same (which could be on both sides of a split).
     """
     place = Path(folder).expanduser()
     if not place.is_dir():
+        what = "is no folder" if place.exists() else "is not there"
         raise InputError(
-            f"'{folder}' is not there: the subject's pictures belong in PATH, those for class_prompt in PATH/class",
+            f"'{folder}' {what}: the subject's pictures belong in PATH, those for class_prompt in PATH/class",
             folder,
         )
-    names = sorted(path.name for path in place.iterdir() if path.suffix.lower() in FILES and path.is_file())
+    names = sorted(path.name for path in place.iterdir() if path.suffix.lower() in FILES and not path.is_dir())
     if len(names) < FEWEST:
         raise InputError(
             f"folder '{folder}' holds {len(names)} pictures ({', '.join(FILES)}); at least {FEWEST} are needed", folder

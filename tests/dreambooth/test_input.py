@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -87,6 +88,15 @@ def test_pictures_that_cannot_be_read(refused, pictures):
     broken = pictures("broken", 5)
     (broken / "x.png").write_bytes(b"no picture")
     assert "1 of 6 pictures cannot be read (at most 1 % may be left out): x.png" in refused({}, pictures=broken)
+
+
+def test_pictures_that_are_no_regular_files_of_the_folder(refused, pictures, subject):
+    piped, linked = pictures("piped", 5), pictures("linked", 5)
+    os.mkfifo(piped / "x.png")
+    assert "1 of 6 pictures cannot be read (at most 1 % may be left out): x.png" in refused({}, pictures=piped)
+    (linked / "x.png").symlink_to(next(subject.glob("*.png")))
+    assert f"image 'x.png' is not inside '{linked}'" in refused({}, pictures=linked)
+    assert "'/dev/zero' is no folder" in refused({}, pictures=Path("/dev/zero"))
 
 
 def test_one_picture_in_a_hundred_is_left_out_and_named(script, model, tmp_path, capsys):
