@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+FILE_MODE = 0o666 & ~UMASK  # safetensors would let nobody else read its files, on a disk that a group shares
 CHECKSUM, VERSION = "checksum", "schema_version"  # keys of kept JSON
 # What a disk or a folder does to whoever writes; any other OSError is the writer's own affair.
 DISK_ERRORS = {
@@ -111,6 +114,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
     with os_errors():
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(FILE_MODE)
 
 
 def save_arrays(arrays: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -120,6 +124,7 @@ def save_arrays(arrays: Mapping[str, np.ndarray], path: Path, metadata: dict[str
 
     with os_errors():
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata)
+    path.chmod(FILE_MODE)
 
 
 @contextmanager

@@ -183,7 +183,10 @@ def test_two_writers_of_one_run(store, tmp_path):
 def test_folders_can_be_read_by_whoever_the_umask_allows(store, tmp_path):
     record = run_one(spec(tmp_path), store)
     (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "file").touch()
     assert store.folder(record.run_id).stat().st_mode == (tmp_path / "plain").stat().st_mode
+    for path in store.folder(record.run_id).iterdir():
+        assert path.stat().st_mode == (tmp_path / "plain" / "file").stat().st_mode, path.name
 
 
 def test_what_a_killed_process_left_is_cleared(store, tmp_path):
