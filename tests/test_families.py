@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from harness import preflight
+from harness import cli, preflight
 from harness.contracts import Subject
 from harness.contracts.subject import spec_of, task_of
 from harness.errors import InputError
@@ -113,7 +113,18 @@ def stock_outputs(run: Path, model: str, texts: list[str]) -> np.ndarray:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_alone_is_in_a_batch_is_in_plain_transformers(family, place, tmp_path):
-    model = model_of(place, family)
+    same_everywhere(model_of(place, family), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "Qwen2", "BERT", "T5"])
+def test_so_it_is_where_the_configuration_names_another_padding_token(family, tmp_path):
+    """The end token of a decoder, another special token of an encoder: not the tokenizer's."""
+    pad = 0 if family in ("GPT-2", "Qwen2") else 2
+    same_everywhere(str(families.write(family, tmp_path / "model", pad_token_id=pad)), tmp_path)
+
+
+def same_everywhere(model: str, tmp_path: Path) -> None:
+    """Trained in batches, scored in batches; the export in plain transformers, row by row."""
     task = write_table(tmp_path / "texts.csv", values=True)
     checked(task, model)
     subject = Subject("lora[rank=2,learning_rate=1e-2]", tmp_path, task=task, batches=4)
@@ -145,6 +156,24 @@ def test_whatever_the_configuration_says_of_padding(family, pad, tmp_path):
     assert 0 <= config.pad_token_id < config.vocab_size
     assert config.pad_token_id == pad or pad != 0
     assert checked(write_table(tmp_path / "more.csv", values=True), model) == said
+
+
+def test_a_dry_run_says_it_too(place, tmp_path, capsys):
+    task, model = write_table(tmp_path / "texts.csv"), model_of(place, "GPT-2, no padding token")
+    options = [
+        "--methods",
+        "head",
+        "--tasks",
+        task,
+        "--model",
+        model,
+        "--batches",
+        "2",
+        "--results",
+        str(tmp_path / "r"),
+    ]
+    assert cli.main(["run", "--dry-run", *options]) == 0
+    assert "names no padding token: rows are padded with 1 ('<pad>')" in capsys.readouterr().out
 
 
 def test_a_token_that_rows_end_with_is_not_padding(tmp_path):
