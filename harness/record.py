@@ -94,7 +94,7 @@ class RunRecord(Parameters):
 
     def to_json(self) -> str:
         """The record as a file holds it, with its checksum."""
-        return storage.sealed_text(self.model_dump(mode="json"))
+        return storage.sealed_text(self.model_dump(mode="json") | {storage.VERSION: SCHEMA})
 
     def merit(self, score: float) -> float:
         """A value of the headline metric, turned so that more is better."""

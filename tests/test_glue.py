@@ -191,7 +191,9 @@ def test_damaged_predictions_make_no_submission(submitted, tmp_path, capsys):
     run = runs_of(results)["glue/cola"]
     (RecordStore(results).folder(run) / "predictions.safetensors").write_bytes(b"no tensors")
     assert main(["export-glue", run, "--results", str(results), "--to", str(tmp_path / "x.zip")]) == 2
-    assert "kept no predictions for the test set" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert run in told
+    assert "make the run again" in told
 
 
 def test_runs_that_make_no_submission(submitted, place, tmp_path, capsys):

@@ -16,7 +16,7 @@ from harness.record import RunRecord
 from harness.record_store import Found, RecordStore
 from harness.report.budget import costs, matched, sweeps, time_to_score
 from harness.report.compare import ExampleReader, with_ties
-from harness.report.data import structured, tidy
+from harness.report.data import csv_text, structured, tidy
 from harness.report.frame import Naming, to_frame
 from harness.report.latex import latex
 from harness.report.leaderboard import Board, FamilyAverage, leaderboards
@@ -59,9 +59,9 @@ def build_report(
     texts = {
         "leaderboard.md": markdown(boards, damaged),
         "leaderboard.tex": latex(boards, damaged),
-        "leaderboard.csv": _csv(tidy(boards)),
+        "leaderboard.csv": csv_text(tidy(boards)),
         "leaderboard.json": json.dumps(structured(boards), indent=1, ensure_ascii=False) + "\n",
-    } | {f"{name}.csv": _csv(table) for name, table in whole.items() if len(table)}
+    } | {f"{name}.csv": csv_text(table) for name, table in whole.items() if len(table)}
     paths = [_write(store.results / "tables" / name, text) for name, text in texts.items()]
     for name in whole:
         if f"{name}.csv" not in texts:
@@ -96,10 +96,6 @@ def _tables(
 def _of(board: Board, table: pd.DataFrame) -> pd.DataFrame:
     """The rows of the board's setting."""
     return table if table.empty else table[table["setting"] == board.key].drop(columns="setting")
-
-
-def _csv(table: pd.DataFrame) -> str:
-    return table.to_csv(index=False, lineterminator="\n")
 
 
 def _by_setting(name: str, tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> pd.DataFrame:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from harness.record import RunRecord
+from harness.report.redact import cut, error_text, model_name
 from harness.spec import RunSpec, TrainSpec, label, value_text
 
 Naming = Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]  # method -> those parameters that a label must name
@@ -128,7 +128,7 @@ def _of_result(record: RunRecord) -> dict[str, Any]:
         "peak_bytes": record.peak_bytes,
         "device": record.environment.device,
         "started": record.started,
-        "error": record.error,
+        "error": error_text(record),
         "versions": _versions(record),
         "split": next((name for name in record.rows if name not in ("train", "holdout")), None),
         **{f"{METRICS}{name}": value for name, value in record.metrics.items()},
@@ -179,13 +179,6 @@ def _setting_text(spec: RunSpec) -> str:
     return ", ".join(words)
 
 
-def model_name(model: str | None) -> str | None:
-    """A Hub id as it is; of a folder the last part, since where it lies is nobody's business in a table."""
-    if model is None or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        return model
-    return re.split(r"[/\\]", model.rstrip("/\\"))[-1]
-
-
 def _labels(variants: set[_Variant], naming: Naming) -> dict[_Variant, str]:
     """A label of its own for each variant, as short as the others allow."""
     by_name: dict[str, list[_Variant]] = defaultdict(list)
@@ -202,7 +195,9 @@ def _labels(variants: set[_Variant], naming: Naming) -> dict[_Variant, str]:
         several_versions = len({variant.version for variant in group}) > 1
         some_tuned = len({variant.tuned for variant in group}) > 1
         for variant in group:
-            labels[variant] = label(name, shown[variant]) + (f" (v{variant.version})" if several_versions else "")
+            labels[variant] = label(cut(name), cut(shown[variant])) + (
+                f" (v{variant.version})" if several_versions else ""
+            )
             if some_tuned:
                 untuned = "as given" if shown[variant] else "default"
                 labels[variant] += f" ({f'tuned {variant.tuned}' if variant.tuned else untuned})"

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from harness.report.leaderboard import Board, Column, Row, score_text
+from harness.report.redact import cut
 from harness.report.text import decimal, human, spread_text
 
 NOTHING = "--"
@@ -48,7 +49,7 @@ def escape(text: str) -> str:
 
 def latex(boards: Iterable[Board], damaged: Iterable[str] = ()) -> str:
     """One table environment per board, to be taken in with \\input. `damaged`: run folders that were left out."""
-    names = ", ".join(damaged)
+    names = ", ".join(cut(name) for name in damaged)
     lines = [r"% Needs \usepackage{booktabs}."]
     if names:
         lines.append(f"% Left out, since their records cannot be read: {_plain_signs(names)}")
