@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness.errors import InputError, one_line, unknown
+from harness.errors import InputError, one_line, plain, unknown
 from harness.parameters import Parameters, checked_path
 from harness.spec import Execution, Place, TrainSpec
 
@@ -34,6 +34,7 @@ examples:
   python -m harness compare debora lora                 is it better, and how sure is that?"""
 
 
+LONGEST_URI = 2000
 STOPPED = """
 stopped; finished runs are kept, and unfinished ones go on from their last checkpoint (--checkpoint-every): \
 give the same command again to go on
@@ -304,8 +305,9 @@ def _path(text: str) -> Path:
 
 
 def _uri(text: str) -> str:
-    if not text or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"'{text}' is not allowed: give an MLflow server or database, or off")
+    known = text == "off" or re.match("databricks|[a-z][a-z0-9+.-]*:.", text, re.IGNORECASE)
+    if not known or plain(text) != text or len(text) > LONGEST_URI:
+        raise argparse.ArgumentTypeError(f"'{text}' is not allowed: give off, http://HOST:PORT or sqlite:///FILE")
     return text
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
-from harness.errors import InputError, unknown
+from harness.errors import InputError, plain, unknown
 
 DEEPEST = 32  # tables and lists within one another
 LONGEST_KEY = 64  # parts of a key with dots
@@ -66,12 +66,13 @@ class Parameters(BaseModel):
 
 
 def checked_path(text: str) -> str:
-    """A path as a user writes it, that a file system can have. Raises ValueError with the reason."""
-    if not text:
-        raise ValueError("'' is no path")
-    if any(ord(sign) < 32 or 127 <= ord(sign) < 160 for sign in text):
-        raise ValueError(f"'{text}' holds a control character")
-    names = [len(name.encode("utf-8", "surrogateescape")) for name in text.split("/")]
+    """A path as a user writes it, that a file system can have and that can be shown. Raises ValueError with the
+    reason."""
+    if not text.strip():
+        raise ValueError(f"'{text}' is no path")
+    if plain(text) != text:
+        raise ValueError(f"'{text}' holds signs that cannot be shown")
+    names = [len(name.encode()) for name in text.split("/")]
     if max(names) > LONGEST_NAME or sum(names) > LONGEST_PATH:
         raise ValueError(f"'{text}' is longer than a path can be")
     try:
@@ -84,7 +85,8 @@ def checked_path(text: str) -> str:
 def from_toml(text: str, what: str) -> dict[str, Any]:
     """What TOML holds. Raises tomllib.TOMLDecodeError, and InputError for numbers, lists or tables of absurd size;
     `what`: what its message calls the text."""
-    if re.search(rf"(?:[\w\"' -]+\.){{{LONGEST_KEY}}}", text):  # takes TOML's reader time by the square
+    # A key that long takes TOML's reader time by the square.
+    if re.search(rf"(?<![\w\"' .-])(?:[\w\"' -]++\.){{{LONGEST_KEY}}}", text):
         raise InputError(f"{what} holds a key of more than {LONGEST_KEY} parts")
     try:
         return tomllib.loads(text)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, Field, field_validator
 
 from harness import registry
-from harness.errors import InputError, plain, unknown
+from harness.errors import InputError, unknown
 from harness.method import Method
 from harness.parameters import Parameters, checked_path, from_toml
 from harness.spec import MOST, Place, RunSpec, TrainSpec
@@ -173,7 +173,7 @@ def _check_number(number: int, what: str) -> None:
 
 
 def _check_path(task: str) -> None:
-    """Raises InputError for "family:PATH" with a path that cannot be one, or not be shown as it is."""
+    """Raises InputError for "family:PATH" with a path that cannot be one."""
     _, colon, path = task.partition(":")
     if not (colon and path):
         return
@@ -181,8 +181,6 @@ def _check_path(task: str) -> None:
         checked_path(path)
     except ValueError as error:
         raise InputError(f"task '{task}': {error}", task) from None
-    if plain(path) != path:
-        raise InputError(f"task '{task}' holds signs that cannot be shown: make a link to it with another name", task)
 
 
 def plan(sweep: Sweep, fingerprints: Sequence[Fingerprints], place: Place) -> list[RunSpec]:
