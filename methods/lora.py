@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."  # what PEFT puts before the backbone's own names
 ADAPTER = "default"  # PEFT's name for a model's first adapter
+MOST_ITERATIONS = 1000  # of PiSSA's fast SVD
 INITS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16")
 
 
@@ -70,7 +71,10 @@ class Lora(Method):
     @field_validator("init")
     @classmethod
     def _known_init(cls, init: str) -> str:
-        if init not in INITS and not re.fullmatch(r"pissa_niter_\d+", init):
+        number = re.fullmatch(r"pissa_niter_(-?[0-9]+)", init)
+        if number and not (len(number[1]) < 9 and 1 <= int(number[1]) <= MOST_ITERATIONS):
+            raise ValueError(f"'{init}' is not allowed: N of pissa_niter_N is 1 to {MOST_ITERATIONS}")
+        if init not in INITS and not number:
             raise unknown("init", init, INITS)
         return init
 

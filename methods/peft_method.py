@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import typing
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Self
 
 from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, create_model, field_validator, model_serializer
 
@@ -77,6 +77,11 @@ TRIED = {
 }
 
 
+MOST_RANK = 65_536  # above the sides of any layer
+MOST = 1_000_000_000
+MAY_BE_ZERO = ("init_warmup", "final_warmup", "num_frozen_tokens", "psoft_svd_lowrank_niter")
+
+
 class PeftMethod(Method):
     """Any tuner of the installed PEFT by its type, as peft[type=ia3] or peft[type=vera,r=64].
 
@@ -144,9 +149,12 @@ class PeftMethod(Method):
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`. The tuner is put into a copy, on the meta device where PEFT can do that."""
         config = self._peft_config(backbone)
+        self._check_tokens(backbone)
         if self._targets(backbone) == []:
             return "the backbone has no layer to adapt"
         error = _failure(_without_values(backbone.module), config)
+        if isinstance(error, InputError):
+            raise error
         if error is not None:
             error = _failure(_with_values(backbone.module), config)
         if error is None:
@@ -206,6 +214,18 @@ class PeftMethod(Method):
             backbone = dataclasses.replace(backbone, layers=tuple(norms))
         return list(backbone.targets(self.target_modules))
 
+    def _check_tokens(self, backbone: Backbone) -> None:
+        """Raises InputError for a token that the backbone does not have, which PEFT would find when it trains."""
+        given = self.config.get("token_indices")
+        module: Any = backbone.module
+        if given and hasattr(module, "get_input_embeddings"):
+            number = module.get_input_embeddings().num_embeddings
+            if max(given) >= number:
+                raise InputError(
+                    f"peft[type={self.type}].token_indices = {max(given)} is not allowed: the model has {number} tokens",
+                    "token_indices",
+                )
+
 
 @functools.cache
 def tuner_types() -> dict[str, Any]:
@@ -229,7 +249,7 @@ def _fields(config_class: Any) -> type[Parameters]:
     hints = typing.get_type_hints(config_class)
     definitions: dict[str, Any] = {
         field.name: (
-            hints[field.name],
+            _with_range(field.name, hints[field.name], field.default),
             field.default if factory is dataclasses.MISSING else Field(default_factory=factory),
         )
         for field in dataclasses.fields(config_class)
@@ -237,6 +257,28 @@ def _fields(config_class: Any) -> type[Parameters]:
         for factory in [field.default_factory]
     }
     return create_model(config_class.__name__, __base__=Parameters, **definitions)
+
+
+def _with_range(name: str, hint: Any, default: Any) -> Any:
+    """A field's type with the values that can be right for some backbone: PEFT has no ranges of its own.
+
+    A size is at least 1, or as small as its default; a seed is one; a dropout is a share below 1.
+    """
+    if "dropout" in name:
+        return Annotated[hint, Field(ge=0, lt=1)]
+    if hint == list[int]:
+        return list[Annotated[int, Field(ge=0)]]
+    if "rank" in name and hint == int | float | None:
+        return Annotated[hint, Field(gt=0)]
+    if hint is float and name.startswith("init_"):
+        return Annotated[hint, Field(ge=0)]
+    if hint not in (int, int | None, typing.Optional[int]):
+        return hint
+    if "seed" in name or "prng" in name:
+        return Annotated[hint, Field(ge=0)]
+    least = 0 if name in MAY_BE_ZERO else min(1, 1 if default in (None, dataclasses.MISSING) else default)
+    most = MOST_RANK if name in ("r", "mini_r") or "rank" in name else MOST
+    return Annotated[hint, Field(ge=least, le=most)]
 
 
 def _outcome(name: str) -> str:
@@ -258,10 +300,15 @@ def _failure(module: Any, config: Any) -> Exception | None:
 
     tokens = module.dummy_inputs if getattr(module, "main_input_name", None) == "input_ids" else None
     device = next(module.parameters()).device
+    most = max(MOST, 10 * sum(p.numel() for p in module.parameters()))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
             model = get_peft_model(module, copy.deepcopy(config))
+            numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            if numbers > most:
+                kind = str(config.peft_type.value).lower()
+                return InputError(f"peft[type={kind}] would train {numbers:,} numbers here: give smaller sizes", kind)
             if tokens is not None:
                 model.eval()(**{name: value.to(device) for name, value in tokens.items()})
         except Exception as error:
