@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from harness.cli import main
-from harness.record import RecordStore
+from harness.record_store import RecordStore
 
 # A command that waits, and whose cleaning up waits as well where it is asked to.
 WAITS = """
