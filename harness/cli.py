@@ -179,7 +179,7 @@ def _add_run(commands: Any) -> None:
         "--tasks",
         type=_names,
         metavar="A,B",
-        help="tasks: glue/cola; a family for its members: glue; own data: text:PATH",
+        help="tasks: glue/cola; a family for its members: glue; own data: text:PATH, in double quotes where it holds commas or brackets",
     )
     what.add_argument("--seeds", metavar="N|A,B", help="3 means seeds 0,1,2; 4,7 means these two; 4, means this one")
     what.add_argument(
@@ -238,10 +238,10 @@ def _add_tracking(parser: Any) -> None:
 
 
 def _names(text: str) -> list[str]:
-    from harness.plan import split_list
+    from harness.notation import split_tasks
 
     try:
-        return split_list(text)
+        return split_tasks(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
