@@ -179,8 +179,8 @@ def _add_run(commands: Any) -> None:
         "--tasks",
         type=_names,
         metavar="A,B",
-        help="tasks: glue/cola; a family for its members: glue; own data: text:PATH, the path in double quotes where it "
-        "holds commas or brackets",
+        help="tasks: glue/cola; a family for its members: glue; own data: text:PATH, the path in double quotes "
+        "where it holds commas or brackets",
     )
     what.add_argument("--seeds", metavar="N|A,B", help="3 means seeds 0,1,2; 4,7 means these two; 4, means this one")
     what.add_argument(
