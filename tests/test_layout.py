@@ -49,7 +49,7 @@ def test_directions(path):
     if place.name == "training.py":
         assert within(names, "harness.errors", "harness.method", "harness.spec", "harness.task")
     if place.parts[:2] == ("harness", "report"):
-        allowed = ("report", "record", "record_store", "spec", "errors", "storage")
+        allowed = ("report", "record", "record_store", "running", "process", "spec", "errors", "storage")
         assert within(names, *(f"harness.{name}" for name in allowed))
         assert not within({"torch"}, *imported(path))
 

@@ -148,7 +148,7 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
     from rich.console import Console
 
     from harness import executors, preflight, progress, sweeps, tuning
-    from harness.commands.report import show_sweep
+    from harness.commands.report import MOST_SHOWN, brief, show_sweep
     from harness.record import RETRIED
     from harness.record_store import RecordStore
 
@@ -186,6 +186,8 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
             specs = tuning.chosen(searches, specs, store)
             there = _there(store, specs, retried)
         carry_out(specs, *there)
+    if not there[1] and len(specs) > MOST_SHOWN:
+        return brief(store, {run_id: found.status for run_id, found in there[0].items()})
     return show_sweep(store, _ids(specs), options.tracking_uri)
 
 
