@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import scipy.stats
 
+from harness import cli
+from harness.commands.report import brief
 from harness.errors import InputError
 from harness.record_store import RecordStore
 from harness.report.build import Unwritten, build_report
@@ -21,6 +23,26 @@ from harness.report.latex import escape, latex
 from harness.report.leaderboard import leaderboards
 from harness.report.text import console, human
 from tests.report_records import NAMING, board, boards, record, stored
+
+
+class TestBrief:
+    @pytest.mark.parametrize(
+        ("statuses", "words", "code"),
+        [
+            (["done"] * 3, "3 runs are finished: 3 done; nothing was new", 0),
+            (["done", "unsupported"], "2 runs are finished: 1 done, 1 unsupported; nothing was new", 0),
+            (["done", "out_of_memory", "failed"], "1 done, 1 failed, 1 out of memory;", 1),
+            (["diverged"] * 2000, "2,000 runs are finished: 0 done, 2,000 diverged;", 1),
+        ],
+    )
+    def test_two_lines(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], statuses: list[str], words: str, code: int
+    ) -> None:
+        store = RecordStore(tmp_path / "my results")
+        assert brief(store, {str(place): status for place, status in enumerate(statuses)}) == code
+        first, second = capsys.readouterr().out.splitlines()
+        assert words in first
+        assert f"python -m harness report --results '{store.results}'" in second
 
 
 class TestForms:
@@ -177,7 +199,7 @@ class TestBuild:
         assert "\n" not in line
         assert [path.read_bytes() for path in pictures] == before
         assert sorted((tmp_path / "pictures").iterdir()) == sorted(pictures)
-        assert not list(tmp_path.glob(".report*"))
+        assert not list(store.running.iterdir())
 
     @pytest.mark.parametrize("name", ["tables", "pictures"])
     def test_a_file_where_a_folder_should_be_costs_that_folder_only(self, tmp_path: Path, name: str) -> None:
@@ -224,13 +246,25 @@ class TestBuild:
     def test_what_a_killed_report_has_left_goes(self, tmp_path: Path) -> None:
         store = stored(tmp_path, record())
         code = (
-            f"from pathlib import Path; from harness.process import own_name; "
-            f"(Path({str(tmp_path)!r}) / own_name('.report', 'draft') / 'tables').mkdir(parents=True)"
+            f"from pathlib import Path; from harness.record_store import RecordStore; "
+            f"(RecordStore(Path({str(tmp_path)!r})).draft('report') / 'tables').mkdir()"
         )
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-        assert len(list(tmp_path.glob(".report*"))) == 1
+        assert len(list(store.running.iterdir())) == 1
         build_report(store)
-        assert not list(tmp_path.glob(".report*"))
+        assert not list(store.running.iterdir())
+
+    def test_the_command_shows_what_it_could_not_write(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        stored(tmp_path, record())
+        (tmp_path / "tables").write_text("a file")
+        assert cli.main(["report", "--results", str(tmp_path)]) == 2
+        out, err = capsys.readouterr()
+        assert "0.500" in out
+        assert "report.html" in out
+        (line,) = err.splitlines()
+        assert line.startswith(f"error: '{tmp_path}/tables' cannot be written")
 
     def test_imports_no_torch(self) -> None:
         modules = "harness.report.build, harness.report.pictures, harness.report.paper, harness.tracking"
