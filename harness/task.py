@@ -132,6 +132,11 @@ class Task(Parameters, ABC):
         where there is none. Here: of nothing, for a task that builds its own model."""
         return "built-in"
 
+    def model_notes(self, model: str | None) -> list[str]:
+        """What is to be said of the pretrained model before anything runs, a line each. Raises InputError where it
+        cannot serve."""
+        return []
+
     @abstractmethod
     def backbone(self, model: str | None, *, meta: bool = False, trust_remote_code: bool = False) -> Backbone:
         """The model with a new head. torch's global generator is seeded with the run's seed, so that every method
@@ -165,6 +170,11 @@ class Task(Parameters, ABC):
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
         """One prediction per example (classes or values), first dimension the batch's."""
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        """What the model says of each row, (rows, ...), which must not depend on the rows beside it: before the first
+        run it is compared with what it says of the row alone. None where rows of a batch are all of one size."""
+        return None
 
     @abstractmethod
     def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:

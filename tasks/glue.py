@@ -94,8 +94,8 @@ class Glue(TextClassification):
         return self.table.metrics[0]
 
     @property
-    def num_labels(self) -> int:
-        return len(self.table.classes) or 1
+    def class_names(self) -> tuple[str, ...]:
+        return self.table.classes
 
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
         train = self._split("train", data_root)

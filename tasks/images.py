@@ -6,7 +6,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -39,6 +39,8 @@ class EncodedImages:
 
 class ImageClassification(Classification):
     """Abstract base of tasks on square images: the column "image" of their Examples, uint8 (rows, side, side, 3)."""
+
+    version: ClassVar[int] = 2
 
     image_size: int = Field(64, ge=32, le=512, description="pixels a side that images are resized to for the model")
     augment: bool = Field(True, description="train on random crops (an eighth of padding) and horizontal flips")

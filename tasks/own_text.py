@@ -60,8 +60,8 @@ class OwnText(TextClassification):
         return self.metric
 
     @property
-    def num_labels(self) -> int:
-        return len(self.classes or ()) or 1
+    def class_names(self) -> tuple[str, ...]:
+        return self.classes or ()
 
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
         """As `Task.load`; `data_root` is not used."""

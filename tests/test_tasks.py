@@ -19,8 +19,8 @@ from tasks import pretrained, rotten_tomatoes
 from tasks.cifar10 import Cifar10
 from tasks.digits import Digits
 from tasks.glue import TABLE, Glue
+from tasks.positions import num_positions
 from tasks.rotten_tomatoes import RottenTomatoes
-from tasks.text import num_positions
 from tests import tiny
 
 

@@ -156,7 +156,9 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
     with console.status("checking data, models and methods"):
         checked = preflight.check_tasks(sweep, place)
         cells = preflight.check_methods(sweep, checked, place, store.find)
-        preflight.check_models(checked, place)
+        said = preflight.check_models(checked, sweep.train, place)
+    for line in said:
+        console.print(line, highlight=False, markup=False)
     planned = preflight.plan_checked(sweep, checked, cells, place)
     specs = [spec for spec, _ in planned]
     searches = tuning.searches_of(sweep, planned)
@@ -236,6 +238,8 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     for (shown, line), tasks in notes.items():
         print(f"{shown} on {', '.join(tasks)}: {line}")
     unsupported = {spec.run_id for spec, cell in planned if cell.reason is not None}
+    for line in dict.fromkeys(line for task in checked for line in task.task.model_notes(task.model)):
+        print(line)
     for line in estimate.lines([spec for spec in missing if spec.run_id not in unsupported], store):
         print(line)
     seeds = ", ".join(map(str, sweep.seeds))

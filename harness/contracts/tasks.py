@@ -17,6 +17,7 @@ from harness.run import run_one
 from harness.spec import TrainSpec
 from harness.task import Task, make_splits
 from harness.training import predict, seed_everything
+from harness.trial import difference
 
 
 def splits_are_the_same_every_time(subject: Subject) -> None:
@@ -102,6 +103,17 @@ def loss_and_predictions_fit_the_metrics(subject: Subject) -> None:
     json.dumps(found)
 
 
+def a_row_does_not_depend_on_the_rows_beside_it(subject: Subject) -> None:
+    """Where a batch pads rows: the model says of a row in it what it says of the row alone."""
+    task, encoded = _encoded(subject)
+    lengths = task.lengths(encoded)
+    if lengths is None:
+        return
+    module = task.backbone(subject.place.model or task.default_model).module
+    found = difference(task, module, encoded, range(min(8, len(lengths))), TrainSpec())
+    assert found is None or found.reason is None, f"they differ by {found.largest}: {found.reason}"
+
+
 def a_run_on_it_gives_a_record(subject: Subject) -> None:
     """run_one with the subject's method ends with a valid record that is on disk."""
     store = RecordStore(subject.folder)
@@ -119,6 +131,7 @@ TASK_CONTRACTS = (
     shapes_on_the_meta_device_are_the_real_ones,
     the_head_is_the_same_for_every_method,
     loss_and_predictions_fit_the_metrics,
+    a_row_does_not_depend_on_the_rows_beside_it,
     a_run_on_it_gives_a_record,
 )
 
