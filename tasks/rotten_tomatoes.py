@@ -43,6 +43,10 @@ class RottenTomatoes(TextClassification):
     def num_labels(self) -> int:
         return len(CLASSES)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(CLASSES)
+
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
         reviews = one_title_per_film(read_reviews(review_file(data_root)))
         held = evaluation_movies({movie for _, _, movie in reviews})

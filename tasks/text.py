@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,12 @@ class TextClassification(Classification):
         tokens = {name: found[f"tokens/{name}"] for name in inputs}
         padding = {name: int(found[f"padding/{name}"][0]) for name in inputs}
         return EncodedTexts(tokens, padding, found["starts"], found["cut"], examples.labels)
+
+    def references(self, examples: Examples) -> dict[str, int] | tuple[float, float] | None:
+        """As `Task.references`: rows by class, or the lowest and the highest value."""
+        if self.num_labels > 1:
+            return super().references(examples)
+        return float(examples.labels.min()), float(examples.labels.max())
 
     def lengths(self, encoded: EncodedTexts) -> np.ndarray:
         """(rows,) number of tokens."""
@@ -179,9 +185,9 @@ def num_positions(module: nn.Module) -> int | None:
     return None
 
 
-def group_numbers(values: Sequence[str]) -> np.ndarray:
+def group_numbers(values: Sequence[Hashable]) -> np.ndarray:
     """(rows,) int64: equal values get equal numbers, in order of first appearance."""
     import numpy as np
 
-    numbers: dict[str, int] = {}
+    numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)
