@@ -40,13 +40,14 @@ class Examples:
 
     `groups` holds a value per row; rows that share one (a movie, a premise) are never parted between the training
     split and the holdout. None: every row stands alone. `left_out` names what the source has and the rows lack, since
-    it could not be read.
+    it could not be read. `notes`: what a person should know of how the rows were read, a line each.
     """
 
     columns: Mapping[str, Sequence[Any] | np.ndarray]
     labels: np.ndarray
     groups: np.ndarray | None = None
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,7 +61,7 @@ class Examples:
             for name, values in self.columns.items()
         }
         groups = None if self.groups is None else self.groups[rows]
-        return Examples(columns, self.labels[rows], groups, self.left_out)
+        return Examples(columns, self.labels[rows], groups, self.left_out, self.notes)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class Splits:
     holdout: Examples
     evaluation: dict[str, Examples]
     fingerprint: str
+
+    @property
+    def by_name(self) -> dict[str, Examples]:
+        """All of them: "train", "holdout", then the evaluation splits."""
+        return {"train": self.train, "holdout": self.holdout, **self.evaluation}
 
 
 class Task(Parameters, ABC):
@@ -86,11 +92,22 @@ class Task(Parameters, ABC):
     default_model: ClassVar[str | None] = None  # None: the task builds its own model and takes no --model
     capabilities: ClassVar[tuple[str, ...]] = ()  # words for `list`: "text", "image", "regression"
     higher_is_better: ClassVar[bool] = True  # of the headline metric; False for a loss
+    stratified: ClassVar[bool] = False  # whether the holdout has each class in its proportion
 
     @property
     @abstractmethod
     def headline(self) -> str:
         """The metric that is the run's score; see `higher_is_better`."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The metrics of a split, the headline first: what is said of a task before its runs."""
+        return (self.headline,)
+
+    def references(self, examples: Examples) -> dict[str, int] | tuple[float, float] | None:
+        """What is said of a split's references, and checked: rows by class, in the order of the classes, 0 for one that
+        the split lacks; or the lowest and the highest value; None where they are neither."""
+        return None
 
     @abstractmethod
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
@@ -151,7 +168,8 @@ class Task(Parameters, ABC):
         return None
 
     def facts(self, encoded: Any) -> dict[str, Any]:
-        """What a record should say of an encoded split, as JSON values: share of texts cut, images left out."""
+        """What should be said of an encoded split in the record and before the runs, as JSON values: the share of texts
+        cut. What can be said without encoding are its `references` and the notes of its Examples."""
         return {}
 
     @abstractmethod
@@ -195,6 +213,8 @@ def make_splits(task: Task, data_root: str | None, limit: int | None) -> Splits:
     `limit` keeps at most that many training rows (holdout included) and that many of each evaluation split: a
     deterministic subset with the classes in their proportions. The fingerprint is that of all rows, before `limit`.
     """
+    import numpy as np
+
     train, evaluation = task.load(data_root)
     for name, examples in {"train": train, **evaluation}.items():
         if len(examples) == 0:
@@ -202,9 +222,14 @@ def make_splits(task: Task, data_root: str | None, limit: int | None) -> Splits:
     fingerprint = fingerprint_of(train=train, **evaluation)
     train = limited(train, limit)
     evaluation = {name: limited(examples, limit) for name, examples in evaluation.items()}
-    rest, held = holdout_rows(train)
+    stratify = task.stratified and np.issubdtype(train.labels.dtype, np.integer)
+    rest, held = stratified_rows(train, fewest=0) if stratify else holdout_rows(train)
     if len(rest) < 2:
-        raise InputError(f"split 'train' has {len(train)} rows: at least 2 must be left after the holdout is cut")
+        together = train.groups is not None and len(np.unique(train.groups)) == 1
+        reason = ", which belong together" if together and len(train) > 1 else ""
+        raise InputError(
+            f"split 'train' has {len(train)} rows{reason}: at least 2 must be left after the holdout is cut"
+        )
     return Splits(train.select(rest), train.select(held), evaluation, fingerprint)
 
 
@@ -249,6 +274,63 @@ def holdout_rows(
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
+def stratified_rows(
+    train: Examples, share: float = HOLDOUT_SHARE, most: int = HOLDOUT_ROWS, fewest: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rows that stay, rows cut off) as `holdout_rows`, with each class in its proportion as far as groups allow.
+
+    A class that has two groups or more stays on the first side, and has at least `fewest` rows (0 or 1) on the other.
+    """
+    import numpy as np
+
+    number, classes = len(train), np.unique(train.labels, return_inverse=True)[1]
+    groups = np.arange(number) if train.groups is None else np.unique(train.groups, return_inverse=True)[1]
+    pairs, counts = np.unique(groups * (classes.max() + 1) + classes, return_counts=True)
+    of_group, of_class = np.divmod(pairs, classes.max() + 1)
+    quotas = _quotas(np.bincount(classes), max(1, min(int(share * number), most)), fewest)
+    left = np.bincount(of_class)  # groups of each class that stay
+    quotas[left < 2] = 0
+    cells: list[list[tuple[int, int]]] = [[] for _ in range(groups.max() + 1)]  # (class, rows) of each group
+    for group, label, count in zip(of_group.tolist(), of_class.tolist(), counts.tolist(), strict=True):
+        cells[group].append((label, count))
+    places = np.random.default_rng(0).permutation(len(cells))
+    sizes, taken, total = np.bincount(groups), np.zeros(len(cells), dtype=bool), np.zeros(len(quotas), dtype=int)
+
+    def take(group: int) -> None:
+        taken[group] = True
+        for label, count in cells[group]:
+            total[label] += count
+            left[label] -= 1
+
+    for rarest in np.argsort(np.bincount(classes), kind="stable"):
+        members = of_group[of_class == rarest]
+        free = [group for group in members[np.argsort(places[members], kind="stable")].tolist() if not taken[group]]
+        for group in free:
+            if total[rarest] >= quotas[rarest]:
+                break
+            if all(total[label] + count <= quotas[label] and left[label] > 1 for label, count in cells[group]):
+                take(group)
+        if total[rarest] == 0 < quotas[rarest]:  # no group fits: the smallest that leaves every class on both sides
+            fitting = [group for group in free if all(left[label] > 1 for label, _ in cells[group])]
+            if fitting:
+                take(min(fitting, key=lambda group: sizes[group]))
+    if not taken.any():
+        taken[np.argmin(sizes)] = True
+    held = taken[groups]
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _quotas(counts: np.ndarray, wanted: int, fewest: int) -> np.ndarray:
+    """(classes,) `wanted` rows shared out over classes of `counts` rows, the largest remainders rounded up; at least
+    `fewest` of each."""
+    import numpy as np
+
+    exact = wanted * counts / counts.sum()
+    quotas = np.floor(exact).astype(np.int64)
+    quotas[np.argsort(quotas - exact, kind="stable")[: wanted - quotas.sum()]] += 1
+    return np.clip(quotas, fewest, np.maximum(counts - 1, 0))
+
+
 def fingerprint_of(**splits: Examples) -> str:
     """SHA-256 over the names and the content of the splits (columns, labels, groups), 16 hexadecimal digits."""
     import numpy as np
@@ -267,6 +349,20 @@ def fingerprint_of(**splits: Examples) -> str:
 
 class Classification(Task):
     """Abstract base of tasks whose model returns `logits`: cross-entropy, the most probable class, accuracy."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes in the order of their numbers; () where they have no names."""
+        return ()
+
+    def references(self, examples: Examples) -> dict[str, int] | tuple[float, float] | None:
+        import numpy as np
+
+        labels = examples.labels
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+            return None
+        counts = np.bincount(labels, minlength=len(self.class_names)).tolist()
+        return dict(zip(self.class_names or map(str, range(len(counts))), counts, strict=False))
 
     @property
     def headline(self) -> str:

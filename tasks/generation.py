@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -17,7 +16,6 @@ from tasks.cache import cached
 from tasks.hub import Rows, first_split, read_split
 from tasks.pairs import PROMPT, EncodedPairs, padded, tokenized
 from tasks.rouge import rouge
-from tasks.text import group_numbers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +29,7 @@ BYTES_PER_TOKEN = 8  # of a generated text that are kept: more than text has on 
 LARGEST_LOG = 80.0  # perplexities above e^80 are given as that
 
 
-class Generation(Task):
+class Generation(Task, own.TableFile):
     """Prompts and responses for a causal language model, called as generation:PATH (or a Hub dataset's id).
 
     The loss is on the response alone (its tokens and the end token): the mean over its tokens, then over examples.
@@ -67,8 +65,8 @@ class Generation(Task):
 
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
         columns = [self.prompt, self.response]
-        if Path(self.path).expanduser().exists() or self.path.count("/") != 1:
-            splits = own.read_own(self.path, columns)
+        if own.is_local(self.path):
+            splits: dict[str, Rows] = {**own.read_own(self.path, [self.prompt], self, self.response)}
         else:
             splits = {"train": read_split(self.path, self.configuration, "train", columns, data_root)}
             split = first_split(self.path, self.configuration, own.EVALUATIONS, data_root)
@@ -80,7 +78,11 @@ class Generation(Task):
         """Labels are the responses as `_packed` has them."""
         prompts, responses = rows.texts(self.prompt), rows.texts(self.response)
         labels = _packed(responses, [0.0] * len(responses), [1] * len(responses), BYTES_PER_TOKEN * self.max_response)
-        return Examples({"prompt": prompts, "response": responses}, labels, group_numbers(prompts))
+        groups, notes = own.text_groups([prompts, responses])
+        read = rows.notes if isinstance(rows, own.OwnRows) else ()
+        if len(set(responses)) == 1:
+            notes = (*notes, "every response is the same text: the scores tell nothing of a method")
+        return Examples({"prompt": prompts, "response": responses}, labels, groups, notes=(*read, *notes))
 
     def model_fingerprint(self, model: str | None, *, trust_remote_code: bool = False) -> str:
         return pretrained.fingerprint(self.model_name(model), trust_remote_code=trust_remote_code)

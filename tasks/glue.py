@@ -94,6 +94,10 @@ class Glue(TextClassification):
         return self.table.metrics[0]
 
     @property
+    def metric_names(self) -> tuple[str, ...]:
+        return self.table.metrics
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         return self.table.classes
 

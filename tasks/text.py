@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -126,6 +126,12 @@ class TextClassification(Classification):
         paddings = {name: int(found[f"padding/{name}"][0]) for name in inputs}
         return EncodedTexts(tokens, paddings, bool(found["left"][0]), found["starts"], found["cut"], examples.labels)
 
+    def references(self, examples: Examples) -> dict[str, int] | tuple[float, float] | None:
+        """As `Task.references`: rows by class, or the lowest and the highest value."""
+        if self.num_labels > 1:
+            return super().references(examples)
+        return float(examples.labels.min()), float(examples.labels.max())
+
     def lengths(self, encoded: EncodedTexts) -> np.ndarray:
         """(rows,) number of tokens."""
         import numpy as np
@@ -222,9 +228,9 @@ def _shown(tokenizer: Any, number: int) -> str:
     return f"{number} ({tokenizer.convert_ids_to_tokens(number)!r})"
 
 
-def group_numbers(values: Sequence[str]) -> np.ndarray:
+def group_numbers(values: Sequence[Hashable]) -> np.ndarray:
     """(rows,) int64: equal values get equal numbers, in order of first appearance."""
     import numpy as np
 
-    numbers: dict[str, int] = {}
+    numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)

@@ -157,8 +157,8 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
         checked = preflight.check_tasks(sweep, place)
         cells = preflight.check_methods(sweep, checked, place, store.find)
         said = preflight.check_models(checked, sweep.train, place)
-    for line in said:
-        console.print(line, highlight=False, markup=False)
+    for line in [*preflight.summaries(checked), *said]:
+        console.out(line, highlight=False)  # print makes a picture of the name in "text:x: ..."
     planned = preflight.plan_checked(sweep, checked, cells, place)
     specs = [spec for spec, _ in planned]
     searches = tuning.searches_of(sweep, planned)
@@ -211,6 +211,7 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     from harness.record_store import RecordStore
 
     checked = preflight.check_tasks(sweep, place)
+    print("\n".join(preflight.summaries(checked)))
     store = RecordStore(results)
     cells = preflight.check_methods(sweep, checked, place, store.find)
     planned = preflight.plan_checked(sweep, checked, cells, place)
