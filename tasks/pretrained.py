@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError
-from harness.method import Backbone, in_modules
+from harness.method import Backbone, in_modules, is_adaptable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -219,8 +219,6 @@ def _fingerprint_of(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 def _head_and_layers(module: nn.Module, model: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The head: every child beside the base model, and the base model's pooler. The layers: the base model's rest."""
-    from torch import nn
-
     prefix = getattr(module, "base_model_prefix", "")
     children = dict(module.named_children())
     if prefix not in children:
@@ -230,9 +228,7 @@ def _head_and_layers(module: nn.Module, model: str) -> tuple[tuple[str, ...], tu
     if pooler is not None and _has_numbers(pooler):
         head.insert(0, f"{prefix}.pooler")
     layers = [
-        name
-        for name, layer in module.named_modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not in_modules(f"{name}.weight", head)
+        name for name, layer in module.named_modules() if is_adaptable(layer) and not in_modules(f"{name}.weight", head)
     ]
     return tuple(head), tuple(layers)
 
