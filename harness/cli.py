@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import os
 import re
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from harness import stopping
 from harness.errors import InputError, one_line, plain, unknown
 from harness.parameters import Parameters, checked_path
 from harness.spec import Execution, Place, TrainSpec
+from harness.storage import check_results
 
 DESCRIPTION = """\
 Compare fine-tuning methods on equal terms: same data order, same budget in batches, several seeds, honest
@@ -35,17 +34,13 @@ examples:
 
 
 LONGEST_URI = 2000
-STOPPED = """
-stopped; finished runs are kept, and unfinished ones go on from their last checkpoint (--checkpoint-every): \
-give the same command again to go on
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 where runs failed, 2 for bad input, 130 after an interrupt."""
     try:
-        _on_signals(_interrupt)
-        _open_streams()
+        stopping.take_signals()
+        stopping.open_streams()
         quiet_environment()
         code = _carry_out(arguments)
         sys.stdout.flush()
@@ -54,9 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        with contextlib.suppress(OSError):  # a terminal that was closed
-            print(STOPPED, end="", file=sys.stderr)
-        return 130
+        return stopping.told()
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -69,52 +62,8 @@ def _carry_out(arguments: Sequence[str] | None) -> int:
         parser.print_help()
         return 0
     if hasattr(options, "results"):
-        _check_results(options.results)
+        check_results(options.results)
     return int(options.command(options))
-
-
-def _on_signals(handler: Any) -> None:
-    """A scheduler's stop and a closed terminal are interrupts; one that is ignored (nohup) stays so."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    """The first signal: stop in order."""
-    _on_signals(_leave)
-    raise KeyboardInterrupt
-
-
-def _leave(number: int, frame: Any) -> None:
-    """A further one, while that takes too long: leave at once. What is on disk may be cut off at any moment."""
-    with contextlib.suppress(OSError):
-        os.write(2, STOPPED.encode())
-    os._exit(130)
-
-
-def _open_streams() -> None:
-    """Output that was closed goes nowhere, and a sign that the terminal's encoding lacks is escaped."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _check_results(results: Path) -> None:
-    """Raises InputError where no results folder is or can be."""
-    longest = results / "runs" / "0123456789abcdef" / "predictions.safetensors"
-    for path in (longest, *longest.parents):
-        try:
-            if path.is_dir():
-                return
-            if path.exists() and path != longest:
-                raise InputError(f"--results '{results}' cannot be written: '{path}' is not a folder")
-        except OSError as error:
-            raise InputError(f"--results '{results}' cannot be written: {error.strerror}") from None
 
 
 def quiet_environment() -> None:
@@ -230,7 +179,8 @@ def _add_run(commands: Any) -> None:
         "--tasks",
         type=_names,
         metavar="A,B",
-        help="tasks: glue/cola; a family for its members: glue; own data: text:PATH",
+        help="tasks: glue/cola; a family for its members: glue; own data: text:PATH, the path in double quotes "
+        "where it holds commas or brackets",
     )
     what.add_argument("--seeds", metavar="N|A,B", help="3 means seeds 0,1,2; 4,7 means these two; 4, means this one")
     what.add_argument(
@@ -289,10 +239,10 @@ def _add_tracking(parser: Any) -> None:
 
 
 def _names(text: str) -> list[str]:
-    from harness.plan import split_list
+    from harness.notation import split_tasks
 
     try:
-        return split_list(text)
+        return split_tasks(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import math
-import tomllib
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -15,7 +14,8 @@ from pydantic import AfterValidator, Field, field_validator
 from harness import registry
 from harness.errors import InputError, unknown
 from harness.method import Method
-from harness.parameters import Parameters, checked_path, from_toml
+from harness.notation import parse_choice
+from harness.parameters import Parameters, checked_path
 from harness.spec import MOST, Place, RunSpec, TrainSpec
 from harness.task import Task
 
@@ -64,56 +64,6 @@ class Fingerprints(NamedTuple):
 
     data: str
     model: str
-
-
-def split_list(text: str) -> list[str]:
-    """The parts of a comma-separated list: "a,b[x=1,y=2]" -> ["a", "b[x=1,y=2]"]. Commas inside brackets
-    are left alone, and all signs inside double quotes."""
-    commas, depth, quoted = [-1], 0, False
-    for place, character in enumerate(text):
-        quoted ^= character == '"'
-        if not quoted:
-            depth += (character in "[{(") - (character in "]})")
-        if depth < 0:
-            break
-        if character == "," and depth == 0 and not quoted:
-            commas.append(place)
-    if depth != 0:
-        raise InputError(f"'{text}' has an unbalanced bracket; write name[parameter=value,parameter=value]", text)
-    parts = [text[start + 1 : end] for start, end in itertools.pairwise([*commas, len(text)])]
-    return [part.strip() for part in parts if part.strip()]
-
-
-def parse_value(text: str) -> Any:
-    """A value as TOML reads it (8, 0.5, true, ["query", "value"], "text"); null is none, another bare word a string.
-
-    Raises InputError for a number, list or table of absurd size.
-    """
-    if text == "null":
-        return None
-    try:
-        values = from_toml(f"value = {text}", f"'{text}'")
-    except tomllib.TOMLDecodeError:
-        return text
-    return values["value"] if len(values) == 1 else text  # another line of it would be lost
-
-
-def parse_choice(text: str) -> tuple[str, dict[str, Any]]:
-    """A name and its parameters: "debora[tau=8,rank=4]" -> ("debora", {"tau": 8, "rank": 4})."""
-    name, bracket, rest = text.partition("[")
-    if not bracket:
-        return name, {}
-    if not rest.endswith("]") or not name:
-        raise InputError(f"'{text}' cannot be read; write name[parameter=value,parameter=value]", text)
-    parameters: dict[str, Any] = {}
-    for part in split_list(rest[:-1]):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise InputError(f"'{part}' in '{text}' has no value; write name[parameter=value]", text)
-        if key.strip() in parameters:
-            raise InputError(f"parameter '{key.strip()}' is given twice in '{text}'", text)
-        parameters[key.strip()] = parse_value(value.strip())
-    return name, parameters
 
 
 def method_cells(sweep: Sweep) -> list[tuple[str, Method]]:

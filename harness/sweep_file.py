@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import stat
 import tomllib
@@ -72,7 +73,9 @@ def read_text(path: Path, largest: int, what: str) -> str:
 def located(error: InputError, path: Path) -> InputError | None:
     """The same error with the file and the line of the mistake; None where the file does not mention it."""
     if error.mention:
+        written = re.escape(error.mention), re.escape(json.dumps(error.mention)[1:-1])  # with its signs escaped
+        pattern = re.compile(rf"(?<![\w-])({'|'.join(written)})(?![\w-])")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if not line.lstrip().startswith("#") and re.search(rf"(?<![\w-]){re.escape(error.mention)}(?![\w-])", line):
+            if not line.lstrip().startswith("#") and pattern.search(line):
                 return InputError(f"{path}, line {number}: {error}")
     return None

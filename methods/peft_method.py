@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import typing
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, create_model, field_validator, model_serializer
+from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from harness.errors import InputError, unknown
-from harness.method import Adaptation, Backbone, Method, Parameters, TrainData, in_modules
+from harness.method import Adaptation, Backbone, Method, TrainData, in_modules
 from harness.optimizer import adamw
+from methods.peft_fields import fields_of
 
 if TYPE_CHECKING:
     import torch
@@ -75,11 +75,6 @@ TRIED = {
 }
 
 
-MOST_RANK = 65_536  # above the sides of any layer
-MOST = 1_000_000_000
-MAY_BE_ZERO = ("init_warmup", "final_warmup", "num_frozen_tokens", "psoft_svd_lowrank_niter")
-
-
 class PeftMethod(Method):
     """Any tuner of the installed PEFT by its type, as peft[type=ia3] or peft[type=vera,r=64].
 
@@ -119,7 +114,7 @@ class PeftMethod(Method):
             raise InputError(
                 f"{owner}[type=adalora]: the method adalora does it whole; write --methods adalora", "type"
             )
-        fields = _fields(types[method.type])
+        fields = fields_of(types[method.type])
         given = method.config | {name: value for name, value in values.items() if name not in own}
         for name in given:
             if name not in fields.model_fields:
@@ -198,7 +193,7 @@ class PeftMethod(Method):
 
         config_class = tuner_types()[self.type]
         names = {field.name for field in dataclasses.fields(config_class)}
-        checked = _fields(config_class).of(self.config, f"peft[type={self.type}]")
+        checked = fields_of(config_class).of(self.config, f"peft[type={self.type}]")
         values = {name: getattr(checked, name) for name in self.config}
         if "target_modules" in names:
             values["target_modules"] = self._targets(backbone)
@@ -225,15 +220,13 @@ class PeftMethod(Method):
 
     def _check_tokens(self, backbone: Backbone) -> None:
         """Raises InputError for a token that the backbone does not have, which PEFT would find when it trains."""
-        given = self.config.get("token_indices")
-        module: Any = backbone.module
-        if given and hasattr(module, "get_input_embeddings"):
-            number = module.get_input_embeddings().num_embeddings
-            if max(given) >= number:
-                raise InputError(
-                    f"peft[type={self.type}].token_indices = {max(given)} is not allowed: the model has {number} tokens",
-                    "token_indices",
-                )
+        given: Any = self.config.get("token_indices")
+        sizes = [getattr(part, "num_embeddings", 0) for part in backbone.module.modules()]
+        if given and max(given) >= max(sizes) > 0:
+            raise InputError(
+                f"peft[type={self.type}].token_indices holds {max(given)}, and the model has {max(sizes)} tokens",
+                "token_indices",
+            )
 
 
 @functools.cache
@@ -247,47 +240,6 @@ def tuner_types() -> dict[str, Any]:
         for kind in PeftType
         if kind in PEFT_TYPE_TO_CONFIG_MAPPING
     }
-
-
-@functools.cache
-def _fields(config_class: Any) -> type[Parameters]:
-    """A configuration's fields as strict parameters, those left out that the gateway sets itself."""
-    from peft import PeftConfig
-
-    own = {field.name for field in dataclasses.fields(PeftConfig)} | {"target_modules", "modules_to_save"}
-    hints = typing.get_type_hints(config_class)
-    definitions: dict[str, Any] = {
-        field.name: (
-            _with_range(field.name, hints[field.name], field.default),
-            field.default if factory is dataclasses.MISSING else Field(default_factory=factory),
-        )
-        for field in dataclasses.fields(config_class)
-        if field.name not in own
-        for factory in [field.default_factory]
-    }
-    return create_model(config_class.__name__, __base__=Parameters, **definitions)
-
-
-def _with_range(name: str, hint: Any, default: Any) -> Any:
-    """A field's type with the values that can be right for some backbone: PEFT has no ranges of its own.
-
-    A size is at least 1, or as small as its default; a seed is one; a dropout is a share below 1.
-    """
-    if "dropout" in name:
-        return Annotated[hint, Field(ge=0, lt=1)]
-    if hint == list[int]:
-        return list[Annotated[int, Field(ge=0)]]
-    if "rank" in name and hint == int | float | None:
-        return Annotated[hint, Field(gt=0)]
-    if hint is float and name.startswith("init_"):
-        return Annotated[hint, Field(ge=0)]
-    if hint not in (int, int | None, typing.Optional[int]):
-        return hint
-    if "seed" in name or "prng" in name:
-        return Annotated[hint, Field(ge=0)]
-    least = 0 if name in MAY_BE_ZERO else min(1, 1 if default in (None, dataclasses.MISSING) else default)
-    most = MOST_RANK if name in ("r", "mini_r") or "rank" in name else MOST
-    return Annotated[hint, Field(ge=least, le=most)]
 
 
 def _outcome(name: str) -> str:

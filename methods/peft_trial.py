@@ -15,7 +15,7 @@ from harness.errors import InputError
 from methods.peft_model import peft_model
 
 LENGTH = 8  # tokens of a row that is made here
-MOST = 1_000_000_000  # numbers that a tuner may train, or ten times those of the backbone
+MOST_NUMBERS = 1_000_000_000  # that a tuner may train on a small backbone
 
 
 def takes_tokens(module: Any) -> bool:
@@ -63,7 +63,7 @@ def _candidates(module: Any) -> Iterator[dict[str, Tensor]]:
 
 def failure(module: Any, config: Any, inputs: dict[str, Tensor] | None) -> Exception | None:
     """Why PEFT cannot put the tuner into `module`, which is lost, or the result does not take `inputs` as it did."""
-    most = max(MOST, 10 * sum(p.numel() for p in module.parameters()))
+    most = max(MOST_NUMBERS, 10 * sum(p.numel() for p in module.parameters()))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:

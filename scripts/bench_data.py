@@ -20,7 +20,7 @@ import torch
 
 from harness import registry
 from harness.contracts.subject import CPU
-from harness.plan import parse_choice
+from harness.notation import parse_choice
 from harness.spec import TrainSpec
 from harness.task import Task, make_splits
 from harness.training import Training, TrainingData, seed_everything

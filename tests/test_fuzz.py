@@ -12,7 +12,8 @@ from harness.cli import main
 from harness.errors import plain
 
 LONGEST = 2000
-KEPT = [json.loads(line) for line in (Path(__file__).parent / "fuzz" / "commands.jsonl").read_text().splitlines()]
+FUZZ = Path(__file__).parent / "fuzz"
+KEPT = [json.loads(line) for line in (FUZZ / "commands.jsonl").read_text().splitlines()]
 TAKES_RESULTS = {"run", "status", "report", "compare", "diff", "export", "export-glue"}
 LONG = "x" * 100_000
 STEERING = ["\x1b[31mred", "a\rb", "a\nb", "a\x00b", "\x07", "\u202etxt", "\u2028", "\udcff", "\x9b31m"]
@@ -27,20 +28,7 @@ WORDS = ["methods", "tasks", "model", "grid", "device", "precision", "schedule",
 WORDS += ["data-root", "results", "tracking-uri"]
 NO_WORD = ["", " ", "nowhere/at/all", "~nobody-of-that-name/x", LONG, "y/" * 20_000, *DEEP, *STEERING]
 HUGE = ["999999999999", "1" + "0" * 18]
-METHODS = """
-lora[init=pissa_niter_0] lora[init=pissa_niter_-1] lora[init=pissa_niter_x] lora[init=pissa_niter_] lora[init=]
-lora[init=pissa_niter_99999999999] lora[init=pissa_niter_٣] lora[init=4] lora[init=pissa_niter_1001] lora[rank=-1]
-lora[rank=1e3] lora[rank=1.5] lora[rank_pattern=3] lora[rank_pattern={query=0.5}] lora[target_modules=3]
-lora[target_modules=[]] lora[target_modules=[1]] lora[target_modules=[""]] lora[dropout=2] lora[alpha=0] lora[alpha=nan]
-lora[learning_rate=inf] lora[weight_decay=-1] lora[parameters=0] lora[ranks=7] lora[shuffle_ranks=true] lora[rslora=1]
-lora[init=orthogonal,rank=3] peft peft[type=] peft[type=3] peft[type=lora,r=0] peft[type=lora,r=-1] peft[type=lora,r=1.5]
-peft[type=lora,r=1000000000000] peft[type=lora,lora_alpha=0] peft[type=lora,lora_alpha=-1] peft[type=lora,lora_dropout=2]
-peft[type=lora,lora_dropout=1] peft[type=lora,lora_dropout=-0.1] peft[type=lora,target_modules=3] peft[type=lora,r="4"]
-peft[type=lora,r=60000000] peft[type=vera,r=0] peft[type=oft,r=-1] peft[type=boft,boft_dropout=2] peft[type=loha,r=0]
-peft[type=lokr,r=0] peft[type=hra,r=0] peft[type=miss,r=0] peft[type=miss,mini_r=0] peft[type=randlora,r=0]
-peft[type=prompt_tuning,num_virtual_tokens=0] peft[type=prefix_tuning,num_virtual_tokens=-1] peft[type=vblora,topk=0]
-peft[type=fourierft,n_frequency=0] peft[type=adamss,num_subspaces=0] peft[type=vera,projection_prng_key=-1]
-""".split()
+METHODS = (FUZZ / "methods.txt").read_text().splitlines()
 RUN = {"methods": "head", "tasks": "synthetic", "batches": "2", "executor": "serial"}
 WRONG = [(option, value) for option in NUMBERS for value in NO_NUMBER]
 WRONG += [(option, value) for option in AT_LEAST_ONE for value in ("0", *HUGE)]
@@ -117,3 +105,125 @@ def test_a_wrong_value_of_any_option_is_one_line_and_writes_nothing(
     assert stopped(arguments) == 2
     told(capsys, f"--{option}", option.replace("-", "_"), value.strip() or "''")
     assert list(tmp_path.iterdir()) == []
+
+
+SWEEPS = {
+    "seeds": ["1000000000", "-5", "0", "0x" + "f" * 5000, "1.5", "nan", "[]", "[9223372036854775808]", '"3"', "[0, 0]"],
+    "methods": ['"lora"', "[3]", '["lora[rank=0]"]', "[" * 5000 + "]" * 5000, '["a\\u001b[31m"]', f'["{LONG}"]', "{}"],
+    "tasks": [
+        '["text:a\\u0000b"]',
+        '["text:"]',
+        '["text:a\\u202eb"]',
+        '["text:~nobody-of-that-name"]',
+        f'["text:{LONG}"]',
+    ],
+    "model": ['""', '" "', "3", f'"{LONG}"', '"a\\u0000b"', '"\\u202e"'],
+    "limit": ["0", "1e400", "9" * 10_000, "1" + "0" * 30, "true", "1979-05-27"],
+    "threads": ["0", "1" + "0" * 30, "[1]"],
+    "tune": ["0", "100000000", "nan"],
+    "grid": ["3", '{"lora.rank" = 3}', '{"lora.rank" = []}', '{"lora.rank" = [[[1]]]}', '{"head" = [1]}', '{"" = [1]}'],
+    "train": ["3", "{batches = 0}", "{batches = 1000000000000}", "{epochs = inf}", "{batch_size = 1e3}", "{x = 1}"],
+    "description": ["3", "9" * 10_000, "{" + "a." * 5000 + "a = 1}"],
+    "nothing_of_ours": ["1"],
+}
+WHOLE = [
+    "[" + "a." * 5000 + "a]",
+    "a = " * 100,
+    "[[[",
+    '"',
+    "\x00",
+    "[train]\n[train]\n",
+    "a.b = 1\na.b = 2",
+    LONG,
+    "seeds",
+]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"{key} = {value}\n" for key, values in SWEEPS.items() for value in values] + WHOLE,
+    ids=itertools.count(),
+)
+def test_a_wrong_sweep_file_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "sweep.toml"
+    given = {"methods": '["lora"]', "tasks": '["synthetic"]'}
+    others = "".join(f"{key} = {value}\n" for key, value in given.items() if not text.startswith(f"{key} ="))
+    path.write_text(others + text)
+    for command in (["validate", str(path)], ["run", "--config", str(path), "--results", "out"]):
+        assert stopped(command) == 2
+        told(capsys, "sweep.toml")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_product_of_seeds_and_grid_that_is_too_large_is_named(tmp_path, capsys):
+    alphas = ",".join(map(str, range(1, 102)))
+    given = ["--methods", "lora", "--tasks", "synthetic", "--results", str(tmp_path / "out")]
+    assert stopped(["run", *given, "--seeds", "10000", "--grid", f"lora.alpha={alphas}"]) == 2
+    assert "1,010,000 runs (101 methods x 1 tasks x 10,000 seeds)" in told(capsys, "runs")
+    dropouts = ",".join(f"{number / 1000}" for number in range(200))
+    grids = [f"lora.{name}={values}" for name, values in {"alpha": alphas, "dropout": dropouts, "rank": alphas}.items()]
+    assert stopped(["run", *given, *(part for grid in grids for part in ("--grid", grid))]) == 2
+    assert f"{101 * 200 * 101:,} methods" in told(capsys, "methods")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["validate"], ["run", "--results", "out", "--config"]], ids=["validate", "run"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "endless", "large", "binary", "latin", "gone"])
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_a_file_of_another_kind_is_one_line(tmp_path, capsys, monkeypatch, command, kind, suffix):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"it.{suffix}"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "endless":
+        path.symlink_to("/dev/zero")
+    elif kind == "large":
+        with path.open("wb") as stream:
+            stream.truncate(2_000_000_000)
+    elif kind != "gone":
+        path.write_bytes(os.urandom(64) + b"\xff\xfe" if kind == "binary" else "a = 'é'".encode("latin-1"))
+    assert stopped([*command, str(path)]) == 2
+    told(capsys, path.name)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000, "9" * 10_000, "null", '{"spec": 3}']
+)
+def test_a_wrong_record_is_one_line(tmp_path, capsys, text):
+    path = tmp_path / "record.json"
+    path.write_text(text)
+    assert stopped(["validate", str(path)]) == 2
+    told(capsys, "record.json")
+
+
+OTHERS = {
+    "list": ["{}"],
+    "validate": ["{}"],
+    "diff": ["{}", "{}"],
+    "compare": ["{}", "{}"],
+    "export": ["{}", "--to", "exported"],
+    "export-glue": ["{}"],
+    "status": ["--results={}"],
+    "report": ["--methods={}"],
+    "": ["{}"],
+}
+
+
+@pytest.mark.parametrize("word", NO_WORD, ids=itertools.count())
+@pytest.mark.parametrize("command", OTHERS)
+def test_a_wrong_word_of_another_command_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, command, word):
+    monkeypatch.chdir(tmp_path)
+    rest = [part.replace("{}", word) for part in OTHERS[command]]
+    assert stopped([command, *rest] if command else rest) == 2
+    told(capsys, word, "--results", "COMMAND")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("word", NO_WORD, ids=itertools.count())
+def test_a_word_too_many_is_one_line(capsys, word):
+    assert stopped(["list", "lora", word]) == 2
+    told(capsys, word)

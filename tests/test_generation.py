@@ -14,7 +14,7 @@ from harness import registry
 from harness.cli import main
 from harness.contracts import TASK_CONTRACTS, Subject
 from harness.errors import InputError
-from harness.plan import parse_choice
+from harness.notation import parse_choice
 from harness.record_store import RecordStore
 from harness.spec import Place
 from tasks.generation import Generation

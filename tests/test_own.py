@@ -19,7 +19,7 @@ from harness import registry
 from harness.cli import main
 from harness.contracts import TASK_CONTRACTS, Subject
 from harness.errors import InputError
-from harness.plan import parse_choice
+from harness.notation import parse_choice
 from harness.record_store import RecordStore
 from harness.spec import Place
 from harness.task import Task, make_splits

@@ -14,7 +14,7 @@ import scipy.stats
 
 from harness.errors import InputError
 from harness.record_store import RecordStore
-from harness.report.build import build_report
+from harness.report.build import Unwritten, build_report
 from harness.report.data import tidy
 from harness.report.frame import to_frame
 from harness.report.latex import escape, latex
@@ -147,27 +147,90 @@ class TestBuild:
 
     def test_damaged_runs_are_named(self, tmp_path: Path) -> None:
         store = stored(tmp_path, record())
-        store.folder("broken").mkdir()
+        store.folder("0123456789abcdef").mkdir()
         build_report(store)
-        assert "cannot be read: broken." in (tmp_path / "tables" / "leaderboard.md").read_text(encoding="utf-8")
+        assert "cannot be read: 0123456789abcdef." in (tmp_path / "tables" / "leaderboard.md").read_text(
+            encoding="utf-8"
+        )
         shutil.rmtree(store.folder(record().run_id))
-        with pytest.raises(InputError, match="unreadable: broken"):
+        with pytest.raises(InputError, match="unreadable: 0123456789abcdef"):
             build_report(store)
 
-    def test_old_files_stay_when_writing_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("error", [OSError("disk full"), ValueError("a bad\nrecord"), RecursionError()])
+    def test_a_picture_that_fails_is_a_line_and_its_old_one_stays(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
         store = stored(tmp_path, record())
-        pictures = [path for path in build_report(store) if path.parent.name == "pictures"]
+        paths = build_report(store)
+        pictures = [path for path in paths if path.parent.name == "pictures"]
         before = [path.read_bytes() for path in pictures]
 
         def fail(figure: object, png: Path, *others: Path) -> None:
             png.write_bytes(b"half a pict")
-            raise OSError("disk full")
+            raise error
 
         monkeypatch.setattr("harness.report.figures.save", fail)
-        with pytest.raises(InputError, match="disk full"):
-            build_report(store)
+        told: list[str] = []
+        assert build_report(store, tell=told.append) == [path for path in paths if path not in pictures]
+        (line,) = told
+        assert line.startswith("picture 'score_vs_parameters' cannot be made (")
+        assert "\n" not in line
         assert [path.read_bytes() for path in pictures] == before
         assert sorted((tmp_path / "pictures").iterdir()) == sorted(pictures)
+        assert not list(tmp_path.glob(".report*"))
+
+    @pytest.mark.parametrize("name", ["tables", "pictures"])
+    def test_a_file_where_a_folder_should_be_costs_that_folder_only(self, tmp_path: Path, name: str) -> None:
+        store = stored(tmp_path, record())
+        (tmp_path / name).write_text("a file")
+        with pytest.raises(Unwritten, match=f"/{name}' cannot be written .*; make it a folder") as caught:
+            build_report(store)
+        parts = {"tables", "pictures", tmp_path.name} - {name}
+        assert {path.parent.name for path in caught.value.paths} == parts
+        assert all(path.stat().st_size > 20 for path in caught.value.paths)
+        assert (tmp_path / name).read_text() == "a file"
+
+    def test_several_at_once_do_not_fail_each_other(self, tmp_path: Path) -> None:
+        """Each is in a process of its own, and all begin when the last is ready; then the numbers of tables and of
+        pictures fall, so that each removes what others may be at."""
+        runs = [record("lora", method_parameters={"rank": rank}, numbers=100 * rank) for rank in (4, 8)]
+        store = stored(tmp_path, *runs, record("head", numbers=800))
+        build_report(store)
+        code = (
+            "import sys; from pathlib import Path; from harness.record_store import RecordStore; "
+            "from harness.report.build import build_report; from harness.report import pictures; "
+            "print(flush=True); sys.stdin.readline(); "
+            f"[build_report(RecordStore(Path({str(tmp_path)!r})), forms=forms) for forms in (('png', 'pdf'), ('png',))]"
+        )
+        others = [
+            subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for _ in range(4)
+        ]
+        for other in others:
+            assert other.stdout is not None
+            other.stdout.readline()
+        shutil.rmtree(store.folder(runs[0].run_id))
+        for other in others:
+            assert other.stdin is not None
+            other.stdin.write("\n")
+            other.stdin.flush()
+        for other in others:
+            other.communicate(timeout=120)
+        assert [other.returncode for other in others] == [0] * 4
+        there = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "runs" not in path.parts}
+        paths = build_report(store, forms=("png",))
+        assert {path: path.read_bytes() for path in paths} == there
+
+    def test_what_a_killed_report_has_left_goes(self, tmp_path: Path) -> None:
+        store = stored(tmp_path, record())
+        code = (
+            f"from pathlib import Path; from harness.process import own_name; "
+            f"(Path({str(tmp_path)!r}) / own_name('.report', 'draft') / 'tables').mkdir(parents=True)"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+        assert len(list(tmp_path.glob(".report*"))) == 1
+        build_report(store)
+        assert not list(tmp_path.glob(".report*"))
 
     def test_imports_no_torch(self) -> None:
         modules = "harness.report.build, harness.report.pictures, harness.report.paper, harness.tracking"

@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 from safetensors.numpy import save_file
 
 from harness import cli
-from harness.record import RunRecord
+from harness.record import SCHEMA, RunRecord
 from harness.record_store import RecordStore
 from harness.report import budget, critical, curves, layers, lines, rank_curves, scatter
 from harness.report.build import build_report
 from harness.report.figures import COLOURS
 from harness.report.frame import to_frame
-from harness.report.histories import mean_series, traced
+from harness.report.histories import History, mean_series, traced
 from harness.report.leaderboard import leaderboards, sorted_by
 from harness.report.paper import against_paper, reported
 from harness.report.trials import learning_rates, trials_frame
@@ -152,11 +152,13 @@ class TestBudget:
         assert math.isnan(budget.costs(lacking)["search_batches"][0])
 
     def test_time_to_score(self, tmp_path: Path) -> None:
-        assert budget.time_to(history(0), "holdout_accuracy", 0.65) == 20
-        assert budget.time_to(history(0), "holdout_accuracy", 0.95) is None
-        assert budget.time_to(history(0), "loss", 0.5, higher_is_better=False) == 15
+        one = History(history(0))
+        assert budget.time_to(one, "holdout_accuracy", 0.65) == 20
+        assert budget.time_to(one, "holdout_accuracy", 0.95) is None
+        assert budget.time_to(one, "loss", 0.5, higher_is_better=False) == 15
         store = with_histories(tmp_path, record(), record(seed=1))
-        table = budget.time_to_score(leaderboards(to_frame(store.records()))[0], store)
+        (only,) = leaderboards(to_frame(store.records()))
+        table = budget.time_to_score(only, traced(only, store))
         assert table["batches"].tolist() == [40, 40]
         assert table["target"].tolist() == [pytest.approx(0.89)] * 2
 
@@ -173,11 +175,11 @@ class TestBudget:
 
 class TestPictures:
     def test_mean_of_curves(self) -> None:
-        batches, means, halves = mean_series([history(0), history(1)], "loss")
+        batches, means, halves = mean_series([History(history(seed)) for seed in (0, 1)], "loss")
         assert (batches[0], batches[-1]) == (1, 40)
         assert means[0] == pytest.approx(1.005)
         assert halves == pytest.approx(np.full(len(batches), 0.005))
-        assert len(mean_series([history(0)], "nothing")[0]) == 0
+        assert len(mean_series([History(history(0))], "nothing")[0]) == 0
 
     def test_each_shows_what_it_should(self, tmp_path: Path) -> None:
         ranks = {f"encoder.layer.{i}.attention.{name}": 4 - i for i in (0, 1) for name in ("query", "value")}
@@ -419,7 +421,7 @@ class TestBadInput:
     def test_record_of_a_later_version_is_left_out_by_name(self, tmp_path: Path) -> None:
         store = stored(tmp_path, record(), record(seed=1))
         path = store.folder(record(seed=1).run_id) / "record.json"
-        path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+        path.write_text(path.read_text().replace(f'"schema_version": {SCHEMA}', f'"schema_version": {SCHEMA + 1}'))
         build_report(store)
         text = (tmp_path / "tables" / "leaderboard.md").read_text(encoding="utf-8")
         assert f"cannot be read: {record(seed=1).run_id}" in text

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from harness import registry, sweep_file
 from harness.errors import InputError
 from harness.executors import machine
+from harness.notation import parse_value, split_list
 from harness.parameters import checked_path
-from harness.plan import LARGEST_SEED, MOST_SEEDS, Sweep, cells_of, parse_value, split_list
+from harness.plan import LARGEST_SEED, MOST_SEEDS, Sweep, cells_of
 from harness.spec import Execution, Place, RunSpec, TrainSpec
 
 if TYPE_CHECKING:
