@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
@@ -16,7 +15,6 @@ from methods.peft_fields import fields_of
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from harness.spec import TrainSpec
 
@@ -75,9 +73,6 @@ TRIED = {
     "waveft": Tried("n_frequency=50"),
     "xlora": Tried(failure="`use_cache` must be False"),
 }
-
-
-MOST_NUMBERS = 1_000_000_000  # that a tuner may train on a small backbone
 
 
 class PeftMethod(Method):
@@ -146,15 +141,26 @@ class PeftMethod(Method):
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`. The tuner is put into a copy, on the meta device where PEFT can do that."""
+        from methods.peft_model import unfit
+        from methods.peft_trial import failure, takes_tokens, trial_inputs, with_values, without_values
+
         config = self._peft_config(backbone)
         self._check_tokens(backbone)
-        if self._targets(backbone) == []:
-            return "the backbone has no layer to adapt"
-        error = _failure(_without_values(backbone.module), config)
+        targets = self._targets(backbone)
+        if targets == []:
+            return backbone.without_layers("norm" if self.type == "ln_tuning" else "linear or convolution layer")
+        if self.type == "lora" and str(self.config.get("init_lora_weights")).lower() == "olora":
+            reason = unfit(backbone, targets or [], "init = olora")
+            if reason is not None:
+                return reason
+        module = without_values(backbone.module)
+        inputs = trial_inputs(module)
+        error = failure(module, config, inputs)
         if isinstance(error, InputError):
             raise error
-        if error is not None:
-            error = _failure(_with_values(backbone.module), config)
+        if error is not None or (inputs is None and takes_tokens(module)):
+            module = with_values(backbone.module)
+            error = failure(module, config, trial_inputs(module))
         if error is None:
             return None
         reason = str(error).strip().partition("\n")[0]
@@ -162,14 +168,14 @@ class PeftMethod(Method):
 
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """See `Method.start`."""
-        from peft import get_peft_model
-
         from methods.peft_adaptation import PeftAdaptation
+        from methods.peft_model import peft_model
+        from methods.peft_trial import failure, with_values, without_values
 
         config, module = self._peft_config(backbone), backbone.module
-        if next(module.parameters()).is_meta and _failure(_without_values(module), config) is not None:
-            module = _with_values(module)  # a tuner that computes with the weights: made-up ones give its counts
-        model: Any = get_peft_model(module, config)
+        if next(module.parameters()).is_meta and failure(without_values(module), config, None) is not None:
+            module = with_values(module)  # a tuner that computes with the weights: made-up ones give its counts
+        model: Any = peft_model(module, config)
         if getattr(config, "feedforward_modules", None):  # IA3's, which PEFT reads back only as a part of the targets
             config.target_modules = set(self._targets(backbone) or ())
             ends = tuple(config.feedforward_modules)
@@ -244,49 +250,3 @@ def _outcome(name: str) -> str:
         return "untried"
     fields, failure = TRIED[name]
     return f"fails: {failure}" if failure else f"works with {fields}" if fields else "works"
-
-
-def _failure(module: Any, config: Any) -> Exception | None:
-    """Why PEFT cannot put the tuner into `module`, which is lost, or the result does not take tokens as it did."""
-    import warnings
-
-    import torch
-    from peft import get_peft_model
-
-    tokens = module.dummy_inputs if getattr(module, "main_input_name", None) == "input_ids" else None
-    device = next(module.parameters()).device
-    most = max(MOST_NUMBERS, 10 * sum(p.numel() for p in module.parameters()))
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        try:
-            model = get_peft_model(module, copy.deepcopy(config))
-            numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            if numbers > most:
-                kind = str(config.peft_type.value).lower()
-                return InputError(f"peft[type={kind}] would train {numbers:,} numbers here: give smaller sizes", kind)
-            if tokens is not None:
-                model.eval()(**{name: value.to(device) for name, value in tokens.items()})
-        except Exception as error:
-            return error
-    return None
-
-
-def _without_values(module: nn.Module) -> nn.Module:
-    """A copy on the meta device, at no cost in memory."""
-    from torch import nn
-
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
-    memo |= {id(buffer): buffer.to("meta") for buffer in module.buffers()}
-    return copy.deepcopy(module, memo)
-
-
-def _with_values(module: nn.Module) -> nn.Module:
-    """A copy with values: the module's own, or made-up ones where it is on the meta device."""
-    from torch import nn
-
-    made_up, module = next(module.parameters()).is_meta, copy.deepcopy(module)
-    if made_up:
-        module.to_empty(device="cpu")
-        for tensor in (*module.parameters(), *module.buffers()):
-            nn.init.normal_(tensor, std=0.02) if tensor.is_floating_point() else tensor.zero_()
-    return module
