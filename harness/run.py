@@ -247,8 +247,9 @@ class _Run:
     def _holdout(self, adaptation: Adaptation, data: Data) -> dict[str, float]:
         """The holdout's metrics now; the last ones go into the record."""
         started = time.perf_counter()
-        references = data.splits.holdout.labels
-        predictions = self._predictions(adaptation, data.encoded("holdout"), references)
+        encoded = data.encoded("holdout")
+        references = self.task.gold(data.splits.holdout, encoded)
+        predictions = self._predictions(adaptation, encoded, references)
         self.known["holdout"] = _finite(self.task.metrics(predictions, references), "the holdout")
         self.evaluation_seconds += time.perf_counter() - started
         return {f"holdout_{name}": value for name, value in self.known["holdout"].items()}
@@ -259,17 +260,18 @@ class _Run:
         metrics: dict[str, float] = {}
         arrays: dict[str, np.ndarray] = {}
 
-        def on(name: str) -> tuple[np.ndarray, dict[str, float]]:
-            labels = data.splits.evaluation[name].labels
-            predictions = self._predictions(adaptation, data.encoded(name), labels)
-            return predictions, self.task.metrics(predictions, labels)
+        gold = {name: self.task.gold(rows, data.encoded(name)) for name, rows in data.splits.evaluation.items()}
 
-        for name, examples in data.splits.evaluation.items():
+        def on(name: str) -> tuple[np.ndarray, dict[str, float]]:
+            predictions = self._predictions(adaptation, data.encoded(name), gold[name])
+            return predictions, self.task.metrics(predictions, gold[name])
+
+        for name, references in gold.items():
             predictions, found = on(name)
             prefix = f"{name}_" if metrics else ""
             metrics |= {f"{prefix}{key}": value for key, value in _finite(found, f"split '{name}'").items()}
-            arrays |= {f"{name}/predictions": predictions, f"{name}/references": examples.labels}
-        first, headline = next(iter(data.splits.evaluation)), self.task.headline
+            arrays |= {f"{name}/predictions": predictions, f"{name}/references": references}
+        first, headline = next(iter(gold)), self.task.headline
         curve = rank_curve(adaptation, self.spec.place.rank_curve, lambda: on(first)[1][headline])
         if self.spec.place.predict_test:
             for name, examples in self.task.test(self.spec.place.data_root).items():

@@ -187,7 +187,13 @@ class Task(Parameters, ABC):
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
-        """One prediction per example (classes or values), first dimension the batch's."""
+        """One prediction per example (classes or values), first dimension the batch's. Rows may be of another width in
+        each batch: they are filled up with -1."""
+
+    def gold(self, examples: Examples, encoded: Any) -> np.ndarray:
+        """What the predictions of a split are compared with, first dimension the rows; here: the labels. `examples` may
+        have lost its columns."""
+        return examples.labels
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor | None:
         """What the model says of each row, (rows, ...), which must not depend on the rows beside it: before the first
@@ -196,7 +202,7 @@ class Task(Parameters, ABC):
 
     @abstractmethod
     def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        """Every metric of one split; `headline` among them."""
+        """Every metric of one split, of what `predict` and `gold` give; `headline` among them."""
 
     def artifacts(self, model: nn.Module, source: str | None, folder: Path) -> None:
         """Write what is worth a look (pictures, generated text) into `folder`, which is made by whoever writes.

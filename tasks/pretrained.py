@@ -12,12 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError
-<<<<<<< HEAD
-from harness.method import Backbone, in_modules
-from tasks import heads
-=======
 from harness.method import Backbone, in_modules, is_adaptable
->>>>>>> wip-conv1d
+from tasks import heads
 
 if TYPE_CHECKING:
     from torch import nn
@@ -277,22 +273,10 @@ def _fingerprint_of(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 def _head_and_layers(module: nn.Module, model: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The head: every child beside the base model, and the base model's pooler. The layers: the base model's rest."""
-<<<<<<< HEAD
-    from torch import nn
-
     head = heads.beside_base(module, model)
     prefix = module.base_model_prefix
     pooler = getattr(module.get_submodule(str(prefix)), "pooler", None)
     if pooler is not None and heads.has_numbers(pooler):
-=======
-    prefix = getattr(module, "base_model_prefix", "")
-    children = dict(module.named_children())
-    if prefix not in children:
-        raise InputError(f"model '{model}' has no base model under its head; the task cannot tell one from the other")
-    head = [name for name, child in children.items() if name != prefix and _has_numbers(child)]
-    pooler = getattr(children[prefix], "pooler", None)
-    if pooler is not None and _has_numbers(pooler):
->>>>>>> wip-conv1d
         head.insert(0, f"{prefix}.pooler")
     layers = [
         name for name, layer in module.named_modules() if is_adaptable(layer) and not in_modules(f"{name}.weight", head)
