@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from harness.splits import make_splits
 from harness.summary import facts_of
-from harness.task import Examples, Splits, Task, make_splits
+from harness.task import Examples, Splits, Task
 
 KEPT = 16  # tasks whose data stays in the process
 

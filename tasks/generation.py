@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from harness.errors import Diverged, InputError
-from harness.task import Batch, Examples, Task, fingerprint_of
+from harness.splits import fingerprint_of
+from harness.task import Batch, Examples, Task
 from tasks import own, pretrained
 from tasks.cache import cached
 from tasks.hub import Rows, first_split, read_split

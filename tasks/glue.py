@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from harness.errors import InputError, unknown
-from harness.task import Examples, holdout_rows
+from harness.splits import holdout_rows
+from harness.task import Examples
 from tasks import glue_submission
 from tasks.hub import read_split
 from tasks.metrics import scores

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError, unknown
-from harness.task import Examples, holdout_rows, stratified_rows
+from harness.splits import holdout_rows, stratified_rows
+from harness.task import Examples
 from tasks.hub import check_shards
 from tasks.labels import LabelKind, Labels, unlabelled
 from tasks.metrics import scores

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from harness.task import Batch, Classification, Examples, fingerprint_of
+from harness.splits import fingerprint_of
+from harness.task import Batch, Classification, Examples
 from tasks import padding, pretrained
 from tasks.cache import cached
 from tasks.plain_text import plain_encoding

@@ -22,7 +22,8 @@ from harness.plan import Sweep
 from harness.record_store import RecordStore
 from harness.run import run_one
 from harness.spec import Place, TrainSpec
-from harness.task import Examples, make_splits
+from harness.splits import make_splits
+from harness.task import Examples
 from harness.training import seed_everything
 from harness.trial import check_rows
 from tasks import padding, pretrained

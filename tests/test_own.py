@@ -16,7 +16,7 @@ from harness.cli import main
 from harness.contracts import TASK_CONTRACTS, Subject
 from harness.record_store import RecordStore
 from harness.spec import Place
-from harness.task import make_splits
+from harness.splits import make_splits
 from tasks import own, own_image
 from tests import tiny
 from tests.own_data import both_splits, reviews, task_of, told, write_csv, write_jsonl, write_photos, write_table

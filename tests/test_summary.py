@@ -12,7 +12,8 @@ from harness import registry, summary
 from harness.cli import main
 from harness.data import Data
 from harness.record_store import RecordStore
-from harness.task import Examples, make_splits, stratified_rows
+from harness.splits import make_splits, stratified_rows
+from harness.task import Examples
 from tests import tiny
 from tests.own_data import both_splits, task_of, told, write_csv
 

@@ -15,7 +15,8 @@ from harness.record import RunRecord
 from harness.record_store import RecordStore
 from harness.run import run_one
 from harness.spec import TrainSpec
-from harness.task import Task, make_splits
+from harness.splits import make_splits
+from harness.task import Task
 from harness.training import predict, seed_everything
 from harness.trial import difference
 
