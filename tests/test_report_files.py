@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import scipy.stats
@@ -21,6 +23,7 @@ from harness.report.data import tidy
 from harness.report.frame import to_frame
 from harness.report.latex import escape, latex
 from harness.report.leaderboard import leaderboards
+from harness.report.page import page
 from harness.report.text import console, human
 from tests.report_records import NAMING, board, boards, record, stored
 
@@ -242,6 +245,29 @@ class TestBuild:
         there = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "runs" not in path.parts}
         paths = build_report(store, forms=("png",))
         assert {path: path.read_bytes() for path in paths} == there
+
+    def test_another_may_remove_what_this_one_is_at(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its pictures before they are in the page, and an old one before it is removed here."""
+        store = stored(tmp_path, record())
+        build_report(store)
+        unlink = Path.unlink
+
+        def removed_before(*arguments: Any) -> str:
+            for path in (tmp_path / "pictures").glob("*.png"):
+                unlink(path)
+            return page(*arguments)
+
+        def late(path: Path, missing_ok: bool = False) -> None:
+            unlink(path)
+            if not missing_ok:
+                raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+
+        monkeypatch.setattr("harness.report.build.page", removed_before)
+        monkeypatch.setattr(Path, "unlink", late)
+        paths = build_report(store, forms=("png",))
+        assert "data:image/png" in (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert [path.name for path in paths if path.parent.name == "pictures"] == ["score_vs_parameters.png"]
+        assert list((tmp_path / "pictures").iterdir()) == [tmp_path / "pictures" / "score_vs_parameters.png"]
 
     def test_what_a_killed_report_has_left_goes(self, tmp_path: Path) -> None:
         store = stored(tmp_path, record())
