@@ -21,7 +21,8 @@ from harness.record_store import RecordStore
 from harness.report.build import Unwritten, build_report
 from harness.report.data import tidy
 from harness.report.frame import to_frame
-from harness.report.latex import escape, latex
+from harness.report.latex import latex
+from harness.report.latex_signs import escape
 from harness.report.leaderboard import leaderboards
 from harness.report.page import page
 from harness.report.text import console, human
@@ -86,7 +87,8 @@ class TestForms:
         assert escape(r"50% of $a_b & c#d {x}~^\ --e") == (
             r"50\% of \$a\_b \& c\#d \{x\}\textasciitilde{}\textasciicircum{}\textbackslash{} -{}-e"
         )
-        assert escape("naïve τ ± 1\n[x] \uff15\uff05") == r"naive ? $\pm$ 1 {[}x{]} 5\%"
+        assert escape("naïve τ ± 1\n[x]\x07") == r"na\"{\i}ve $\tau$ $\pm$ 1 {[}x{]}?"
+        assert escape("Ångström, garçon, Łódź … ß") == r"\r{A}ngstr\"{o}m, gar\c{c}on, \L{}\'{o}d\'{z} \ldots{} \ss{}"
 
     def test_golden_latex_row(self) -> None:
         runs = [
