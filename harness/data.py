@@ -42,7 +42,9 @@ class Data:
         if split not in self._facts:
             told = type(self._task).facts is not Task.facts  # else there is no need to encode
             of_encoded = self._task.facts(self.encoded(split)) if told else {}
-            self._facts[split] = facts_of(self._task, self.splits, split) | of_encoded
+            found = facts_of(self._task, self.splits, split)
+            notes = [*found.get("notes", ()), *of_encoded.get("notes", ())]
+            self._facts[split] = found | of_encoded | ({"notes": notes} if notes else {})
         return self._facts[split]
 
     def without_texts(self) -> Data:

@@ -145,8 +145,6 @@ class Generation(Task, own.TableFile):
         if lost := int((~encoded.written).sum()):
             notes.append(f"{lost:,} responses have signs that the tokenizer cannot write: no exact_match there")
         responses = encoded.responses
-        if len(responses) > 1 and len(set(responses)) == 1:
-            notes.append("all responses are the same")
         if self.metric != "exact_match" and (line := counting(responses)):
             notes.append(line)
         return {"truncated_share": round(float(encoded.cut.mean()), 6)} | ({"notes": notes} if notes else {})

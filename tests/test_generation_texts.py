@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from harness.cli import main
+from harness.data import data_of
 from harness.method import Adaptation
 from harness.plan import parse_choice
 from harness.record_store import RecordStore
@@ -118,10 +119,15 @@ def test_what_is_taken_off_and_read_as_text_is_said(model, tmp_path):
     assert "1 responses came with an end token" in said
     assert "1 rows hold a special token's name" in said
     assert "any script" in said
-    same = Examples({"prompt": ["a", "b"], "response": ["the task"] * 2}, np.zeros(2))
-    assert task.facts(task.encode(same, model))["notes"] == ["all responses are the same"]
     exact = task_of(tmp_path / "pairs.jsonl", "metric=exact_match")
     assert not any("script" in note for note in exact.facts(exact.encode(every, model))["notes"])
+
+
+def test_notes_of_reading_and_of_encoding_stand_together(model, tmp_path):
+    path = write_pairs(tmp_path / "pairs.jsonl", [(f"ask {n}", "the task<|endoftext|>") for n in range(20)])
+    notes = data_of(task_of(path), None, None, model).facts("train")["notes"]
+    assert any("every response is the same" in note for note in notes)
+    assert any("end token of their own" in note for note in notes)
 
 
 def test_signs_that_a_tokenizer_cannot_write_are_said(tmp_path):
