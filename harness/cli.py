@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness.errors import InputError, unknown
-from harness.parameters import Parameters
+from harness import stopping
+from harness.errors import InputError, one_line, plain, unknown
+from harness.parameters import Parameters, checked_path
 from harness.spec import Execution, Place, TrainSpec
+from harness.storage import check_results
 
 DESCRIPTION = """\
 Compare fine-tuning methods on equal terms: same data order, same budget in batches, several seeds, honest
@@ -32,30 +33,37 @@ examples:
   python -m harness compare debora lora                 is it better, and how sure is that?"""
 
 
+LONGEST_URI = 2000
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 where runs failed, 2 for bad input, 130 after an interrupt."""
-    quiet_environment()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is an interrupt
+    try:
+        stopping.take_signals()
+        stopping.open_streams()
+        quiet_environment()
+        code = _carry_out(arguments)
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return stopping.told()
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _carry_out(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command is None:
         parser.print_help()
         return 0
-    try:
-        return int(options.command(options))
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "\nstopped; finished runs are kept, and unfinished ones go on from their last checkpoint "
-            "(--checkpoint-every): give the same command again to go on",
-            file=sys.stderr,
-        )
-        return 130
-    except BrokenPipeError:  # the reader of our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    if hasattr(options, "results"):
+        check_results(options.results)
+    return int(options.command(options))
 
 
 def quiet_environment() -> None:
@@ -82,11 +90,12 @@ class _Parser(argparse.ArgumentParser):
         """One line and exit code 2, as for every bad input."""
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
-            given = message.removeprefix(prefix).split()[0]
-            message = str(unknown("option", given.split("=")[0], self._known_options()))
-        if wrong := re.match(r"argument COMMAND: invalid choice: '(.*?)'", message):
+            given = message.removeprefix(prefix)
+            kind = "option" if given.startswith("--") else "argument"
+            message = str(unknown(kind, given.split("=")[0].split(" ")[0], self._known_options()))
+        if wrong := re.match(r"argument COMMAND: invalid choice: '(.*?)'", message, re.DOTALL):
             message = str(unknown("command", wrong[1], self._commands()))
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        print(f"error: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
     def _known_options(self) -> set[str]:
@@ -118,10 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     listing = _command(commands, "list", "methods, tasks and presets; with a name, its parameters", _list)
     listing.add_argument("name", nargs="?", help="a method, a task or a preset")
     validation = _command(commands, "validate", "check a sweep file (.toml) or a record (record.json)", _validate)
-    validation.add_argument("file", type=Path)
+    validation.add_argument("file", type=_path)
     submission = _command(commands, "export-glue", "test predictions of finished runs as GLUE's submission", _glue)
     submission.add_argument("runs", nargs="+", metavar="RUN", help="run ids, one run a task, made with --predict-test")
-    submission.add_argument("--to", type=Path, default=Path("glue.zip"), metavar="FILE", help="default glue.zip")
+    submission.add_argument("--to", type=_path, default=Path("glue.zip"), metavar="FILE", help="default glue.zip")
     _add_results(submission)
     _add_report(commands)
     comparison = _command(
@@ -136,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_results(difference)
     export = _command(commands, "export", "a trained adapter with its model card and record", _export)
     export.add_argument("run", metavar="RUN_ID")
-    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to make")
+    export.add_argument("--to", type=_path, required=True, metavar="DIR", help="folder to make")
     _add_results(export)
     return parser
 
@@ -170,7 +179,8 @@ def _add_run(commands: Any) -> None:
         "--tasks",
         type=_names,
         metavar="A,B",
-        help="tasks: glue/cola; a family for its members: glue; own data: text:PATH",
+        help="tasks: glue/cola; a family for its members: glue; own data: text:PATH, the path in double quotes "
+        "where it holds commas or brackets",
     )
     what.add_argument("--seeds", metavar="N|A,B", help="3 means seeds 0,1,2; 4,7 means these two; 4, means this one")
     what.add_argument(
@@ -184,7 +194,7 @@ def _add_run(commands: Any) -> None:
     )
     what.add_argument("--preset", metavar="NAME", help="a comparison that comes with the program: see list")
     what.add_argument(
-        "--config", type=Path, metavar="FILE", help="a comparison in TOML; options given here win over it"
+        "--config", type=_path, metavar="FILE", help="a comparison in TOML; options given here win over it"
     )
     _add_fields(run.add_argument_group("training, the same for every method ([train] in TOML)"), TrainSpec)
     place = run.add_argument_group("where and how (no part of a run's identity)")
@@ -214,26 +224,41 @@ def _add_fields(parser: Any, model: type[Parameters], leave_out: Sequence[str] =
 
 def _add_results(parser: Any) -> None:
     parser.add_argument(
-        "--results", type=Path, default=Path("results"), metavar="DIR", help="results folder (default results)"
+        "--results", type=_path, default=Path("results"), metavar="DIR", help="results folder (default results)"
     )
 
 
 def _add_tracking(parser: Any) -> None:
     parser.add_argument(
         "--tracking-uri",
+        type=_uri,
         metavar="URI",
-        default=os.environ.get("HARNESS_TRACKING_URI"),
+        default=os.environ.get("HARNESS_TRACKING_URI") or None,
         help="MLflow server or database, or off (default: mlflow.db in the results folder)",
     )
 
 
 def _names(text: str) -> list[str]:
-    from harness.plan import split_list
+    from harness.notation import split_tasks
 
     try:
-        return split_list(text)
+        return split_tasks(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _path(text: str) -> Path:
+    try:
+        return Path(checked_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _uri(text: str) -> str:
+    known = text == "off" or re.match("databricks|[a-z][a-z0-9+.-]*:.", text, re.IGNORECASE)
+    if not known or plain(text) != text or len(text) > LONGEST_URI:
+        raise argparse.ArgumentTypeError(f"'{text}' is not allowed: give off, http://HOST:PORT or sqlite:///FILE")
+    return text
 
 
 def _run(options: argparse.Namespace) -> int:

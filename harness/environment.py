@@ -57,8 +57,10 @@ def device_of(place: Place) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(place.device)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
+        if device.type not in ("cpu", "cuda", "mps") or (device.type == "cpu" and device.index):
+            raise RuntimeError  # torch takes any number for a CPU
+        if str(device) != place.device:
+            raise RuntimeError  # and of a number, only its last 8 bits
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         there = ["auto", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]

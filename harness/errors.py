@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
+import unicodedata
 from collections.abc import Iterable
 
 MOST_LISTED = 40  # names of what there is, in one line
+LONGEST_WORD, LONGEST_LINE = 200, 1500  # characters of a message that are shown
 
 
 class InputError(ValueError):
@@ -16,12 +19,38 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str, mention: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.mention = mention
 
 
 class Diverged(ArithmeticError):
     """A non-finite value in a run: it is recorded as diverged, and the sweep goes on."""
+
+
+def plain(text: str) -> str:
+    """Text as it can be shown anywhere: signs that steer a terminal or turn the order of writing are escaped."""
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(sign: str) -> str:
+    joiners = "\u200c\u200d"  # which some scripts need within words
+    if sign.isprintable() or sign in joiners or unicodedata.category(sign) == "Zs":
+        return sign
+    return sign.encode("unicode_escape").decode()
+
+
+def one_line(message: str) -> str:
+    """A message of one line, whatever a user's text in it is: `plain`, and long values and long messages cut in the
+    middle."""
+    message = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: _cut(word[0], LONGEST_WORD), plain(message))
+    return _cut(message, LONGEST_LINE)
+
+
+def _cut(text: str, longest: int) -> str:
+    if len(text) <= longest:
+        return text
+    end = longest // 3
+    return f"{text[: longest - end - 30]}... ({len(text):,} characters) ...{text[-end:]}"
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
@@ -31,6 +60,6 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     """
     names = sorted(known)
     listed = names if len(names) <= MOST_LISTED else [*names[:MOST_LISTED], f"and {len(names) - MOST_LISTED} more"]
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5) if len(name) <= LONGEST_WORD else []
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
     return InputError(f"unknown {kind} '{name}'.{hint} Available: {', '.join(listed) or 'none'}.", mention=name)

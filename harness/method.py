@@ -11,15 +11,17 @@ functions), so that `python -m harness list` stays fast.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
-from harness.errors import InputError, unknown
+from harness.backbone import Backbone as Backbone
+from harness.backbone import in_modules as in_modules
+from harness.backbone import is_adaptable as is_adaptable
+from harness.backbone import is_transposed as is_transposed
 from harness.parameters import Parameters, Range, SearchSpace
 from harness.storage import save_tensors
 
@@ -44,57 +46,6 @@ class ParameterCount(Parameters):
     head: int = Field(ge=0, description="numbers of the task's head, trained by every method")
     total: int = Field(ge=0, description="all numbers of the deployed model: backbone, head and adapter")
     stored_bytes: int = Field(ge=0, description="bytes to keep for this run beside the shared backbone")
-
-
-@dataclass
-class Backbone:
-    """The model that a task hands to a method, not yet adapted.
-
-    module: the whole model, head included; on the meta device during a dry run.
-    head:   qualified names of the submodules that are new for the task; every method trains them.
-    layers: qualified names of the layers that adapters may change (`nn.Linear`, `nn.Conv2d`), head excluded.
-    """
-
-    module: nn.Module
-    head: tuple[str, ...]
-    layers: tuple[str, ...]
-
-    def targets(self, patterns: tuple[str, ...] | None) -> tuple[str, ...]:
-        """The layers whose qualified name is, or ends in, one of `patterns` ("query", "attention.output.dense");
-        all of them for None. Raises InputError where a pattern matches no layer."""
-        if patterns is None:
-            return self.layers
-        chosen: set[str] = set()
-        for pattern in patterns:
-            found = [name for name in self.layers if f".{name}".endswith(f".{pattern}")]
-            if not found:
-                raise unknown("target module", pattern, {name.rsplit(".", 1)[-1] for name in self.layers})
-            chosen.update(found)
-        return tuple(name for name in self.layers if name in chosen)
-
-    def shape(self, layer: str) -> tuple[int, int]:
-        """(outputs, inputs) of the layer's weight seen as a matrix; a kernel is flattened to C_out x (C_in kH kW)."""
-        weight = self.module.get_parameter(f"{layer}.weight")
-        return weight.shape[0], weight[0].numel()
-
-    def check_rank(self, rank: int, targets: tuple[str, ...], parameter: str = "rank") -> None:
-        """Raises InputError where `rank`, which the method calls `parameter`, is above the smaller side of a layer."""
-        for layer in targets:
-            smaller = min(self.shape(layer))
-            if rank > smaller:
-                raise InputError(
-                    f"{parameter} = {rank} is above the smaller side of layer '{layer}': allowed is 1 to {smaller}",
-                    parameter,
-                )
-
-    def head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(qualified name, parameter) of the head."""
-        return ((name, p) for name, p in self.module.named_parameters() if in_modules(name, self.head))
-
-
-def in_modules(parameter: str, modules: Iterable[str]) -> bool:
-    """Whether a parameter's qualified name lies in one of `modules`, also below a wrapper's prefix."""
-    return any(f".{module}." in f".{parameter}" for module in modules)
 
 
 class TrainData(Protocol):

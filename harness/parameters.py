@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
-from harness.errors import InputError, unknown
+from harness.errors import InputError, plain, unknown
+
+DEEPEST = 32  # tables and lists within one another
+LONGEST_KEY = 64  # parts of a key with dots
+LONGEST_PATH, LONGEST_NAME = 4000, 255  # bytes of a path, and of one folder's or file's name in it
 
 
 class Range(NamedTuple):
@@ -39,6 +46,8 @@ class Parameters(BaseModel):
         for name in values:
             if name not in cls.model_fields:
                 raise unknown(f"parameter of {owner}", name, cls.model_fields)
+        for name, value in values.items():
+            check_size(value, _subject(name, owner), name)
         try:
             # From JSON, since only there does strict take a list for a tuple, as TOML and brackets give it.
             return cls.model_validate_json(json.dumps(values, default=str), strict=True)
@@ -56,6 +65,61 @@ class Parameters(BaseModel):
         return plain
 
 
+def checked_path(text: str) -> str:
+    """A path as a user writes it, that a file system can have and that can be shown. Raises ValueError with the
+    reason."""
+    if not text.strip():
+        raise ValueError(f"'{text}' is no path")
+    if plain(text) != text:
+        raise ValueError(f"'{text}' holds signs that cannot be shown")
+    names = [len(name.encode()) for name in text.split("/")]
+    if max(names) > LONGEST_NAME or sum(names) > LONGEST_PATH:
+        raise ValueError(f"'{text}' is longer than a path can be")
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"'{text}' begins with a user who is not here: write the path out") from None
+    return text
+
+
+def from_toml(text: str, what: str) -> dict[str, Any]:
+    """What TOML holds. Raises tomllib.TOMLDecodeError, and InputError for numbers, lists or tables of absurd size;
+    `what`: what its message calls the text."""
+    # A key that long takes TOML's reader time by the square.
+    if re.search(rf"(?<![\w\"' .-])(?:[\w\"' -]++\.){{{LONGEST_KEY}}}", text):
+        raise InputError(f"{what} holds a key of more than {LONGEST_KEY} parts")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except RecursionError:
+        raise InputError(f"{what} is nested more than {DEEPEST} deep") from None
+    except ValueError as error:  # Python's own limit on the digits of a number, or a date that is none
+        raise InputError(f"{what} holds a value that cannot be read ({error})") from None
+
+
+def check_size(value: Any, subject: str, mention: str) -> None:
+    """Raises InputError where a value cannot be written as JSON, or not as any use of it would need."""
+    level, depth = [value], 0
+    while level:
+        for each in level:
+            if isinstance(each, int) and each.bit_length() > 63:
+                shown = f"{each}" if each.bit_length() < 256 else f"a number of {each.bit_length():,} bits"
+                raise InputError(f"{subject} = {shown} is not allowed: a whole number is below 2^63", mention)
+            if isinstance(each, str) and not each.isascii() and each != each.encode("utf-8", "replace").decode():
+                raise InputError(f"{subject} = '{each}' is not allowed: it is not text in UTF-8", mention)
+        if depth == DEEPEST:
+            raise InputError(f"{subject} is nested more than {DEEPEST} deep", mention)
+        level = [part for each in level for part in _parts(each)]
+        depth += 1
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return list(value) if isinstance(value, (list, tuple)) else []
+
+
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one, in their order: {"train.batches": 4}."""
     flat: dict[str, Any] = {}
@@ -64,13 +128,17 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _subject(where: str, owner: str) -> str:
+    """What a message calls a parameter: an option, or the owner's."""
+    return f"--{where.replace('_', '-')}" if owner == "--" else f"{owner}.{where}" if where else owner
+
+
 def _one_line(first: ErrorDetails, owner: str) -> str:
-    where = ".".join(str(part) for part in first["loc"])
-    subject = f"--{where.replace('_', '-')}" if owner == "--" else f"{owner}.{where}" if where else owner
+    subject = _subject(".".join(str(part) for part in first["loc"]), owner)
     if first["type"] == "missing":
         return f"{subject} is missing"
     if first["type"] == "value_error":
         return f"{subject}: {first['msg'].removeprefix('Value error, ')}"
-    reason = first["msg"].removeprefix("Input should be ")
+    reason = re.sub("^Input should be ", "it should be ", first["msg"])
     reason = reason.replace("a valid array", 'a list, such as ["query", "value"]')
-    return f"{subject} = {first['input']!r} is not allowed: it should be {reason}"
+    return f"{subject} = {first['input']!r} is not allowed: {reason}"

@@ -5,18 +5,24 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import tomllib
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from harness import registry
 from harness.errors import InputError, unknown
 from harness.method import Method
-from harness.parameters import Parameters
-from harness.spec import Place, RunSpec, TrainSpec
+from harness.notation import parse_choice
+from harness.parameters import Parameters, checked_path
+from harness.spec import MOST, Place, RunSpec, TrainSpec
 from harness.task import Task
+
+MOST_SEEDS = 100_000
+LARGEST_SEED = 2**63 - 1
+MOST_CELLS = 1_000_000  # of one sweep, its trials included
+MOST_TRIALS = 10_000  # of one search
 
 
 class Sweep(Parameters):
@@ -29,17 +35,27 @@ class Sweep(Parameters):
     )
     seeds: tuple[int, ...] = Field((0,), description="every cell is run once per seed")
     grid: dict[str, tuple[Any, ...]] = Field({}, description='"debora.tau" = [4, 8, 16]')
-    model: str | None = Field(None, description="model folder or Hub id, for the tasks that take one")
-    limit: int | None = Field(None, ge=2, description="most training rows, and most rows of each evaluation split")
+    model: Annotated[str, AfterValidator(checked_path)] | None = Field(
+        None, description="model folder or Hub id, for the tasks that take one"
+    )
+    limit: int | None = Field(
+        None, ge=2, le=MOST, description="most training rows, and most rows of each evaluation split"
+    )
     threads: int = Field(1, ge=1, description="CPU threads of each run")
-    tune: int | None = Field(None, ge=1, description="trials of the search that each method gets on each task")
+    tune: int | None = Field(
+        None, ge=1, le=MOST_TRIALS, description="trials of the search that each method gets on each task"
+    )
     train: TrainSpec = TrainSpec()
 
     @field_validator("seeds")
     @classmethod
     def _seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-            raise ValueError(f"{list(seeds)} is not allowed: give at least one, each 0 or above and only once")
+        if len(seeds) > MOST_SEEDS:
+            raise ValueError(f"{len(seeds):,} of them are not allowed: give 1 to {MOST_SEEDS:,}")
+        if not seeds or min(seeds) < 0 or max(seeds) > LARGEST_SEED or len(set(seeds)) < len(seeds):
+            raise ValueError(
+                f"{list(seeds)} is not allowed: give at least one, each 0 or above and only once, below 2^63"
+            )
         return seeds
 
 
@@ -50,51 +66,6 @@ class Fingerprints(NamedTuple):
     model: str
 
 
-def split_list(text: str) -> list[str]:
-    """The parts of a comma-separated list: "a,b[x=1,y=2]" -> ["a", "b[x=1,y=2]"]. Commas inside brackets
-    are left alone, and all signs inside double quotes."""
-    parts, depth, quoted = [""], 0, False
-    for character in text:
-        quoted ^= character == '"'
-        if not quoted:
-            depth += (character in "[{(") - (character in "]})")
-        if character == "," and depth == 0 and not quoted:
-            parts.append("")
-        else:
-            parts[-1] += character
-    if depth != 0:
-        raise InputError(f"'{text}' has an unbalanced bracket; write name[parameter=value,parameter=value]", text)
-    return [part.strip() for part in parts if part.strip()]
-
-
-def parse_value(text: str) -> Any:
-    """A value as TOML reads it (8, 0.5, true, ["query", "value"], "text"); null is none, another bare word a string."""
-    if text == "null":
-        return None
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def parse_choice(text: str) -> tuple[str, dict[str, Any]]:
-    """A name and its parameters: "debora[tau=8,rank=4]" -> ("debora", {"tau": 8, "rank": 4})."""
-    name, bracket, rest = text.partition("[")
-    if not bracket:
-        return name, {}
-    if not rest.endswith("]") or not name:
-        raise InputError(f"'{text}' cannot be read; write name[parameter=value,parameter=value]", text)
-    parameters: dict[str, Any] = {}
-    for part in split_list(rest[:-1]):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise InputError(f"'{part}' in '{text}' has no value; write name[parameter=value]", text)
-        if key.strip() in parameters:
-            raise InputError(f"parameter '{key.strip()}' is given twice in '{text}'", text)
-        parameters[key.strip()] = parse_value(value.strip())
-    return name, parameters
-
-
 def method_cells(sweep: Sweep) -> list[tuple[str, Method]]:
     """Every method of the sweep with its parameters, the grid multiplied out, duplicates left out.
 
@@ -102,7 +73,7 @@ def method_cells(sweep: Sweep) -> list[tuple[str, Method]]:
     """
     if not sweep.methods:
         raise InputError(f"no methods: give --methods, for example --methods lora,debora ({_all(registry.METHODS)})")
-    chosen = [parse_choice(text) for text in sweep.methods]
+    chosen = [parse_choice(text) for text in dict.fromkeys(sweep.methods)]
     grid = _grid(sweep, {name for name, _ in chosen})
     cells: dict[str, tuple[str, Method]] = {}
     for name, parameters in chosen:
@@ -111,6 +82,7 @@ def method_cells(sweep: Sweep) -> list[tuple[str, Method]]:
             raise InputError(
                 f"parameter '{min(clash)}' of {name} is fixed in brackets and varied by the grid; drop one"
             )
+        _check_number(len(cells) + math.prod(map(len, axes.values())), "methods, multiplied out by the grid,")
         for values in itertools.product(*axes.values()):
             method = registry.make_method(name, parameters | dict(zip(axes, values, strict=True)))
             cells[name + method.model_dump_json()] = name, method
@@ -122,8 +94,9 @@ def task_cells(sweep: Sweep) -> list[tuple[str, Task]]:
     if not sweep.tasks:
         raise InputError(f"no tasks: give --tasks, for example --tasks rotten_tomatoes ({_all(registry.TASKS)})")
     cells: dict[str, tuple[str, Task]] = {}
-    for text in sweep.tasks:
+    for text in dict.fromkeys(sweep.tasks):
         name, parameters = parse_choice(text)
+        _check_path(name)
         for member in registry.task_names(name):
             task = registry.make_task(member, parameters)
             cells[member + task.model_dump_json()] = registry.task_name(member), task
@@ -131,6 +104,33 @@ def task_cells(sweep: Sweep) -> list[tuple[str, Task]]:
         names = ", ".join(name for name, _ in cells.values())
         raise InputError(f"--model '{sweep.model}' has no use here: {names} brings its own model", sweep.model)
     return list(cells.values())
+
+
+def cells_of(sweep: Sweep) -> tuple[list[tuple[str, Method]], list[tuple[str, Task]]]:
+    """`method_cells` and `task_cells`. Raises InputError as they do, and for more runs than one sweep can have."""
+    methods, tasks = method_cells(sweep), task_cells(sweep)
+    each = len(sweep.seeds) + (sweep.tune or 0)
+    parts = (
+        f"{len(methods):,} methods x {len(tasks):,} tasks x {each:,} {'seeds and trials' if sweep.tune else 'seeds'}"
+    )
+    _check_number(len(methods) * len(tasks) * each, f"runs ({parts})")
+    return methods, tasks
+
+
+def _check_number(number: int, what: str) -> None:
+    if number > MOST_CELLS:
+        raise InputError(f"{number:,} {what} are more than the {MOST_CELLS:,} runs that a sweep can have")
+
+
+def _check_path(task: str) -> None:
+    """Raises InputError for "family:PATH" with a path that cannot be one."""
+    _, colon, path = task.partition(":")
+    if not (colon and path):
+        return
+    try:
+        checked_path(path)
+    except ValueError as error:
+        raise InputError(f"task '{task}': {error}", task) from None
 
 
 def plan(sweep: Sweep, fingerprints: Sequence[Fingerprints], place: Place) -> list[RunSpec]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from harness import summary
 from harness.data import Data, data_of
 from harness.environment import device_of
 from harness.errors import InputError
@@ -49,6 +50,11 @@ def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
         fingerprints = Fingerprints(data.splits.fingerprint, of_model)
         checked.append(CheckedTask(name, task, model, data, fingerprints))
     return checked
+
+
+def summaries(tasks: Sequence[CheckedTask]) -> list[str]:
+    """What was read of every task, a few lines each: see `summary.lines`."""
+    return [line for checked in tasks for line in summary.lines(checked.name, checked.task, checked.data)]
 
 
 class CheckedMethod(NamedTuple):

@@ -45,7 +45,7 @@ def task_class(name: str) -> type[Task]:
     """The class behind "family", "family/member" or "family:PATH". Raises InputError as `method_class` does."""
     family, member, path = _parts(name)
     if family not in registered(TASKS):
-        raise unknown("task", family, registered(TASKS))
+        raise unknown("task", family or name, registered(TASKS))
     loaded = _load(TASKS, family)
     if not (isinstance(loaded, type) and issubclass(loaded, Task)):
         raise InputError(f"task '{family}' is {loaded!r}, which is not a subclass of harness.task.Task")

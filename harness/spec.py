@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from harness.errors import plain
 from harness.parameters import Parameters
 
+MOST = 1_000_000_000  # batches, rows, examples of a batch
 MOST_ENTRIES = 3  # of a table that a label spells out
 NOT_SETTING = {"method", "method_version", "method_parameters", "task", "task_version", "task_parameters"}
 NOT_SETTING |= {"data_fingerprint", "seed", "place", "search"}  # what may differ within one table
@@ -25,16 +27,20 @@ class TrainSpec(Parameters):
     upper-level batches count like any other. Learning rate and weight decay belong to the method.
     """
 
-    batches: int | None = Field(None, ge=1, description="budget in batches; give this or epochs")
-    epochs: float | None = Field(None, gt=0, description="budget in passes over the training split (default 3)")
-    batch_size: int = Field(32, ge=1, description="examples in a batch")
-    micro_batches: int = Field(1, ge=1, description="pieces a batch is cut into to save memory (gradient accumulation)")
+    batches: int | None = Field(None, ge=1, le=MOST, description="budget in batches; give this or epochs")
+    epochs: float | None = Field(None, gt=0, le=1e6, description="budget in passes over the training split (default 3)")
+    batch_size: int = Field(32, ge=1, le=MOST, description="examples in a batch")
+    micro_batches: int = Field(
+        1, ge=1, le=MOST, description="pieces a batch is cut into to save memory (gradient accumulation)"
+    )
     schedule: Literal["linear", "constant"] = Field("linear", description="learning-rate decay after the warm-up")
     warmup: float = Field(0.06, ge=0, lt=1, description="share of the budget over which the learning rate rises")
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
     group_by_length: bool = Field(False, description="put examples of similar length into one batch: less padding")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; parameters stay in fp32")
-    holdout_points: int = Field(1, ge=0, description="times the holdout is scored, evenly spaced, the last at the end")
+    holdout_points: int = Field(
+        1, ge=0, le=100_000, description="times the holdout is scored, evenly spaced, the last at the end"
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> TrainSpec:
@@ -62,11 +68,13 @@ class Place(Parameters):
     path: str | None = Field(None, description="the user's own data, of a task that is called with a path")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     trust_remote_code: bool = Field(False, description="let transformers run code that comes with a Hub model")
-    checkpoint_every: int = Field(0, ge=0, description="batches between whole-state checkpoints; 0 writes none")
+    checkpoint_every: int = Field(
+        0, ge=0, le=MOST, description="batches between whole-state checkpoints; 0 writes none"
+    )
     save_adapter: bool = Field(False, description="keep the trained adapter and head in the run's folder")
     predict_test: bool = Field(False, description="keep predictions for unlabelled test splits, for a submission")
-    rank_curve: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (), description="score the trained adapter cut to these ranks as well: 1,2,4,8"
+    rank_curve: tuple[Annotated[int, Field(ge=1, le=MOST)], ...] = Field(
+        (), max_length=1000, description="score the trained adapter cut to these ranks as well: 1,2,4,8"
     )
 
 
@@ -77,11 +85,13 @@ class Execution(Parameters):
     gpus_per_run: float | None = Field(
         None, ge=0, description="GPUs of each run, or a share of one: 0.5; unset: 1 where there are any, else 0"
     )
-    address: str | None = Field(None, description="Ray cluster to join, auto or HOST:PORT; unset: this machine")
-    max_retries: int = Field(
-        2, ge=0, description="times that a failed run is taken up again before it counts as failed"
+    address: str | None = Field(
+        None, min_length=1, description="Ray cluster to join, auto or HOST:PORT; unset: this machine"
     )
-    run_timeout: float | None = Field(None, gt=0, description="seconds after which a run counts as hanging")
+    max_retries: int = Field(
+        2, ge=0, le=1000, description="times that a failed run is taken up again before it counts as failed"
+    )
+    run_timeout: float | None = Field(None, gt=0, le=1e8, description="seconds after which a run counts as hanging")
     show_logs: bool = Field(False, description="show the logs of Ray and of its workers")
 
     @model_validator(mode="after")
@@ -109,7 +119,7 @@ def value_text(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, dict) and len(value) > MOST_ENTRIES:
         return f"{{{len(value)} entries}}"
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", "="))
+    return plain(value) if isinstance(value, str) else json.dumps(value, separators=(",", "="))
 
 
 class Search(Parameters):
@@ -138,7 +148,7 @@ class RunSpec(Parameters):
     task_parameters: dict[str, Any]
     data_fingerprint: str
     model_fingerprint: str
-    limit: int | None = Field(None, ge=2)
+    limit: int | None = Field(None, ge=2, le=MOST)
     seed: int = Field(ge=0)
     threads: int = Field(1, ge=1, description="CPU threads: results are bit-identical only at the same number")
     train: TrainSpec = TrainSpec()

@@ -162,3 +162,16 @@ def remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink()
+
+
+def check_results(results: Path) -> None:
+    """Raises InputError where no results folder is or can be."""
+    longest = results / "runs" / "0123456789abcdef" / "predictions.safetensors"
+    for path in (longest, *longest.parents):
+        try:
+            if path.is_dir():
+                return
+            if path.exists() and path != longest:
+                raise InputError(f"--results '{results}' cannot be written: '{path}' is not a folder")
+        except OSError as error:
+            raise InputError(f"--results '{results}' cannot be written: {error.strerror}") from None

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from harness.errors import InputError
 from harness.method import Adaptation, Backbone, Method, Step, TrainData
 from harness.optimizer import adamw
-from methods.lora import ADAPTER
+from methods.peft_model import ADAPTER, peft_model
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ class AdaLora(Method):
 
         targets = backbone.targets(self.target_modules)
         if not targets:
-            return "the backbone has no linear or convolution layer to adapt"
+            return backbone.without_layers()
         for name in targets:
             layer = backbone.module.get_submodule(name)
             if isinstance(layer, nn.Conv2d) and layer.groups != 1:
@@ -96,7 +96,7 @@ class AdaLora(Method):
 
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """See `Method.start`."""
-        from peft import AdaLoraConfig, get_peft_model
+        from peft import AdaLoraConfig
 
         updates = train.budget(data.size)
         tinit, tfinal, interval = self.schedule(updates)
@@ -116,7 +116,7 @@ class AdaLora(Method):
             target_modules=list(targets),
             modules_to_save=list(backbone.head) or None,
         )
-        model: Any = get_peft_model(backbone.module, config)
+        model: Any = peft_model(backbone.module, config)
         optimizer = adamw(model, self.learning_rate, self.weight_decay)
         return AdaLoraAdaptation(model, optimizer, backbone, targets, self.orthogonality)
 

@@ -14,6 +14,7 @@ from harness.errors import InputError, unknown
 from harness.method import Adaptation, Backbone, FinishedRun, Method, ParameterCount, TrainData
 from harness.optimizer import adamw
 from harness.storage import os_errors
+from methods.peft_model import ADAPTER, PREFIX, lora_model, shuffled, unfit
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 
     from harness.spec import TrainSpec
 
-PREFIX = "base_model.model."  # what PEFT puts before the backbone's own names
-ADAPTER = "default"  # PEFT's name for a model's first adapter
+MOST_ITERATIONS = 1000  # of PiSSA's fast SVD
 INITS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16")
 
 
@@ -70,7 +70,10 @@ class Lora(Method):
     @field_validator("init")
     @classmethod
     def _known_init(cls, init: str) -> str:
-        if init not in INITS and not re.fullmatch(r"pissa_niter_\d+", init):
+        number = re.fullmatch(r"pissa_niter_(-?[0-9]+)", init)
+        if number and not (len(number[1]) < 9 and 1 <= int(number[1]) <= MOST_ITERATIONS):
+            raise ValueError(f"'{init}' is not allowed: N of pissa_niter_N is 1 to {MOST_ITERATIONS}")
+        if init not in INITS and not number:
             raise unknown("init", init, INITS)
         return init
 
@@ -117,7 +120,7 @@ class Lora(Method):
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
         if not backbone.layers:
-            return "the backbone has no linear or convolution layer to adapt"
+            return backbone.without_layers()
         ranks = self.layer_ranks(backbone)
         if not any(ranks.values()):
             return "every layer has rank 0"
@@ -174,60 +177,6 @@ class Lora(Method):
         fixed = sum(outputs for outputs, _ in shapes) if self.dora else 0
         each = sum(map(sum, shapes))
         return min(range(1, 1 + min(map(min, shapes))), key=lambda rank: abs(fixed + rank * each - parameters))
-
-
-def unfit(backbone: Backbone, layers: list[str], linear_only: str | None = None) -> str | None:
-    """Why PEFT's LoRA does not fit one of the layers, or None. `linear_only`: a setting that knows no convolution."""
-    from torch import nn
-
-    for name in layers:
-        layer = backbone.module.get_submodule(name)
-        if not isinstance(layer, nn.Conv2d):
-            continue
-        if linear_only:
-            return f"{linear_only} is for linear layers, and layer '{name}' is a convolution"
-        if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
-            return f"layer '{name}' is a convolution with groups, dilation or padding that PEFT's LoRA does not follow"
-    return None
-
-
-def shuffled(ranks: dict[str, int], backbone: Backbone, rng: torch.Generator) -> dict[str, int]:
-    """The ranks permuted among the layers whose weights have the same shape."""
-    import torch
-
-    by_shape: dict[tuple[int, ...], list[str]] = {}
-    for layer in ranks:
-        by_shape.setdefault(tuple(backbone.module.get_parameter(f"{layer}.weight").shape), []).append(layer)
-    drawn: dict[str, int] = {}
-    for layers in by_shape.values():
-        order = torch.randperm(len(layers), generator=rng).tolist()
-        drawn |= {layer: ranks[layers[place]] for layer, place in zip(layers, order, strict=True)}
-    return {layer: drawn[layer] for layer in ranks}
-
-
-def lora_model(backbone: Backbone, ranks: dict[str, int], scale: float, dropout: float, **settings: Any) -> nn.Module:
-    """The backbone as a PEFT LoRA model with these ranks, not all of them 0; every update is multiplied by `scale`.
-
-    settings: further fields of PEFT's LoraConfig.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    live = {name: rank for name, rank in ranks.items() if rank > 0}
-    common = max(live.values())
-    # PEFT reads these keys as regular expressions for the end of a name: this form matches one layer only.
-    own = {f"^{re.escape(name)}": rank for name, rank in live.items() if rank != common}
-    config = LoraConfig(
-        r=common,
-        lora_alpha=scale * common,
-        rank_pattern=own,
-        alpha_pattern={name: scale * rank for name, rank in own.items()},
-        lora_dropout=dropout,
-        target_modules="|".join(map(re.escape, live)),
-        modules_to_save=list(backbone.head),
-        **settings,
-    )
-    model: nn.Module = get_peft_model(backbone.module, config)
-    return model
 
 
 class LoraAdaptation(Adaptation):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from harness.method import Adaptation, Backbone, Step, TrainData, in_modules
 from harness.optimizer import decay_groups
 from harness.storage import os_errors
-from methods.lora import ADAPTER, PREFIX
+from methods.peft_model import ADAPTER, PREFIX
 
 IMPORTANCE = ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B")  # AdaMSS's averages of a layer
 
@@ -93,7 +93,7 @@ class PeftAdaptation(Adaptation):
                 {
                     PREFIX + name: torch.zeros(state["ranks"].get(name, 0), layer.in_features)
                     for name, layer in before.items()
-                    if isinstance(layer.get_base_layer(), torch.nn.Linear)
+                    if not isinstance(layer.get_base_layer(), nn.Conv2d)
                 }
             )
         super().load_state_dict(state)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
-import typing
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, create_model, field_validator, model_serializer
+from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from harness.errors import InputError, unknown
-from harness.method import Adaptation, Backbone, Method, Parameters, TrainData, in_modules
+from harness.method import Adaptation, Backbone, Method, TrainData, in_modules
 from harness.optimizer import adamw
+from methods.peft_fields import fields_of
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from harness.spec import TrainSpec
 
@@ -116,7 +114,7 @@ class PeftMethod(Method):
             raise InputError(
                 f"{owner}[type=adalora]: the method adalora does it whole; write --methods adalora", "type"
             )
-        fields = _fields(types[method.type])
+        fields = fields_of(types[method.type])
         given = method.config | {name: value for name, value in values.items() if name not in own}
         for name in given:
             if name not in fields.model_fields:
@@ -143,12 +141,26 @@ class PeftMethod(Method):
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`. The tuner is put into a copy, on the meta device where PEFT can do that."""
+        from methods.peft_model import unfit
+        from methods.peft_trial import failure, takes_tokens, trial_inputs, with_values, without_values
+
         config = self._peft_config(backbone)
-        if self._targets(backbone) == []:
-            return "the backbone has no layer to adapt"
-        error = _failure(_without_values(backbone.module), config)
-        if error is not None:
-            error = _failure(_with_values(backbone.module), config)
+        self._check_tokens(backbone)
+        targets = self._targets(backbone)
+        if targets == []:
+            return backbone.without_layers("norm" if self.type == "ln_tuning" else "linear or convolution layer")
+        if self.type == "lora" and str(self.config.get("init_lora_weights")).lower() == "olora":
+            reason = unfit(backbone, targets or [], "init = olora")
+            if reason is not None:
+                return reason
+        module = without_values(backbone.module)
+        inputs = trial_inputs(module)
+        error = failure(module, config, inputs)
+        if isinstance(error, InputError):
+            raise error
+        if error is not None or (inputs is None and takes_tokens(module)):
+            module = with_values(backbone.module)
+            error = failure(module, config, trial_inputs(module))
         if error is None:
             return None
         reason = str(error).strip().partition("\n")[0]
@@ -156,14 +168,14 @@ class PeftMethod(Method):
 
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """See `Method.start`."""
-        from peft import get_peft_model
-
         from methods.peft_adaptation import PeftAdaptation
+        from methods.peft_model import peft_model
+        from methods.peft_trial import failure, with_values, without_values
 
         config, module = self._peft_config(backbone), backbone.module
-        if next(module.parameters()).is_meta and _failure(_without_values(module), config) is not None:
-            module = _with_values(module)  # a tuner that computes with the weights: made-up ones give its counts
-        model: Any = get_peft_model(module, config)
+        if next(module.parameters()).is_meta and failure(without_values(module), config, None) is not None:
+            module = with_values(module)  # a tuner that computes with the weights: made-up ones give its counts
+        model: Any = peft_model(module, config)
         if getattr(config, "feedforward_modules", None):  # IA3's, which PEFT reads back only as a part of the targets
             config.target_modules = set(self._targets(backbone) or ())
             ends = tuple(config.feedforward_modules)
@@ -181,7 +193,7 @@ class PeftMethod(Method):
 
         config_class = tuner_types()[self.type]
         names = {field.name for field in dataclasses.fields(config_class)}
-        checked = _fields(config_class).of(self.config, f"peft[type={self.type}]")
+        checked = fields_of(config_class).of(self.config, f"peft[type={self.type}]")
         values = {name: getattr(checked, name) for name in self.config}
         if "target_modules" in names:
             values["target_modules"] = self._targets(backbone)
@@ -206,6 +218,16 @@ class PeftMethod(Method):
             backbone = dataclasses.replace(backbone, layers=tuple(norms))
         return list(backbone.targets(self.target_modules))
 
+    def _check_tokens(self, backbone: Backbone) -> None:
+        """Raises InputError for a token that the backbone does not have, which PEFT would find when it trains."""
+        given: Any = self.config.get("token_indices")
+        sizes = [getattr(part, "num_embeddings", 0) for part in backbone.module.modules()]
+        if given and max(given) >= max(sizes) > 0:
+            raise InputError(
+                f"peft[type={self.type}].token_indices holds {max(given)}, and the model has {max(sizes)} tokens",
+                "token_indices",
+            )
+
 
 @functools.cache
 def tuner_types() -> dict[str, Any]:
@@ -220,25 +242,6 @@ def tuner_types() -> dict[str, Any]:
     }
 
 
-@functools.cache
-def _fields(config_class: Any) -> type[Parameters]:
-    """A configuration's fields as strict parameters, those left out that the gateway sets itself."""
-    from peft import PeftConfig
-
-    own = {field.name for field in dataclasses.fields(PeftConfig)} | {"target_modules", "modules_to_save"}
-    hints = typing.get_type_hints(config_class)
-    definitions: dict[str, Any] = {
-        field.name: (
-            hints[field.name],
-            field.default if factory is dataclasses.MISSING else Field(default_factory=factory),
-        )
-        for field in dataclasses.fields(config_class)
-        if field.name not in own
-        for factory in [field.default_factory]
-    }
-    return create_model(config_class.__name__, __base__=Parameters, **definitions)
-
-
 def _outcome(name: str) -> str:
     """What `list` says about a type."""
     if name == "adalora":
@@ -247,44 +250,3 @@ def _outcome(name: str) -> str:
         return "untried"
     fields, failure = TRIED[name]
     return f"fails: {failure}" if failure else f"works with {fields}" if fields else "works"
-
-
-def _failure(module: Any, config: Any) -> Exception | None:
-    """Why PEFT cannot put the tuner into `module`, which is lost, or the result does not take tokens as it did."""
-    import warnings
-
-    import torch
-    from peft import get_peft_model
-
-    tokens = module.dummy_inputs if getattr(module, "main_input_name", None) == "input_ids" else None
-    device = next(module.parameters()).device
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        try:
-            model = get_peft_model(module, copy.deepcopy(config))
-            if tokens is not None:
-                model.eval()(**{name: value.to(device) for name, value in tokens.items()})
-        except Exception as error:
-            return error
-    return None
-
-
-def _without_values(module: nn.Module) -> nn.Module:
-    """A copy on the meta device, at no cost in memory."""
-    from torch import nn
-
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
-    memo |= {id(buffer): buffer.to("meta") for buffer in module.buffers()}
-    return copy.deepcopy(module, memo)
-
-
-def _with_values(module: nn.Module) -> nn.Module:
-    """A copy with values: the module's own, or made-up ones where it is on the meta device."""
-    from torch import nn
-
-    made_up, module = next(module.parameters()).is_meta, copy.deepcopy(module)
-    if made_up:
-        module.to_empty(device="cpu")
-        for tensor in (*module.parameters(), *module.buffers()):
-            nn.init.normal_(tensor, std=0.02) if tensor.is_floating_point() else tensor.zero_()
-    return module

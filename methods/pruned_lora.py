@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from harness.errors import InputError
 from harness.method import Adaptation, Backbone, Method, Step, TrainData
 from harness.optimizer import adamw
-from methods.lora import ADAPTER, LoraAdaptation, lora_model, unfit
+from methods.lora import LoraAdaptation
+from methods.peft_model import ADAPTER, lora_model, unfit
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,7 @@ class PrunedLora(Method):
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
         if not backbone.layers:
-            return "the backbone has no linear or convolution layer to adapt"
+            return backbone.without_layers()
         targets = backbone.targets(self.target_modules)
         backbone.check_rank(self.rank, targets)
         most = self.rank * len(targets)

@@ -11,8 +11,9 @@ from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
+from harness.method import is_transposed
 from harness.storage import save_tensors
-from methods.lora import ADAPTER, PREFIX
+from methods.peft_model import ADAPTER, PREFIX
 
 
 def unlike_stock(layer: nn.Module) -> str | None:
@@ -27,16 +28,23 @@ def export_stock_lora(path: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], mo
     """`write_stock_lora` with the head, given by its modules' names, of a PEFT model with one adapter."""
     tuner = model.base_model
     trained = {name: tuner.model.get_submodule(f"{name}.modules_to_save.{ADAPTER}") for name in head}
-    write_stock_lora(path, pairs, trained, tuner.peft_config[ADAPTER].base_model_name_or_path)
+    adapted = [tuner.model.get_submodule(name).get_base_layer() for name in pairs]
+    base_model = tuner.peft_config[ADAPTER].base_model_name_or_path
+    write_stock_lora(path, pairs, trained, base_model, transposed=bool(adapted) and all(map(is_transposed, adapted)))
 
 
 def write_stock_lora(
-    path: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], head: Mapping[str, nn.Module], base_model: str | None
+    path: Path,
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    head: Mapping[str, nn.Module],
+    base_model: str | None,
+    transposed: bool = False,
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into the folder `path`.
 
     pairs: layer name -> (B, A), (outputs, r) and (r, inputs), of a convolution with kernels; the update is B A. LoRA
     knows no rank 0, so layers of rank 0 are not among its targets. `head` goes into modules_to_save, by its name.
+    `transposed`: the base layers keep their weights as (inputs, outputs), which PEFT else finds out with a warning.
     """
     ranks = {name: A.shape[0] for name, (_, A) in pairs.items() if A.shape[0] > 0}
     # PEFT reads these keys as regular expressions for the end of a name: this form matches one layer only.
@@ -50,6 +58,7 @@ def write_stock_lora(
         target_modules="|".join(map(re.escape, ranks)) or DUMMY_TARGET_MODULES,
         modules_to_save=list(head) or None,
         base_model_name_or_path=base_model,
+        fan_in_fan_out=transposed,
         inference_mode=True,
     )
     tensors = {}

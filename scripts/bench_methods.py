@@ -30,7 +30,7 @@ from bench_loop import loop_updates, make_training
 
 from harness import registry
 from harness.errors import InputError
-from harness.plan import parse_choice
+from harness.notation import parse_choice
 from harness.training import Training
 
 REFERENCE = "lora[rank=8]"

@@ -1,58 +1,61 @@
-"""What reports and tracking cost: tables and pictures of 10,000 records, and 1,000 cells of 500 steps into MLflow.
+"""What `report`, `compare` and tracking cost: processor seconds and peak memory of the real commands, each in a
+process of its own, imports included.
 
-python scripts/bench_report.py [records ...]      (default: 2500 5000 10000)
+python scripts/bench_report.py [--records 2000] [--steps 500] [--examples 1000] [--tasks 20] [--seeds 5] [--settings 2]
 """
 
 from __future__ import annotations
 
-import json
-import resource
+import argparse
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-TASKS, SEEDS, EXAMPLES, STEPS = 20, 10, 500, 500
+TRACKED = 1000  # records that go into MLflow
 
 
 def main() -> None:
-    """Print seconds and peak memory of each size, every one in a process of its own."""
-    if sys.argv[1:2] == ["report"]:
-        report(Path(sys.argv[2]))
-        return
-    for records in [int(size) for size in sys.argv[1:]] or [2500, 5000, 10_000]:
-        with tempfile.TemporaryDirectory() as folder:
-            make(Path(folder), records, STEPS)
-            size = f"{records:,} records:"
-            print(
-                size,
-                subprocess.run(
-                    [sys.executable, __file__, "report", folder], check=True, capture_output=True, text=True
-                ).stdout.strip(),
-            )
+    """Print what each command takes on a store of made-up records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"records": 2000, "steps": 500, "examples": 1000, "tasks": 20, "seeds": 5, "settings": 2}
+    for name, size in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        make(Path(folder), 1000, STEPS)
-        track(Path(folder))
+        make(Path(folder), options)
+        print(f"{options.records:,} records of {options.steps:,} steps and {options.examples:,} predictions:")
+        for command in (["report"], ["compare", "lora[alpha=1]", "lora[alpha=2]"]):
+            print(f"  {command[0]}: {told(*measured([*command, '--results', folder]))}")
+    with tempfile.TemporaryDirectory() as folder:
+        options.records = TRACKED
+        make(Path(folder), options)
+        track(Path(folder), options.steps)
 
 
-def report(folder: Path) -> None:
-    """Build the report and print what it took."""
-    from harness.record_store import RecordStore
-    from harness.report.build import build_report
+def measured(arguments: list[str]) -> tuple[float, float]:
+    """(processor seconds, peak MiB) of `python -m harness ...` in a process of its own. Raises CalledProcessError."""
+    command = [sys.executable, "-m", "harness", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
-    started = time.perf_counter()
-    paths = build_report(RecordStore(folder))
-    seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{seconds:.1f} s ({time.process_time():.1f} s of processor), {peak:.2f} GiB, {len(paths)} files")
+
+def told(seconds: float, memory: float) -> str:
+    """What `measured` gave, in words."""
+    return f"{seconds:.1f} s of processor, {memory:.0f} MiB at most"
 
 
-def track(folder: Path) -> None:
+def track(folder: Path, steps: int) -> None:
     """Log every record and print what it took."""
     from harness.record_store import RecordStore
     from harness.tracking import log_records
@@ -62,14 +65,14 @@ def track(folder: Path) -> None:
     started, busy = time.perf_counter(), time.process_time()
     logged = log_records(store, records)
     seconds, busy = time.perf_counter() - started, time.process_time() - busy
-    print(f"MLflow, {logged:,} cells of {STEPS} steps: {seconds:.1f} s ({busy:.1f} s of processor)")
+    print(f"MLflow, {logged:,} cells of {steps} steps: {seconds:.1f} s ({busy:.1f} s of processor)")
     started = time.perf_counter()
     log_records(store, records)
     print(f"MLflow, nothing new: {time.perf_counter() - started:.1f} s")
 
 
-def make(folder: Path, count: int, steps: int) -> None:
-    """Records of one real run, changed: configurations x tasks x seeds, with history and predictions."""
+def make(folder: Path, options: argparse.Namespace) -> None:
+    """Records of one real run, changed: settings x configurations x tasks x seeds, with histories and predictions."""
     from harness.contracts import Subject, spec_of
     from harness.record_store import RecordStore
     from harness.run import run_one
@@ -79,32 +82,39 @@ def make(folder: Path, count: int, steps: int) -> None:
     store.make_ready()
     first = run_one(spec_of(Subject("lora", folder)), store)
     shutil.rmtree(store.folder(first.run_id))
-    history = "".join(
-        json.dumps(
-            {"update": i, "batches": i + 1, "loss": 1 / (i + 1), "learning_rate_factor": 0.5, "gradient_norm": 1.0}
-        )
-        + "\n"
-        for i in range(steps)
-    )
-    references = random.integers(0, 2, EXAMPLES)
-    for place in range(count):
-        configuration, cell = divmod(place, TASKS * SEEDS)
-        task, seed = divmod(cell, SEEDS)
+    history = _history(options.steps)
+    references = random.integers(0, 2, options.examples)
+    for place in range(options.records):
+        cell, setting = divmod(place, options.settings)
+        cell, seed = divmod(cell, options.seeds)
+        configuration, task = divmod(cell, options.tasks)
         parameters = {**first.spec.method_parameters, "alpha": float(configuration + 1)}
-        spec = first.spec.model_copy(update={"task": f"task/{task}", "seed": seed, "method_parameters": parameters})
-        right = random.random(EXAMPLES) < 0.7 + 0.002 * configuration
-        rows = {"train": 900, "holdout": 100, "validation": EXAMPLES}
-        changes = {"run_id": spec.run_id, "spec": spec, "score": float(right.mean()), "rows": rows}
-        record = first.model_copy(update={**changes, "metrics": {"accuracy": float(right.mean())}})
-        run = store.folder(spec.run_id)
-        run.mkdir()
-        (run / "record.json").write_text(record.model_dump_json(indent=1))
-        (run / "history.jsonl").write_text(history)
-        arrays = {
-            "validation/predictions": np.where(right, references, 1 - references),
-            "validation/references": references,
-        }
-        save_file(arrays, run / "predictions.safetensors")
+        changes: dict[str, Any] = {"task": f"task/{task}", "seed": seed, "threads": setting + 1}
+        spec = first.spec.model_copy(update=changes | {"method_parameters": parameters})
+        right = random.random(options.examples) < 0.7 + 0.002 * configuration
+        score, rows = float(right.mean()), {"train": 900, "holdout": 100, "validation": options.examples}
+        changes = {"run_id": spec.run_id, "spec": spec, "score": score, "metrics": {"accuracy": score}, "rows": rows}
+        draft = store.draft(spec.run_id)
+        _predictions(draft, np.where(right, references, 1 - references), references)
+        store.write(first.model_copy(update=changes), history, draft)
+
+
+def _history(steps: int) -> list[dict[str, Any]]:
+    """With all that a picture shows: ranks and an active set at every step, the holdout at twenty."""
+    rows: list[dict[str, Any]] = []
+    for i in range(steps):
+        row = {"update": i, "batches": i + 1, "loss": 1 / (i + 1), "learning_rate_factor": 0.5, "gradient_norm": 1.0}
+        row |= {"rank": 100 - 50 * i // steps, "gap": 1 / (i + 1), "active_components": 40 - 20 * i // steps}
+        row |= {"holdout_accuracy": 0.7} if (i + 1) % max(1, steps // 20) == 0 else {}
+        rows.append(row)
+    return rows
+
+
+def _predictions(folder: Path, predictions: np.ndarray, references: np.ndarray) -> None:
+    from harness.storage import save_arrays
+
+    arrays = {"validation/predictions": predictions, "validation/references": references}
+    save_arrays(arrays, folder / "predictions.safetensors")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from methods.debora import adaptation
 from methods.debora.layer import DeboraLayer
 from methods.debora.method import Debora
 from methods.debora.upper_level import UpperGradient, upper_gradient
-from methods.lora import ADAPTER
+from methods.peft_model import ADAPTER
 
 AT = (5, 10, 20, 30, 40)  # upper-level steps
 BATCHES = 48

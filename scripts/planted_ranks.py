@@ -24,7 +24,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from harness.method import Backbone
-from harness.plan import parse_value
+from harness.notation import parse_value
 from harness.spec import TrainSpec
 from harness.task import Batch
 from harness.training import Training, TrainingData, seed_everything

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from harness.errors import InputError, unknown
-from harness.task import Examples, holdout_rows
+from harness.splits import holdout_rows
+from harness.task import Examples
 from tasks import glue_submission
 from tasks.hub import read_split
 from tasks.metrics import scores
@@ -92,6 +93,10 @@ class Glue(TextClassification):
     @property
     def headline(self) -> str:
         return self.table.metrics[0]
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return self.table.metrics
 
     @property
     def class_names(self) -> tuple[str, ...]:

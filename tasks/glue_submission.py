@@ -46,22 +46,38 @@ def files(
     """(the eleven files, content by name; what is to be said of them), from predictions by task and split.
 
     `classes`: the names of a task's classes by number, none for regression. A file without predictions is filled with a
-    constant. Raises InputError where the number of predictions is not that of the official test set.
+    constant. Raises InputError where a split is missing, the number of predictions is not that of the official test
+    set, or one of them is no class, or no number.
     """
     content, filled = {}, []
     for file in TEST_FILES:
-        found = predictions.get(file.task, {}).get(file.split)
-        if found is None:
+        splits = predictions.get(file.task)
+        if splits is None:
             filled.append(file.name)
             content[file.name] = _table([file.filler] * file.rows)
             continue
+        if file.split not in splits:
+            raise InputError(
+                f"{file.name} needs '{file.split}'; the run on {file.task} has {', '.join(splits) or 'none'}"
+            )
+        found = splits[file.split]
         if len(found) != file.rows:
             raise InputError(
                 f"{file.name} would have {len(found):,} rows; the official test set of {file.task} has {file.rows:,}"
             )
+        _check(file, found, classes[file.task])
         content[file.name] = _table(_written(found, classes[file.task], file.by_name))
     note = f"no run given for {', '.join(filled)}: every row there holds a constant, so their scores mean nothing"
     return content, [note] if filled else []
+
+
+def _check(file: TestFile, predictions: np.ndarray, classes: tuple[str, ...]) -> None:
+    if classes and predictions.dtype.kind not in "iu":
+        raise InputError(f"{file.name}: the predictions are {predictions.dtype}, not numbers of classes")
+    fit = (predictions >= 0) & (predictions < len(classes)) if classes else abs(predictions) < float("inf")
+    if not fit.all():
+        wanted = f"a class from 0 to {len(classes) - 1}" if classes else "a finite number"
+        raise InputError(f"{file.name}: the prediction {predictions[~fit][0]} is not {wanted}")
 
 
 def _written(predictions: np.ndarray, classes: tuple[str, ...], by_name: bool) -> Iterable[str]:

@@ -20,7 +20,7 @@ def plain_encoding(tokenizer: Any, texts: list[list[str]], **options: Any) -> An
     """
     # A tokenizer in Python would take all added tokens for text, not only the special ones: only where it must.
     encoding = tokenizer(*texts, split_special_tokens=tokenizer.is_fast, **options)
-    rows = _with_special(tokenizer, texts, encoding)
+    rows = _with_special(tokenizer, texts, encoding, options)
     if rows and tokenizer.is_fast:
         _unname_special(tokenizer)
         encoding = tokenizer(*texts, split_special_tokens=True, **options)
@@ -29,7 +29,7 @@ def plain_encoding(tokenizer: Any, texts: list[list[str]], **options: Any) -> An
         for name, values in plain.items():
             for row, value in zip(rows, values, strict=True):
                 encoding[name][row] = value
-    rows = rows and _with_special(tokenizer, texts, encoding)
+    rows = rows and _with_special(tokenizer, texts, encoding, options)
     if rows:
         text = " | ".join(column[rows[0]] for column in texts)
         raise InputError(
@@ -45,12 +45,12 @@ def _special_ids(tokenizer: Any) -> list[int]:
     return sorted((added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id})
 
 
-def _with_special(tokenizer: Any, texts: list[list[str]], encoding: Any) -> list[int]:
+def _with_special(tokenizer: Any, texts: list[list[str]], encoding: Any, options: dict[str, Any]) -> list[int]:
     """The rows that hold more special tokens than empty texts do, which have the template's."""
     import numpy as np
 
     special = _special_ids(tokenizer)
-    template = np.isin(tokenizer(*([""] for _ in texts))["input_ids"][0], special).sum()
+    template = np.isin(tokenizer(*([""] for _ in texts), **options)["input_ids"][0], special).sum()
     lengths = [len(row) for row in encoding["input_ids"]]
     ids = np.fromiter(itertools.chain.from_iterable(encoding["input_ids"]), dtype=np.int64, count=sum(lengths))
     found = np.bincount(np.repeat(np.arange(len(lengths)), lengths), np.isin(ids, special), minlength=len(lengths))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError
-from harness.method import Backbone, in_modules
+from harness.method import Backbone, in_modules, is_adaptable
 from tasks import heads
 
 if TYPE_CHECKING:
@@ -150,9 +150,8 @@ def load_backbone(
     return backbone
 
 
-def load_tokenizer(model: str, *, pads: bool = True) -> Any:
-    """The model's tokenizer. Raises InputError where the folder has none that can be read, or, if it `pads`, where it
-    has no padding token."""
+def load_tokenizer(model: str) -> Any:
+    """The model's tokenizer. Raises InputError where the folder has none that can be read."""
     from transformers import AutoTokenizer
 
     quieten()
@@ -167,8 +166,6 @@ def load_tokenizer(model: str, *, pads: bool = True) -> Any:
         raise InputError(f"the tokenizer of model '{model}' cannot be loaded{lacks}: {reason}", model) from None
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers makes one up without its files
         raise InputError(f"model '{model}' has no tokenizer files (tokenizer.json, vocab.txt or the like)", model)
-    if pads and tokenizer.pad_token_id is None:
-        raise InputError(f"the tokenizer of model '{model}' has no padding token; batches need one", model)
     return tokenizer
 
 
@@ -273,17 +270,13 @@ def _fingerprint_of(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 def _head_and_layers(module: nn.Module, model: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The head: every child beside the base model, and the base model's pooler. The layers: the base model's rest."""
-    from torch import nn
-
     head = heads.beside_base(module, model)
     prefix = module.base_model_prefix
     pooler = getattr(module.get_submodule(str(prefix)), "pooler", None)
     if pooler is not None and heads.has_numbers(pooler):
         head.insert(0, f"{prefix}.pooler")
     layers = [
-        name
-        for name, layer in module.named_modules()
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not in_modules(f"{name}.weight", head)
+        name for name, layer in module.named_modules() if is_adaptable(layer) and not in_modules(f"{name}.weight", head)
     ]
     return tuple(head), tuple(layers)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from harness.task import Batch, Classification, Examples, fingerprint_of
+from harness.splits import fingerprint_of
+from harness.task import Batch, Classification, Examples
 from tasks import padding, pretrained
 from tasks.cache import cached
 from tasks.plain_text import plain_encoding
@@ -126,6 +127,12 @@ class TextClassification(Classification):
         paddings = {name: int(found[f"padding/{name}"][0]) for name in inputs}
         return EncodedTexts(tokens, paddings, bool(found["left"][0]), found["starts"], found["cut"], examples.labels)
 
+    def references(self, examples: Examples) -> dict[str, int] | tuple[float, float] | None:
+        """As `Task.references`: rows by class, or the lowest and the highest value."""
+        if self.num_labels > 1:
+            return super().references(examples)
+        return float(examples.labels.min()), float(examples.labels.max())
+
     def lengths(self, encoded: EncodedTexts) -> np.ndarray:
         """(rows,) number of tokens."""
         import numpy as np
@@ -177,7 +184,7 @@ def tokenized(examples: Examples, model: str, max_length: int) -> dict[str, np.n
     """
     import numpy as np
 
-    config, tokenizer = padding.configuration(model), pretrained.load_tokenizer(model, pads=False)
+    config, tokenizer = padding.configuration(model), pretrained.load_tokenizer(model)
     fillers = {
         "input_ids": padding.padding_token(config, tokenizer, model),
         "token_type_ids": tokenizer.pad_token_type_id,
@@ -215,16 +222,16 @@ def _cut(tokenizer: Any, texts: list[list[str]], encoding: Any, max_length: int)
 @functools.lru_cache(maxsize=4)
 def _tokenizer(model: str, fingerprint: str) -> Any:
     """Kept, since every run asks for it, while the model stays as it is. Not for texts: they may change it."""
-    return pretrained.load_tokenizer(model, pads=False)
+    return pretrained.load_tokenizer(model)
 
 
 def _shown(tokenizer: Any, number: int) -> str:
     return f"{number} ({tokenizer.convert_ids_to_tokens(number)!r})"
 
 
-def group_numbers(values: Sequence[str]) -> np.ndarray:
+def group_numbers(values: Sequence[Hashable]) -> np.ndarray:
     """(rows,) int64: equal values get equal numbers, in order of first appearance."""
     import numpy as np
 
-    numbers: dict[str, int] = {}
+    numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)

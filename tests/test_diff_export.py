@@ -62,7 +62,9 @@ class TestExport:
         target = tmp_path / "card"
         assert cli.main(["export", run.run_id, "--to", str(target), "--results", str(store.results)]) == 0
         assert sorted(path.name for path in target.iterdir()) == ["README.md", "adapter_config.json", "record.json"]
-        assert RunRecord.model_validate_json((target / "record.json").read_bytes()) == run
+        handed = RunRecord.parse((target / "record.json").read_bytes())
+        assert handed.model_copy(update={"files": run.files}) == run
+        assert set(handed.files) == {"README.md", "adapter_config.json"}
         card = (target / "README.md").read_text(encoding="utf-8")
         assert card.startswith('---\nbase_model: "some/model"\nlibrary_name: peft\n')
         for text in (run.spec.data_fingerprint, "| `q` | 3 |", "PeftModel.from_pretrained", "| accuracy | 0.5000 |"):

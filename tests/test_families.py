@@ -22,7 +22,8 @@ from harness.plan import Sweep
 from harness.record_store import RecordStore
 from harness.run import run_one
 from harness.spec import Place, TrainSpec
-from harness.task import Examples, make_splits
+from harness.splits import make_splits
+from harness.task import Examples
 from harness.training import seed_everything
 from harness.trial import check_rows
 from tasks import padding, pretrained
@@ -246,20 +247,20 @@ def test_a_lower_precision_is_measured_and_said(place, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_special_tokens_within_texts_are_text(family, place):
     model = model_of(place, family)
-    tokenizer = pretrained.load_tokenizer(model, pads=False)
+    tokenizer = pretrained.load_tokenizer(model)
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     ordinary = ["the film was good", "a very long story, and quiet", "x < y > z / [w] | v"]
     strings = sorted({*STRINGS, *families.FAMILIES[family].special})
     texts = [*ordinary, *(f"the {string}film{string} was {string} good{string}" for string in strings)]
     for columns in ([texts], [texts, texts[::-1]]):
-        found = plain_encoding(pretrained.load_tokenizer(model, pads=False), columns)["input_ids"]
+        found = plain_encoding(pretrained.load_tokenizer(model), columns)["input_ids"]
         template = [number for number in tokenizer(*([""] for _ in columns))["input_ids"][0] if number in special]
         for row in found:
             assert [number for number in row if number in special] == template
     few = [texts[:3], texts[:3]]
     assert plain_encoding(tokenizer, few)["input_ids"] == tokenizer(*few)["input_ids"]
     after = plain_encoding(tokenizer, [texts])["input_ids"][:3]
-    assert after == pretrained.load_tokenizer(model, pads=False)(ordinary)["input_ids"]
+    assert after == pretrained.load_tokenizer(model)(ordinary)["input_ids"]
 
 
 def test_end_tokens_within_texts_train_and_are_scored(place, tmp_path):

@@ -17,7 +17,8 @@ from harness.cli import main
 from harness.errors import InputError
 from harness.plan import Sweep, task_cells
 from harness.record_store import RecordStore
-from harness.task import Examples, make_splits
+from harness.splits import make_splits
+from harness.task import Examples
 from harness.training import TrainingData
 from tasks import glue_submission, pretrained
 from tasks.glue import TABLE, Glue
@@ -191,7 +192,9 @@ def test_damaged_predictions_make_no_submission(submitted, tmp_path, capsys):
     run = runs_of(results)["glue/cola"]
     (RecordStore(results).folder(run) / "predictions.safetensors").write_bytes(b"no tensors")
     assert main(["export-glue", run, "--results", str(results), "--to", str(tmp_path / "x.zip")]) == 2
-    assert "kept no predictions for the test set" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert run in told
+    assert "make the run again" in told
 
 
 def test_runs_that_make_no_submission(submitted, place, tmp_path, capsys):

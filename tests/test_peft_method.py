@@ -268,7 +268,9 @@ def test_a_backbone_that_does_not_fit_is_a_reason():
         assert "\n" not in reason
     assert registry.make_method("peft", {"type": "lora", "r": 2}).unsupported(backbone) is None
     assert list(module.state_dict()) == before, "the backbone was changed"
-    assert "no layer" in PeftMethod(type="vera").unsupported(Backbone(module, head=("2",), layers=()))
+    assert "no linear or convolution layer" in PeftMethod(type="vera").unsupported(
+        Backbone(module, head=("2",), layers=())
+    )
 
 
 def test_a_cell_that_cannot_be_is_reported_and_the_sweep_goes_on(tmp_path, capsys):

@@ -4,7 +4,8 @@ import pytest
 
 from harness import registry
 from harness.errors import InputError
-from harness.plan import Fingerprints, Sweep, method_cells, parse_choice, parse_value, plan, split_list, task_cells
+from harness.notation import parse_choice, parse_value, split_list, split_tasks
+from harness.plan import Fingerprints, Sweep, method_cells, plan, task_cells
 from harness.spec import Place, RunSpec, TrainSpec
 
 SAME = Fingerprints("data", "model")
@@ -143,3 +144,37 @@ def test_a_label_leaves_out_what_follows_from_the_rest():
     assert labelled(geometry="oblique", tau=4) == "debora[geometry=oblique,tau=4]"
     assert labelled(tau=8) == "debora[tau=8]"  # what oblique would take is not what matrix takes
     assert registry.label_of("peft", {"type": "ia3"}) == "peft[type=ia3]"
+
+
+OWN_PATHS = ["a,b.csv", "data [final].csv", "odd].csv", "[x", 'say "hi".csv', "a,text:b.csv", "plain.csv", "x[label=y]"]
+
+
+@pytest.mark.parametrize("name", OWN_PATHS)
+@pytest.mark.parametrize("parameters", ["", "[label=stars,max_length=8]"])
+def test_the_path_of_own_data_may_hold_commas_and_brackets(tmp_path, monkeypatch, name, parameters):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("text,label\n")
+    given = {"label": "stars", "max_length": 8} if parameters else {}
+    for path in (name, str(tmp_path / name)):
+        text = f"glue/cola,text:{path}{parameters},generation:{path},digits"
+        names = split_tasks(text)
+        assert names == ["glue/cola", f"text:{path}{parameters}", f"generation:{path}", "digits"]
+        assert parse_choice(names[1]) == (f"text:{path}", given)
+        assert parse_choice(names[2]) == (f"generation:{path}", {})
+
+
+@pytest.mark.parametrize("name", [name for name in OWN_PATHS if '"' not in name])
+def test_a_path_in_quotes_is_taken_as_it_is(name):
+    text = f'glue/cola,text:"{name}"[label=stars],digits'
+    names = split_tasks(text)
+    assert names == ["glue/cola", f'text:"{name}"[label=stars]', "digits"]
+    assert parse_choice(names[1]) == (f"text:{name}", {"label": "stars"})
+
+
+def test_the_longest_path_that_is_there_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "a,b.csv"):
+        (tmp_path / name).write_text("")
+    assert split_tasks("text:a,b.csv") == ["text:a,b.csv"]
+    assert split_tasks("text:a,c.csv") == ["text:a", "c.csv"]
+    assert split_tasks("text:nowhere,b.csv") == ["text:nowhere", "b.csv"]

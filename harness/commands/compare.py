@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ def command(results: Path, first: str, second: str, tasks: Sequence[str] | None)
     `first`, `second`: rows of the leaderboard, "debora[tau=8]", or a method that has one row. Raises InputError for an
     unknown one, and where no setting has both.
     """
-    from harness.report.compare import ExampleReader, compare, in_words, row_of
+    from harness.report.compare import ExampleReader, compare, in_words, row_of, unused
     from harness.report.frame import to_frame
     from harness.report.leaderboard import leaderboards
     from harness.report.text import CONSOLE_WIDTH
@@ -25,7 +26,7 @@ def command(results: Path, first: str, second: str, tasks: Sequence[str] | None)
     boards = leaderboards(to_frame(found.records, naming_of(found.records)))
     if not boards:
         raise InputError(f"no records in {store.runs}: run `python -m harness run ...` first")
-    known, failure = 0, None
+    known, failure, read = 0, None, ExampleReader(store)
     for board in boards:
         try:
             rows = row_of(board, first), row_of(board, second)
@@ -34,12 +35,14 @@ def command(results: Path, first: str, second: str, tasks: Sequence[str] | None)
             continue
         if rows[0] is rows[1]:
             raise InputError(f"'{first}' and '{second}' are the same row: give two")
-        comparisons = compare(board, *rows, ExampleReader(store))
+        comparisons = compare(board, *rows, read)
         if comparisons:
             known += 1
             heading = f"{rows[0].label} against {rows[1].label}. {board.caption}"
             print("\n" + textwrap.fill(heading, CONSOLE_WIDTH, break_on_hyphens=False) + "\n")
             print("\n".join(in_words(rows[0].label, rows[1].label, comparisons)))
+    for run_id, reason in sorted(read.damaged.items()):
+        print(unused(run_id, reason), file=sys.stderr)
     if not known:
         raise failure or InputError(f"'{first}' and '{second}' have no task in common")
     return 0

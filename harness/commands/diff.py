@@ -12,9 +12,10 @@ from tabulate import tabulate
 from harness.parameters import flattened
 from harness.record import RunRecord
 from harness.record_store import RecordStore
+from harness.report.redact import one_line
 
 SECTIONS = ("spec", "environment", "status", "headline", "score", "metrics", "holdout", "parameters", "ranks")  # first
-WIDTH = 40  # signs of a value
+WIDTH, LONGEST = 40, 200  # signs of a value, of a name
 
 
 def command(results: Path, first: str, second: str) -> int:
@@ -37,7 +38,7 @@ def differences(first: RunRecord, second: RunRecord) -> Iterator[tuple[str, str,
     for name in sorted(names, key=lambda name: sections.index(name.split(".")[0])):
         values = [part.get(name) for part in parts]
         if values[0] != values[1]:
-            yield name, _text(values[0]), _text(values[1])
+            yield _short(name, LONGEST), _text(values[0]), _text(values[1])
 
 
 def _parts(record: RunRecord) -> dict[str, Any]:
@@ -46,5 +47,9 @@ def _parts(record: RunRecord) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    text = "-" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."
+    return _short("-" if value is None else value if isinstance(value, str) else json.dumps(value))
+
+
+def _short(text: str, width: int = WIDTH) -> str:
+    text = one_line(text)
+    return text if len(text) <= width else f"{text[: width - 3]}..."

@@ -2,47 +2,134 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-import uuid
+import stat
+import struct
 from pathlib import Path
 
+from harness import storage
+from harness.commands import target
 from harness.commands.report import chosen, naming_of
 from harness.errors import InputError
+from harness.record import RunRecord
 from harness.record_store import RecordStore
+from harness.report.redact import HOMES, cut, cut_config, handed_on
+
+MOST_HEADER = 100_000_000  # bytes of a safetensors header, as the format has it
 
 
 def command(results: Path, run_id: str, to: Path) -> int:
     """Make the folder `to` with the run's adapter, a model card (README.md) and its record (record.json).
 
-    Raises InputError for an unknown run, one that kept no adapter, or a folder that is there already or cannot be made.
+    Nothing in it names a place of this machine, its host or its user, and no link is followed. Raises InputError for an
+    unknown run, one that kept no adapter, an adapter with something in it that is no plain file or cannot be handed on,
+    or a folder that is there already or cannot be made.
     """
     from harness.report.card import model_card
     from harness.report.frame import to_frame
     from harness.report.leaderboard import leaderboards
 
+    target.check_new(to)
     store, found = chosen(results, None, None)
     record = store.find(run_id)
-    adapter = store.folder(run_id) / "adapter"
-    if not adapter.is_dir():
-        raise InputError(
-            f"run '{run_id}' kept no adapter ({record.status}): delete its folder and run it again with --save-adapter"
-        )
-    if to.exists():
-        raise InputError(f"--to '{to}' is there already: name a folder that is not")
+    names = _files(store, record)
     boards = leaderboards(to_frame(found.records, naming_of(found.records)))
-    _write(store, run_id, to, model_card(record, boards, sorted(path.name for path in adapter.iterdir())))
+    card = model_card(record, boards, names)
+    with target.made(to) as draft:
+        for name in names:
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            _hand_on(store, record, name, draft / name)
+        (draft / "README.md").write_text(card, encoding="utf-8")
+        files = storage.file_sums(draft)
+        (draft / "record.json").write_text(handed_on(record).model_copy(update={"files": files}).to_json())
     print(f"adapter, README.md and record.json of {run_id} are in {to}")
     return 0
 
 
-def _write(store: RecordStore, run_id: str, to: Path, card: str) -> None:
-    draft = to.with_name(f".{uuid.uuid4().hex[:8]}-{to.name}")
+def _files(store: RecordStore, record: RunRecord) -> list[str]:
+    """Every file of the adapter, by its path there."""
+    adapter = store.folder(record.run_id) / "adapter"
     try:
-        shutil.copytree(store.folder(run_id) / "adapter", draft)
-        (draft / "README.md").write_text(card, encoding="utf-8")
-        shutil.copyfile(store.folder(run_id) / "record.json", draft / "record.json")
-        draft.rename(to)
+        found = plain_files(adapter)
+    except FileNotFoundError:
+        found = []
     except OSError as error:
-        raise InputError(f"--to '{to}' cannot be written ({error.strerror})") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        raise InputError(f"'{error.filename}' cannot be read ({error.strerror})") from None
+    if not found:
+        raise InputError(
+            f"run '{record.run_id}' kept no adapter ({record.status}): delete its folder and run it again with "
+            "--save-adapter"
+        )
+    return [path.relative_to(adapter).as_posix() for path in found]
+
+
+def plain_files(folder: Path) -> list[Path]:
+    """Every file below a folder, in order. Raises InputError for a link, or anything else that is neither file nor
+    folder, and OSError."""
+    mode = folder.lstat().st_mode
+    if stat.S_ISREG(mode):
+        return [folder]
+    if not stat.S_ISDIR(mode):
+        kind = "a link" if stat.S_ISLNK(mode) else "neither a file nor a folder"
+        raise InputError(f"'{folder}' is {kind}: only plain files are handed on")
+    return [file for path in sorted(folder.iterdir()) for file in plain_files(path)]
+
+
+def _hand_on(store: RecordStore, record: RunRecord, name: str, copy: Path) -> None:
+    """Copy a file of the adapter, as it may leave the machine."""
+    source = store.folder(record.run_id) / "adapter" / name
+    try:
+        source = store.verified(record.run_id, f"adapter/{name}")
+        if source.suffix == ".safetensors":
+            _copy_tensors(source, copy)
+            return
+        raw = source.read_bytes()
+        copy.write_bytes(_cut_json(raw) if source.suffix == ".json" else _cut_bytes(raw, source))
+    except OSError as error:
+        if error.filename != str(source):
+            raise
+        raise InputError(f"'{source}' cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # not what was written, not JSON, or not safetensors
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"'{source}' is damaged: {str(error).splitlines()[0]}") from None
+
+
+def _cut_json(raw: bytes) -> bytes:
+    content = json.loads(raw)
+    made = cut_config(content)
+    return raw if made == content else json.dumps(made, indent=2, sort_keys=True).encode()
+
+
+def _cut_bytes(raw: bytes, source: Path) -> bytes:
+    """Text with its paths cut; of anything else nothing is known but that it may name nobody's home."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        text = ""
+    if text and "\0" not in text:
+        return str(cut(text)).encode()
+    home = HOMES.search(raw.decode("latin-1"))
+    if home:
+        raise InputError(f"'{source}' cannot be handed on: it holds a path of this machine ({home[0]})")
+    return raw
+
+
+def _copy_tensors(source: Path, copy: Path) -> None:
+    """A safetensors file, the paths in its metadata cut."""
+    with source.open("rb") as stream:
+        start = stream.read(8)
+        size = struct.unpack("<Q", start)[0] if len(start) == 8 else MOST_HEADER
+        if size >= MOST_HEADER or len(raw := stream.read(size)) < size:
+            raise ValueError("it has no header of safetensors")
+        header = json.loads(raw)
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
+        metadata = header.get("__metadata__")
+        if cut(metadata) != metadata:
+            raw = json.dumps({**header, "__metadata__": cut(metadata)}, separators=(",", ":")).encode()
+            raw += b" " * (-len(raw) % 8)
+        with copy.open("wb") as made:
+            made.write(struct.pack("<Q", len(raw)) + raw)
+            shutil.copyfileobj(stream, made, 1 << 20)

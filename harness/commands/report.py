@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from harness.record import RunRecord
 from harness.record_store import Found, RecordStore
 
 FAILED = ("failed", "diverged", "out_of_memory")
+MOST_SHOWN = 1000  # runs of a sweep that ran nothing new whose report is made again, unasked
 AGAINST = ("paper",)  # reported results that come with the program
 KINDS = {"tables": "table", "pictures": "picture"}  # of a file, by its folder
 
@@ -70,17 +73,34 @@ def show_sweep(store: RecordStore, run_ids: Sequence[str], tracking_uri: str | N
     chosen = [record for record in found.records if record.run_id in wanted]
     trials = {run_id for record in chosen if record.spec.search for run_id in record.spec.search.trials}
     shown = [record for record in found.records if record.run_id in wanted | trials]
-    _show(store, shown, found, Wanted(forms=("png",)))
+    unwritten = None
+    try:
+        _show(store, shown, found, Wanted(forms=("png",)))
+    except InputError as error:  # the runs are there to be logged all the same
+        unwritten = error
     log(store, shown, tracking_uri)
     if lacking := len(wanted) - len(chosen):
         print(f"{lacking} of {len(wanted)} cells have no record: give the same command again")
+    if unwritten is not None:
+        raise unwritten
     return int(lacking > 0 or any(record.status in FAILED for record in chosen))
 
 
+def brief(store: RecordStore, statuses: Mapping[str, str]) -> int:
+    """Say in two lines how a sweep stands that ran nothing new: no report is made again. `statuses`: of its finished
+    runs, by run_id. Returns the exit code, as `show_sweep` does."""
+    counts = Counter(status.replace("_", " ") for status in statuses.values() if status != "done")
+    others = "".join(f", {count:,} {status}" for status, count in sorted(counts.items()))
+    print(f"{len(statuses):,} runs are finished: {len(statuses) - counts.total():,} done{others}; nothing was new")
+    command = f"python -m harness report --results {shlex.quote(str(store.results))}"
+    print(f"{command} makes its tables and pictures; with --to-mlflow it logs the runs")
+    return int(any(status in FAILED for status in statuses.values()))
+
+
 def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wanted) -> None:
-    """Print the boards of `shown`; the files are made of `written`."""
+    """Print the boards of `shown`; the files are made of `written`. Raises Unwritten where some could not be."""
     from harness.report import critical
-    from harness.report.build import boards_of, build_report
+    from harness.report.build import Unwritten, boards_of, build_report
     from harness.report.frame import to_frame
     from harness.report.leaderboard import sorted_by
     from harness.report.text import console
@@ -92,7 +112,11 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
         boards = boards_of(store, to_frame(shown, naming), family_average) if shown else []
     if wanted.sort is not None:
         boards = sorted_by(boards, wanted.sort)
-    paths = build_report(store, written, naming, every, wanted.forms)
+    unwritten = None
+    try:
+        paths = build_report(store, written, naming, every, wanted.forms)
+    except Unwritten as error:
+        paths, unwritten = error.paths, error
     for board in boards:
         print(f"\n{console(board, written.damaged)}")
         refused = critical.refusal(board)
@@ -106,6 +130,8 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
     print(f"\nrecords   {store.runs}")
     for path in paths:
         print(f"{KINDS.get(path.parent.name, 'page'):<10}{path}")
+    if unwritten is not None:
+        raise unwritten
 
 
 def naming_of(records: Iterable[RunRecord]) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:

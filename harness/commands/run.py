@@ -7,13 +7,16 @@ import contextlib
 import functools
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import registry, sweep_file
 from harness.errors import InputError
-from harness.plan import Sweep, method_cells, parse_value, split_list, task_cells
+from harness.executors import machine
+from harness.notation import parse_value, split_list
+from harness.parameters import checked_path
+from harness.plan import LARGEST_SEED, MOST_SEEDS, Sweep, cells_of
 from harness.spec import Execution, Place, RunSpec, TrainSpec
 
 if TYPE_CHECKING:
@@ -22,14 +25,14 @@ if TYPE_CHECKING:
     from harness.record_store import RecordStore, Skim
 
 DATA_ROOT = "HARNESS_DATA_ROOT"
-MOST_SEEDS = 100_000
 
 
 def command(options: argparse.Namespace) -> int:
     """Carry out `run`. Returns 0, or 1 where a run failed, diverged or ran out of memory."""
     sweep, place, execution = sweep_of(options), place_of(options), execution_of(options)
     try:
-        method_cells(sweep), task_cells(sweep)  # names and values are checked before anything heavy is imported
+        cells_of(sweep)  # names and values are checked before anything heavy is imported
+        machine.check(execution, sweep.threads)
         return _dry_run(sweep, place, options.results) if options.dry_run else _run(sweep, place, execution, options)
     except InputError as error:
         raise (sweep_file.located(error, options.config) if options.config else None) or error from None
@@ -51,7 +54,7 @@ def _check_kept(store: RecordStore, finished: Mapping[str, Skim], place: Place, 
 def sweep_of(options: argparse.Namespace) -> Sweep:
     """The comparison: options over the --config file over the --preset. Raises InputError."""
     values: dict[str, Any] = {}
-    for path in [sweep_file.preset(options.preset) if options.preset else None, options.config]:
+    for path in [None if options.preset is None else sweep_file.preset(options.preset), options.config]:
         if path is not None:
             _overlay(values, sweep_file.read(path))
     given = {name: getattr(options, name) for name in ("methods", "tasks", "model")}
@@ -75,8 +78,23 @@ def place_of(options: argparse.Namespace) -> Place:
     given["checkpoint_every"] = _parsed(given["checkpoint_every"])
     if given["rank_curve"] is not None:
         given["rank_curve"] = [parse_value(rank) for rank in split_list(given["rank_curve"])]
-    given["data_root"] = given["data_root"] or os.environ.get(DATA_ROOT)
+        if not given["rank_curve"]:
+            raise InputError("--rank-curve '' is not allowed: give ranks, such as 1,2,4,8")
+    given["data_root"] = _data_root(given["data_root"])
     return Place.of({name: value for name, value in given.items() if value is not None}, "--")
+
+
+def _data_root(given: str | None) -> str | None:
+    """The option, or else the environment's. Raises InputError for what is no folder."""
+    name, path = ("--data-root", given) if given is not None else (DATA_ROOT, os.environ.get(DATA_ROOT) or None)
+    if path is None:
+        return None
+    try:
+        if not Path(checked_path(path)).expanduser().is_dir():
+            raise ValueError(f"'{path}' is not a folder")
+    except (ValueError, OSError) as error:
+        raise InputError(f"{name}: the data root {error}") from None
+    return path
 
 
 def execution_of(options: argparse.Namespace) -> Execution:
@@ -107,10 +125,12 @@ def _seeds(text: str) -> list[int]:
     if not numbers or not all(part.isascii() and part.isdigit() for part in numbers):
         raise InputError(f"--seeds '{text}' is not allowed: give a count (3) or a list of whole numbers (0,1,2)")
     if len(parts) > 1:
+        if large := [part for part in numbers if len(part.lstrip("0")) > len(str(LARGEST_SEED))]:
+            raise InputError(f"--seeds '{large[0]}' is not allowed: a seed is below 2^63")
         return [int(part) for part in numbers]
-    if not 1 <= int(text) <= MOST_SEEDS:
+    if len(numbers[0]) > len(str(MOST_SEEDS)) or not 1 <= int(numbers[0]) <= MOST_SEEDS:
         raise InputError(f"--seeds '{text}' is not allowed: a count is 1 to {MOST_SEEDS:,}")
-    return list(range(int(text)))
+    return list(range(int(numbers[0])))
 
 
 def _grid(texts: list[str]) -> dict[str, list[Any]]:
@@ -128,7 +148,7 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
     from rich.console import Console
 
     from harness import executors, preflight, progress, sweeps, tuning
-    from harness.commands.report import show_sweep
+    from harness.commands.report import MOST_SHOWN, brief, show_sweep
     from harness.record import RETRIED
     from harness.record_store import RecordStore
 
@@ -137,22 +157,23 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
         checked = preflight.check_tasks(sweep, place)
         cells = preflight.check_methods(sweep, checked, place, store.find)
         said = preflight.check_models(checked, sweep.train, place)
-    for line in said:
-        console.print(line, highlight=False, markup=False)
+    for line in [*preflight.summaries(checked), *said]:
+        console.out(line, highlight=False)  # print makes a picture of the name in "text:x: ..."
     planned = preflight.plan_checked(sweep, checked, cells, place)
     specs = [spec for spec, _ in planned]
     searches = tuning.searches_of(sweep, planned)
-    store.make_ready()
     retried = RETRIED if options.retry_failed else ()
     with contextlib.ExitStack() as stack:
         start = functools.cache(lambda: stack.enter_context(executors.session(execution, sweep.threads, place.device)))
+        first = tuning.trials_of(searches) or specs
+        there = _there(store, first, retried)
+        if there[1]:
+            start()  # Ray has the last word on what there is, before anything is written
+        store.make_ready()
 
-        def carry_out(specs: list[RunSpec]) -> None:
+        def carry_out(specs: list[RunSpec], finished: Mapping[str, Skim], missing: list[RunSpec]) -> None:
             """Make the records that are missing."""
-            skimmed = {run_id: store.skim(run_id) for run_id in _ids(specs)}
             sweeps.write(store, specs)
-            finished = {run_id: skim for run_id, skim in skimmed.items() if skim and skim.status not in retried}
-            missing = [spec for spec in specs if spec.run_id not in finished]
             _check_kept(store, finished, place, console)
             done = len(specs) - len(missing)
             console.print(f"{len(specs)} runs: {done} finished before, {len(missing)} to do", highlight=False)
@@ -163,10 +184,20 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
 
         if searches:
             console.print(f"tuning: {sweep.tune} trials for each of {len(searches)} method-task pairs", highlight=False)
-            carry_out(tuning.trials_of(searches))
+            carry_out(first, *there)
             specs = tuning.chosen(searches, specs, store)
-        carry_out(specs)
+            there = _there(store, specs, retried)
+        carry_out(specs, *there)
+    if not there[1] and len(specs) > MOST_SHOWN:
+        return brief(store, {run_id: found.status for run_id, found in there[0].items()})
     return show_sweep(store, _ids(specs), options.tracking_uri)
+
+
+def _there(store: RecordStore, specs: list[RunSpec], retried: Collection[str]) -> tuple[dict[str, Skim], list[RunSpec]]:
+    """The runs that are finished, by run_id, those with a `retried` status left out, and the other runs."""
+    skimmed = {spec.run_id: store.skim(spec.run_id) for spec in specs}
+    finished = {run_id: skim for run_id, skim in skimmed.items() if skim and skim.status not in retried}
+    return finished, [spec for spec in specs if spec.run_id not in finished]
 
 
 def _ids(specs: list[RunSpec]) -> list[str]:
@@ -180,6 +211,7 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     from harness.record_store import RecordStore
 
     checked = preflight.check_tasks(sweep, place)
+    print("\n".join(preflight.summaries(checked)))
     store = RecordStore(results)
     cells = preflight.check_methods(sweep, checked, place, store.find)
     planned = preflight.plan_checked(sweep, checked, cells, place)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from harness import sweep_file
 from harness.errors import InputError
-from harness.plan import Sweep, method_cells, task_cells
+from harness.plan import Sweep, cells_of
+
+LARGEST_RECORD = 100_000_000  # bytes
 
 
 def command(path: Path) -> int:
@@ -20,7 +22,7 @@ def command(path: Path) -> int:
     values = sweep_file.read(path)
     try:
         sweep = Sweep.of(values, "sweep")
-        methods, tasks = method_cells(sweep), task_cells(sweep)
+        methods, tasks = cells_of(sweep)
     except InputError as error:
         raise sweep_file.located(error, path) or InputError(f"{path}: {error}") from None
     runs = len(methods) * len(tasks) * len(sweep.seeds)
@@ -34,7 +36,7 @@ def _record(path: Path) -> int:
     from harness.record import RunRecord
 
     try:
-        record = RunRecord.model_validate_json(path.read_bytes())
+        record = RunRecord.model_validate_json(sweep_file.read_text(path, LARGEST_RECORD, "record"))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"

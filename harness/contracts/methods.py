@@ -16,7 +16,7 @@ from harness.plan import Fingerprints, Sweep
 from harness.preflight import CheckedTask, preview
 from harness.record_store import RecordStore
 from harness.run import run_one
-from harness.task import make_splits
+from harness.splits import make_splits
 from harness.training import Training
 
 
@@ -211,8 +211,8 @@ def _updates(started: Started) -> dict[str, torch.Tensor]:
         for name in started.adaptation.ranks():
             base = started.before.module.get_submodule(name)
             (layer,) = (module for full, module in modules.items() if f".{full}".endswith(f".{name}"))
-            if isinstance(base, torch.nn.Linear):
-                unit = torch.eye(base.in_features)
+            if not isinstance(base, torch.nn.Conv2d):
+                unit = torch.eye(started.before.shape(name)[1])
                 found[name] = (layer(unit) - base(unit)).double()
     return found
 

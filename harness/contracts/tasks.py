@@ -15,7 +15,8 @@ from harness.record import RunRecord
 from harness.record_store import RecordStore
 from harness.run import run_one
 from harness.spec import TrainSpec
-from harness.task import Task, make_splits
+from harness.splits import make_splits
+from harness.task import Task
 from harness.training import predict, seed_everything
 from harness.trial import difference
 
@@ -89,9 +90,9 @@ def loss_and_predictions_fit_the_metrics(subject: Subject) -> None:
     trained = [p for _, p in backbone.head_parameters()] or list(backbone.module.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
     splits = make_splits(task, subject.place.data_root, 20)
-    references = splits.train.labels
     adaptation = Adaptation(backbone.module, torch.optim.SGD(backbone.module.parameters()), backbone)
     encoded = task.encode(splits.train, model)
+    references = task.gold(splits.train, encoded)
     predictions = predict(adaptation, task, encoded, references, TrainSpec(batch_size=4), CPU)
     assert predictions.shape[0] == len(references)
     found, best = task.metrics(predictions, references), task.metrics(references, references)

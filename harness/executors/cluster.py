@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +19,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from harness import process, storage
 from harness.errors import InputError
+from harness.executors.machine import check_address
 from harness.record_store import RecordStore
 from harness.spec import Execution
 
-CONNECT_SECONDS = 5.0  # for a cluster's address to answer
 LONGEST_PARENT = 24  # signs of the folder that holds Ray's own
 PROBE_SECONDS = 60.0  # for every machine to say whether it sees the results folder
 
@@ -50,7 +49,7 @@ def connect(execution: Execution, folder: Path) -> None:
     """Start Ray with its files in `folder`, or join a cluster. Raises InputError where there is no such cluster."""
     address = execution.address
     if address not in (None, "auto"):
-        _check_address(address)
+        check_address(address)
     handler = signal.getsignal(signal.SIGTERM)
     level = logging.INFO if execution.show_logs else logging.CRITICAL
     try:
@@ -68,17 +67,6 @@ def connect(execution: Execution, folder: Path) -> None:
         raise InputError(f"--address '{address}' cannot be joined ({reason}); `ray status` shows a cluster") from None
     finally:
         signal.signal(signal.SIGTERM, handler)  # Ray puts its own in place
-
-
-def _check_address(address: str) -> None:
-    """Ray itself would try for minutes. Raises InputError."""
-    host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isdigit()) or "/" in address:
-        raise InputError(f"--address '{address}' is not allowed: give auto, or HOST:PORT (Ray's port is 6379)")
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise InputError(f"--address '{address}': nothing answers there ({error}); is the cluster's head up?") from None
 
 
 def _nodes() -> list[dict[str, Any]]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from harness.record_store import RecordStore
-from harness.report.histories import series, traced
+from harness.report.histories import History, Traced
 from harness.report.leaderboard import Board, Column, Row, Run, over, peak_bytes, whole
 
 Point = tuple[float, float]  # adapter parameters, score
@@ -154,18 +153,17 @@ def sweeps(board: Board) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def time_to_score(board: Board, store: RecordStore) -> pd.DataFrame:
+def time_to_score(board: Board, found: Sequence[Traced]) -> pd.DataFrame:
     """Batches until the holdout's metric first reached a target, the median of the runs' last ones, for the rows and
-    tasks that pictures show.
+    tasks that pictures show: `found` (see `traced`).
 
     Columns: task, metric, target, method, seed, batches (None: never), seconds (of training, in proportion).
     """
     rows = []
-    found = traced(board, store)
     for column in board.columns:
         name = f"holdout_{column.headline}"
         of_task = [each for each in found if each.title == column.title]
-        last = [values[-1] for each in of_task for history in each.histories if len(values := series(history, name)[1])]
+        last = [history.series(name)[1][-1] for each in of_task for history in each.histories if name in history]
         if last:
             target = float(np.median(last))
             for each in of_task:
@@ -176,10 +174,8 @@ def time_to_score(board: Board, store: RecordStore) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "metric", "target", "method", "seed", "batches", "seconds"])
 
 
-def time_to(history: Sequence[Mapping[str, Any]], name: str, score: float, higher_is_better: bool = True) -> int | None:
+def time_to(history: History, name: str, score: float, higher_is_better: bool = True) -> int | None:
     """Batches until a metric on the holdout first reached `score`, from a run's history; None where it never did."""
-    for row in history:
-        value = row.get(name)
-        if value is not None and (value >= score if higher_is_better else value <= score):
-            return int(row["batches"])
-    return None
+    batches, values = history.series(name)
+    reached = np.flatnonzero(values >= score if higher_is_better else values <= score)
+    return int(batches[reached[0]]) if len(reached) else None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import gc
 import json
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -16,16 +18,35 @@ from harness.record import RunRecord
 from harness.record_store import Found, RecordStore
 from harness.report.budget import costs, matched, sweeps, time_to_score
 from harness.report.compare import ExampleReader, with_ties
-from harness.report.data import structured, tidy
+from harness.report.data import csv_text, structured, tidy
 from harness.report.frame import Naming, to_frame
+from harness.report.histories import Traced, one_line, traced
 from harness.report.latex import latex
 from harness.report.leaderboard import Board, FamilyAverage, leaderboards
 from harness.report.page import PICTURES, page
 from harness.report.rank_curves import areas, rank_curves
 from harness.report.text import markdown
 from harness.report.trials import learning_rates, trials_frame
+from harness.storage import remove
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_ILLUSTRATED = 6  # settings with pictures of their own
+Tell = Callable[[str], None]
+
+
+class Unwritten(InputError):
+    """Some of a report's files could not be written; `paths` are those that were."""
+
+    def __init__(self, message: str, paths: list[Path]) -> None:
+        super().__init__(message)
+        self.paths = paths
+
+
+def to_stderr(line: str) -> None:
+    """Tell a person something beside the report."""
+    print(line, file=sys.stderr)
 
 
 def build_report(
@@ -34,6 +55,7 @@ def build_report(
     naming: Naming | None = None,
     boards: Sequence[Board] | None = None,
     forms: Sequence[str] = ("png", "pdf"),
+    tell: Tell = to_stderr,
 ) -> list[Path]:
     """Write tables/leaderboard.{md,tex,csv,json}, tables/trials.csv and those of `_tables` that have rows,
     pictures/*.{png,pdf} and report.html, all below `store.results`.
@@ -41,12 +63,16 @@ def build_report(
     `found`: what to report on; None for all of the store. `naming`: see `to_frame`. `boards`: those of the
     records, where they are made already (see `boards_of`).
     `forms`: of the pictures, "png" among them, which the page takes in; a PDF takes as long again, for its fonts.
+    `tell`: gets a line about each file of a run that is damaged, and about each picture that cannot be made.
     Several settings become sections of the same tables, and the first ones have pictures each, their names ending in
-    the setting's key. Each file is replaced whole or stays as it was; files of an earlier report that this one does
-    not make are removed.
+    the setting's key. All is made in a folder of its own first, so that reports at the same time do not meet; then each
+    file is replaced whole or stays as it was; files of an earlier report that this one does not make are removed.
 
-    Returns the paths of the files. Raises InputError where there is no record to report on.
+    Returns the paths of the files. Raises InputError where there is no record to report on, and Unwritten, when all
+    else is in place, where a file could not be written.
     """
+    from harness.report.pictures import pictures  # takes matplotlib a second to import
+
     chosen, damaged = store.read_all() if found is None else found
     if all(record.spec.is_trial for record in chosen):
         left_out = f" (unreadable: {', '.join(damaged)})" if damaged else ""
@@ -54,22 +80,22 @@ def build_report(
     frame, trials = to_frame(chosen, naming), trials_frame(chosen, naming)
     records = {record.run_id: record for record in chosen}
     boards = boards_of(store, frame) if boards is None else boards
-    tables = {board.key: _tables(board, _of(board, trials), store, records) for board in boards}
-    whole = {name: _by_setting(name, tables) for name in tables[boards[0].key]} | {"trials": trials}
-    texts = {
-        "leaderboard.md": markdown(boards, damaged),
-        "leaderboard.tex": latex(boards, damaged),
-        "leaderboard.csv": _csv(tidy(boards)),
-        "leaderboard.json": json.dumps(structured(boards), indent=1, ensure_ascii=False) + "\n",
-    } | {f"{name}.csv": _csv(table) for name, table in whole.items() if len(table)}
-    paths = [_write(store.results / "tables" / name, text) for name, text in texts.items()]
-    for name in whole:
-        if f"{name}.csv" not in texts:
-            (store.results / "tables" / f"{name}.csv").unlink(missing_ok=True)
-    drawn = _pictures(frame, trials, boards, store, records, forms)
-    pngs = {key: [path for path in drawn[key] if path.suffix == ".png"] for key in drawn}
-    paths += [path for of_board in drawn.values() for path in of_board]
-    return [*paths, _write(store.results / "report.html", page(boards, damaged, tables, pngs))]
+    with _draft(store) as folder:
+        drawing, tables = _Drawing(folder, forms, tell), {}
+        for place, board in enumerate(boards):  # one after the other: histories are large
+            of_board, histories = _of(board, trials), _histories(board, store, tell)
+            tables[board.key] = _tables(board, of_board, histories, records)
+            if place < MOST_ILLUSTRATED:
+                drawn = pictures(board, _of(board, frame), of_board, store, records, histories)
+                drawing.draw(board.key, drawn, f"_{board.key}" if len(boards) > 1 else "")
+        whole = {name: _by_setting(name, tables) for name in tables[boards[0].key]} | {"trials": trials}
+        texts = _texts(boards, whole, damaged)
+        html = {"report.html": page(boards, damaged, tables, drawing.pngs)}
+        for name, text in (texts | html).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        names = [*texts, *drawing.names, *html]
+        _remove_old(store.results, {f"tables/{name}.csv" for name in whole}, {*names, *drawing.failed})
+        return _put(folder, store.results, names)
 
 
 def boards_of(store: RecordStore, frame: pd.DataFrame, average: FamilyAverage | None = None) -> list[Board]:
@@ -78,15 +104,23 @@ def boards_of(store: RecordStore, frame: pd.DataFrame, average: FamilyAverage | 
     return [with_ties(board, read) for board in leaderboards(frame, average)]
 
 
+def _histories(board: Board, store: RecordStore, tell: Tell) -> list[Traced]:
+    lines: dict[str, str] = {}
+    found = traced(board, store, lines)
+    for line in lines.values():
+        tell(f"{line}; it is in no picture over time")
+    return found
+
+
 def _tables(
-    board: Board, trials: pd.DataFrame, store: RecordStore, records: Mapping[str, RunRecord]
+    board: Board, trials: pd.DataFrame, found: Sequence[Traced], records: Mapping[str, RunRecord]
 ) -> dict[str, pd.DataFrame]:
     """The board's tables beside the leaderboard, by name; some have no rows."""
     return {
         "costs": costs(board),
         "matched": matched(board),
         "sweeps": sweeps(board),
-        "time_to_score": time_to_score(board, store),
+        "time_to_score": time_to_score(board, found),
         "learning_rates": learning_rates(board, trials),
         "rank_curves": rank_curves(board, records),
         "rank_aurac": areas(board, records),
@@ -96,10 +130,6 @@ def _tables(
 def _of(board: Board, table: pd.DataFrame) -> pd.DataFrame:
     """The rows of the board's setting."""
     return table if table.empty else table[table["setting"] == board.key].drop(columns="setting")
-
-
-def _csv(table: pd.DataFrame) -> str:
-    return table.to_csv(index=False, lineterminator="\n")
 
 
 def _by_setting(name: str, tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> pd.DataFrame:
@@ -112,55 +142,101 @@ def _by_setting(name: str, tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> 
     return pd.concat(parts, ignore_index=True)
 
 
-def _pictures(
-    frame: pd.DataFrame,
-    trials: pd.DataFrame,
-    boards: Sequence[Board],
-    store: RecordStore,
-    records: Mapping[str, RunRecord],
-    forms: Sequence[str],
-) -> dict[str, list[Path]]:
-    """The pictures' paths by setting."""
-    from harness.report.figures import save  # takes matplotlib a second to import
-    from harness.report.pictures import pictures
-
-    folder = store.results / "pictures"
-    paths: dict[str, list[Path]] = {}
-    for board in boards[:MOST_ILLUSTRATED]:
-        paths[board.key] = []
-        for name, figure in pictures(board, _of(board, frame), _of(board, trials), store, records):
-            full = name if len(boards) == 1 else f"{name}_{board.key}"
-            files = [folder / f"{full}.{form}" for form in forms]
-            _replace(files, functools.partial(save, figure))
-            paths[board.key] += files
-    kept = {path for of_board in paths.values() for path in of_board}
-    for name in PICTURES:
-        for old in [*folder.glob(f"{name}.p*"), *folder.glob(f"{name}_????????.p*")]:
-            if old not in kept and old.suffix in (".png", ".pdf"):
-                old.unlink()
-    return paths
+@contextmanager
+def _draft(store: RecordStore) -> Iterator[Path]:
+    """A folder for the report's files, which goes in the end; those of killed processes go, too."""
+    with store.writing():
+        store.running.mkdir(exist_ok=True)
+        store.clear("report")
+        folder = store.draft("report")
+        try:
+            for part in ("tables", "pictures"):
+                (folder / part).mkdir()
+            yield folder
+        finally:
+            remove(folder)
 
 
-def _write(path: Path, text: str) -> Path:
-    _replace([path], functools.partial(Path.write_text, data=text, encoding="utf-8"))
-    return path
+def _texts(boards: Sequence[Board], whole: Mapping[str, pd.DataFrame], damaged: Sequence[str]) -> dict[str, str]:
+    """The tables as text by the names of their files."""
+    texts = {
+        "leaderboard.md": markdown(boards, damaged),
+        "leaderboard.tex": latex(boards, damaged),
+        "leaderboard.csv": csv_text(tidy(boards)),
+        "leaderboard.json": json.dumps(structured(boards), indent=1, ensure_ascii=False) + "\n",
+    } | {f"{name}.csv": csv_text(table) for name, table in whole.items() if len(table)}
+    return {f"tables/{name}": text for name, text in texts.items()}
 
 
-def _replace(paths: list[Path], write: Callable[..., object]) -> None:
-    """Let `write` fill drafts, one beside each path, then put them in place; what was there stays if it fails."""
-    mark = uuid.uuid4().hex[:8]
-    drafts = [path.with_name(f".{mark}-{path.name}") for path in paths]
+class _Drawing:
+    """The pictures' files, below `folder`: one that cannot be made must not cost the others."""
+
+    def __init__(self, folder: Path, forms: Sequence[str], tell: Tell) -> None:
+        self._folder, self._forms, self._tell = folder, forms, tell
+        self.names: list[str] = []
+        self.failed: set[str] = set()
+        self.pngs: dict[str, list[Path]] = {}  # by setting
+
+    def draw(self, key: str, drawn: Mapping[str, Callable[[], Figure | None]], ending: str) -> None:
+        """Make the pictures of one setting."""
+        from harness.report.figures import save
+
+        self.pngs[key] = []
+        for picture, draw in drawn.items():
+            names = [f"pictures/{picture}{ending}.{form}" for form in self._forms]
+            try:
+                with uncollected():
+                    figure = draw()
+                    if figure is None:
+                        continue
+                    save(figure, *(self._folder / name for name in names))
+                    figure = None
+            except Exception as error:
+                self.failed |= set(names)
+                self._tell(f"picture '{picture}{ending}' cannot be made ({one_line(error)}); the rest of the report is")
+            else:
+                self.names += names
+                self.pngs[key] += [self._folder / name for name in names if name.endswith(".png")]
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Collect garbage once, at the end: a figure is many small objects, and to search them all the time would take a
+    sixth of the report."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
-        write(*drafts)
-        for draft, path in zip(drafts, paths, strict=True):
-            draft.replace(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(
-            f"'{paths[0].parent}' cannot be written ({reason}); make it a folder you may write to"
-        ) from None
+        yield
     finally:
-        for draft in drafts:
-            with contextlib.suppress(OSError):
-                draft.unlink(missing_ok=True)
+        if enabled:
+            gc.enable()
+        gc.collect(1)
+
+
+def _remove_old(results: Path, tables: Iterable[str], kept: set[str]) -> None:
+    """Remove what an earlier report has made of these tables and of all pictures, but for what is `kept`."""
+    old = set(tables)
+    for name in PICTURES:
+        for pattern in (f"{name}.p*", f"{name}_????????.p*"):
+            old |= {f"pictures/{path.name}" for path in (results / "pictures").glob(pattern)}
+    for name in old - kept:
+        if name.endswith((".csv", ".png", ".pdf")):
+            with contextlib.suppress(OSError):  # another report may have been faster
+                (results / name).unlink()
+
+
+def _put(folder: Path, results: Path, names: Sequence[str]) -> list[Path]:
+    """Move the files into place. Returns their paths there. Raises Unwritten."""
+    paths: list[Path] = []
+    reasons: dict[str, None] = {}
+    for name in names:
+        path = results / name
+        try:
+            path.parent.mkdir(exist_ok=True)
+            (folder / name).replace(path)
+            paths.append(path)
+        except OSError as error:
+            reasons[f"'{path.parent}' cannot be written ({error.strerror or error})"] = None
+    if reasons:
+        raise Unwritten(f"{'; '.join(reasons)}; make it a folder you may write to", paths)
+    return paths

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from harness.record import RunRecord
-from harness.report.frame import model_name
 from harness.report.leaderboard import Board, Cell
-from harness.report.text import human, summary_text
+from harness.report.redact import handed_on, one_line
+from harness.report.text import escape, human, summary_text
+
+OF_THE_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # an owner's model
 
 PEFT = """```python
 from peft import PeftModel
@@ -30,29 +34,32 @@ The file holds the trained numbers under the names they have in the model above.
 
 def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str]) -> str:
     """Markdown with front matter as the Hub reads it. `boards` hold the run and those it is compared with; `files` are
-    the adapter's. Scores of other seeds of the same configuration are given with their interval."""
+    the adapter's. Scores of other seeds of the same configuration are given with their interval. No place of a machine
+    and no name of a host or user is in it, and no text of the record is taken for Markdown or YAML."""
+    cell = _cell(record, boards)
+    record = handed_on(record)
     spec, count = record.spec, record.parameters
     is_peft = "adapter_config.json" in files
-    model = model_name(spec.place.model) or "built by the task itself"
+    model = escape(spec.place.model or "built by the task itself")
     tuned = []
     if spec.search is not None:
-        parameters = ", ".join(spec.search.parameters)
+        parameters = escape(", ".join(spec.search.parameters))
         tuned = [f"Chosen by {len(spec.search.trials)} trials on the holdout: {parameters}."]
     sections = [
         "\n".join(["---", *_front_matter(record, is_peft), "---"]),
-        f"# {spec.method} on {spec.task}",
-        f"Seed {spec.seed} of a comparison of fine-tuning methods; run `{record.run_id}`.",
+        f"# {escape(f'{spec.method} on {spec.task}')}",
+        f"Seed {spec.seed} of a comparison of fine-tuning methods; run {_code(record.run_id)}.",
         "## Task and data",
-        f"- task: `{spec.task}` (version {spec.task_version}), data fingerprint `{spec.data_fingerprint}`\n"
-        f"- model: {model}, fingerprint `{spec.model_fingerprint}`\n"
-        f"- rows: {', '.join(f'{name} {rows:,}' for name, rows in record.rows.items())}",
+        f"- task: {_code(spec.task)} (version {spec.task_version}), data fingerprint {_code(spec.data_fingerprint)}\n"
+        f"- model: {model}, fingerprint {_code(spec.model_fingerprint)}\n"
+        f"- rows: {escape(', '.join(f'{name} {rows:,}' for name, rows in record.rows.items()))}",
         "## Method",
-        f"`{spec.method}` (version {spec.method_version}), parameters:\n\n```json\n"
-        f"{json.dumps(spec.method_parameters, indent=1)}\n```",
+        f"{_code(spec.method)} (version {spec.method_version}), parameters:\n\n{_json_block(spec.method_parameters)}",
         *tuned,
-        f"Training: `{json.dumps(spec.train.model_dump(mode='json', exclude_none=True))}`; {record.batches} batches.",
+        f"Training: {_code(json.dumps(spec.train.model_dump(mode='json', exclude_none=True)))}; "
+        f"{record.batches} batches.",
         "## Scores",
-        _scores(record, _cell(record, boards)),
+        _scores(record, cell),
     ]
     if count is not None:
         sections.append(
@@ -60,20 +67,37 @@ def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str])
             f"while training; head: {count.head:,}; {count.stored_bytes:,} bytes to store."
         )
     if record.ranks:
-        ranks = "\n".join(f"| `{layer}` | {rank} |" for layer, rank in record.ranks.items())
+        ranks = "\n".join(f"| {_code(layer)} | {rank} |" for layer, rank in record.ranks.items())
         sections += ["## Ranks", f"| layer | rank |\n|---|---|\n{ranks}"]
     sections += ["## How to load it", PEFT if is_peft else TRAINED, "## Environment", _environment(record)]
     return "\n\n".join(sections) + "\n"
 
 
 def _front_matter(record: RunRecord, is_peft: bool) -> list[str]:
-    lines = [f"tags: [{json.dumps(record.spec.method)}]"]
+    lines = [f"tags: [{_quoted(record.spec.method)}]"]
     if is_peft:
         lines.insert(0, "library_name: peft")
     model = record.spec.place.model
-    if model is not None and not model.startswith((".", "/")) and model.count("/") == 1:
-        lines.insert(0, f"base_model: {json.dumps(model)}")
+    if model is not None and OF_THE_HUB.fullmatch(model):
+        lines.insert(0, f"base_model: {_quoted(model)}")
     return lines
+
+
+def _quoted(text: str) -> str:
+    """As YAML."""
+    return json.dumps(one_line(text), ensure_ascii=False)
+
+
+def _code(text: str) -> str:
+    """As code within a line or a table."""
+    plain = one_line(text).replace("`", "'").replace("|", "\\|")
+    return f"`{plain}`"
+
+
+def _json_block(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, indent=1)
+    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
+    return f"{fence}json\n{text}\n{fence}"
 
 
 def _cell(record: RunRecord, boards: Iterable[Board]) -> Cell | None:
@@ -82,12 +106,12 @@ def _cell(record: RunRecord, boards: Iterable[Board]) -> Cell | None:
 
 
 def _scores(record: RunRecord, cell: Cell | None) -> str:
-    lines = [f"| {name} | {value:.4f} |" for name, value in record.metrics.items()]
+    lines = [f"| {escape(name)} | {value:.4f} |" for name, value in record.metrics.items()]
     table = "\n".join(["| metric, on the evaluation splits | this run |", "|---|---|", *lines])
     if cell is None or cell.score.n < 2:
         return f"{table}\n\nOne seed: an interval is not available."
     return (
-        f"{table}\n\n{record.headline} over {cell.score.n} seeds of this configuration: "
+        f"{table}\n\n{escape(record.headline)} over {cell.score.n} seeds of this configuration: "
         f"{summary_text(cell.score, with_n=False)} (mean ± half the 95 % interval, Student's t)."
     )
 
@@ -97,7 +121,7 @@ def _environment(record: RunRecord) -> str:
     commit = environment.commit or "unknown"
     packages = ", ".join(f"{name} {version}" for name, version in environment.packages.items())
     changes = ", with changes" if environment.dirty else ""
-    return (
+    return escape(
         f"rank-adaptive-harness {environment.harness} (commit {commit}{changes}), "
         f"Python {environment.python}, {environment.device} ({environment.processor}); {packages}."
     )

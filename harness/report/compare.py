@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.errors import unknown
+from harness.record import PREDICTIONS
 from harness.record_store import RecordStore
-from harness.report.examples import example_scores
-from harness.report.leaderboard import Board, Cell, Column, Row, Run, score_text
+from harness.report.examples import METRICS, example_scores
+from harness.report.histories import one_line
+from harness.report.leaderboard import Board, Cell, Column, Row, Run, is_present, score_text
 from harness.report.statistics import (
     CONFIDENCE,
     POWER,
@@ -29,18 +31,33 @@ LEAST_TASKS = 3  # for an interquartile mean over tasks
 
 
 class ExampleReader:
-    """Per-example scores of runs of a store, each file read once."""
+    """Per-example scores of runs of a store, each file read once. `damaged`: what is wrong, by run_id, with the
+    predictions that could not be used."""
 
     def __init__(self, store: RecordStore) -> None:
         self._store = store
+        self.damaged: dict[str, str] = {}
         self._known: dict[tuple[str, str], np.ndarray | None] = {}  # by run_id and split
 
     def __call__(self, run: Run, column: Column) -> np.ndarray | None:
-        """See `example_scores`."""
-        key = run["run_id"], run["split"] or ""
+        """See `example_scores`; None also where no predictions were kept, or they are damaged."""
+        if column.headline not in METRICS or not is_present(run["split"]):
+            return None
+        key = run["run_id"], run["split"]
         if key not in self._known:
-            self._known[key] = example_scores(self._store.folder(key[0]), key[1], column.headline, run["score"])
+            self._known[key] = self._read(run, column.headline)
         return self._known[key]
+
+    def _read(self, run: Run, metric: str) -> np.ndarray | None:
+        split = run["split"]
+        try:
+            path = self._store.verified(run["run_id"], PREDICTIONS)
+            return example_scores(path, split, metric, run["score"], run["rows"].get(split))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            self.damaged[run["run_id"]] = one_line(error)
+            return None
 
     def forget(self) -> None:
         """Let go of what was read."""
@@ -122,8 +139,8 @@ def compare_cells(first: Cell, second: Cell, column: Column, read: ExampleReader
 
 def with_ties(board: Board, read: ExampleReader) -> Board:
     """The board with the cells marked that the paired test, Holm-corrected over a task, cannot tell from its best, and
-    with a note of those that could not be tested."""
-    ties, notes = {}, list(board.notes)
+    with notes of those that could not be tested and of predictions that could not be used."""
+    ties, notes, before = {}, list(board.notes), set(read.damaged)
     for column in board.columns:
         best = [row for row in board.rows if board.is_best(row, column)]
         if best:  # several print alike: the best mean, whatever order the rows are in
@@ -135,7 +152,13 @@ def with_ties(board: Board, read: ExampleReader) -> Board:
                     f"{', '.join(untested)}."
                 )
         read.forget()  # memory is that of one task
+    notes += [unused(run_id, read.damaged[run_id]) for run_id in sorted(read.damaged.keys() - before)]
     return dataclasses.replace(board, ties=ties, notes=tuple(notes))
+
+
+def unused(run_id: str, reason: str) -> str:
+    """What to tell of a run with damaged predictions."""
+    return f"The predictions of run {run_id} cannot be used ({reason}): its cell is tested on seeds alone."
 
 
 def _tied(board: Board, best: Row, column: Column, read: ExampleReader) -> tuple[frozenset[str], list[str]]:

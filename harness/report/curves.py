@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.report.figures import STYLE, Style, line_handles, log_if_wide, panels, plain, styles, widths
-from harness.report.histories import History, Traced, excerpt, mean_series, series
+from harness.report.histories import History, Traced, excerpt, mean_series
 from harness.report.leaderboard import Board, Column
 
 SMOOTH = 0.1  # share of a run over which the training loss is averaged
@@ -65,7 +65,7 @@ def over_time(board: Board, found: Sequence[Traced]) -> Figure | None:
                 for each in able:
                     if each.title == title:
                         _lines(panel, each, name, names[each.label])
-                last = [history[-1]["batches"] for each in able if each.title == title for history in each.histories]
+                last = [history.last for each in able if each.title == title for history in each.histories]
                 panel.set_xlim(0, 1.02 * max(last))
                 _finish(panel, text)
                 if name == "gap":
@@ -87,7 +87,7 @@ def _lines(panel: Axes, each: Traced, name: str, style: Style) -> None:
     """One line for each seed. A size holds until it changes, so it reaches to the end of the run; a gap does not."""
     colour, marker = style
     for place, history in enumerate(each.histories):
-        batches, values = series(history, name)
+        batches, values = history.series(name)
         if not len(batches):
             continue
         if name == "active_components":
@@ -95,7 +95,7 @@ def _lines(panel: Axes, each: Traced, name: str, style: Style) -> None:
             panel.plot(batches[last], values[last], marker, color=colour, markersize=4)
         step = "default" if name == "gap" else "steps-post"
         if step != "default":
-            batches, values = np.append(batches, history[-1]["batches"]), np.append(values, values[-1])
+            batches, values = np.append(batches, history.last), np.append(values, values[-1])
         panel.plot(batches, values, LINES[place % len(LINES)], color=colour, linewidth=0.9, drawstyle=step)
 
 
@@ -119,4 +119,4 @@ def _holdout(each: Traced, column: Column) -> bool:
 
 
 def _has(histories: Sequence[History], name: str) -> bool:
-    return any(name in row for history in histories for row in history)
+    return any(name in history for history in histories)

@@ -1,4 +1,4 @@
-"""Leaderboards as data, numbers unrounded: a tidy table for CSV, and JSON values."""
+"""Leaderboards as data, numbers unrounded: a tidy table, how a table becomes CSV, and JSON values."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import Any
 import pandas as pd
 
 from harness.report.leaderboard import Board, Column, Row, over, peak_bytes, whole, with_search
+from harness.report.redact import cut
 
 FAILURES = ("unsupported", "diverged", "out_of_memory", "failed")
+FORMULA = tuple(
+    "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20"
+)  # what a cell begins with that a spreadsheet would carry out; the last: wide forms
 
 
 def tidy(boards: Iterable[Board]) -> pd.DataFrame:
@@ -27,6 +31,15 @@ def tidy(boards: Iterable[Board]) -> pd.DataFrame:
                 if column.title in row.cells:
                     rows += _tidy_cell(board, row, column)
     return pd.DataFrame(rows, dtype=object)
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """A table as the text of a CSV file. Text that a spreadsheet would take for a formula gets a "'" before it; numbers
+    are left as they are."""
+    columns = [pd.Series([_shown(value) for value in table.iloc[:, at]], dtype=object) for at in range(table.shape[1])]
+    made = pd.concat(columns, axis=1) if columns else pd.DataFrame()
+    made.columns = pd.Index([_shown(name) for name in table], dtype=object)
+    return made.to_csv(index=False, lineterminator="\n")
 
 
 def structured(boards: Iterable[Board]) -> dict[str, Any]:
@@ -85,12 +98,29 @@ def _structured_cell(board: Board, row: Row, column: Column) -> dict[str, Any]:
     }
 
 
+def _shown(value: Any) -> Any:
+    """A value as a CSV cell holds it."""
+    if not isinstance(value, str) or not value.startswith(FORMULA):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def _cut_json(text: str) -> str:
+    return json.dumps(cut(json.loads(text)), sort_keys=True)
+
+
 def _tidy_cell(board: Board, row: Row, column: Column) -> Iterable[dict[str, Any]]:
     cell = row.cells[column.title]
     first = cell.runs[0]
     identity = {"setting": board.key, "setting_text": board.caption, "label": row.label}
     names = ("method", "method_version", "method_parameters", "task", "task_version", "task_parameters")
     identity |= {name: first[name] for name in (*names, "data_fingerprint", "model_fingerprint")}
+    identity |= {name: cut(first[name]) for name in ("method", "task")}
+    identity |= {name: _cut_json(first[name]) for name in ("method_parameters", "task_parameters")}
     counts = {"runs": len(cell.runs), "done": sum(run["status"] == "done" for run in cell.runs)}
     counts |= {status: sum(run["status"] == status for run in cell.runs) for status in FAILURES}
     costs = {

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from harness.storage import Damaged
+
 
 class _Additive(NamedTuple):
     """A metric that is a function of sums over examples. `parts`: (predictions, references) -> (examples, k);
@@ -17,43 +19,51 @@ class _Additive(NamedTuple):
     of_sums: Callable[[np.ndarray], np.ndarray]
 
 
-def example_scores(folder: Path, split: str, metric: str, score: float) -> np.ndarray | None:
+def example_scores(path: Path, split: str, metric: str, score: float, rows: int | None = None) -> np.ndarray | None:
     """(examples,) values of one run whose mean is its score: right or wrong for the accuracy, for other metrics the
     jackknife's pseudo-values n f(all) - (n - 1) f(all but i), moved so that their mean is `score`.
 
-    `folder` is the run's, `split` the evaluation split the score is on. None where the values cannot be had: no
-    predictions were kept, or the metric is not known here as a function of sums (accuracy, f1, matthews_correlation
-    of two classes, pearson, spearmanr with the ranks held fixed), or does not give the run's score.
+    `path`: the run's predictions, `split`: the evaluation split the score is on, `rows`: of it (None: not known). None
+    where the values cannot be had: the metric is not known here as a function of sums (accuracy, f1,
+    matthews_correlation of two classes, pearson, spearmanr with the ranks held fixed), or does not give the run's
+    score. Raises OSError, and Damaged where the file does not hold finite predictions and references, (rows,) both.
     """
     if metric not in METRICS:
         return None
-    try:
-        predictions, references = _read(folder / "predictions.safetensors", split)
-    except (OSError, KeyError, ValueError):
+    predictions, references = _read(path, split, rows)
+    additive, n = METRICS[metric], len(predictions)
+    if n < 2:
         return None
-    if predictions.shape != references.shape or predictions.ndim != 1 or len(predictions) < 2:
-        return None
-    additive = METRICS[metric]
-    try:
-        parts = additive.parts(predictions, references)
-    except ValueError:
-        return None
-    sums = parts.sum(axis=0)
-    if abs(float(additive.of_sums(sums)) - score) > 1e-6:
-        return None
-    n = len(parts)
-    values = n * score - (n - 1) * additive.of_sums(sums - parts)
-    return values - values.mean() + score
+    with np.errstate(all="ignore"):  # huge values are no error: they do not give the score
+        try:
+            parts = additive.parts(predictions, references)
+        except ValueError:
+            return None
+        sums = parts.sum(axis=0)
+        if not abs(float(additive.of_sums(sums)) - score) <= 1e-6:
+            return None
+        values = n * score - (n - 1) * additive.of_sums(sums - parts)
+        return values - values.mean() + score
 
 
-def _read(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _read(path: Path, split: str, rows: int | None) -> list[np.ndarray]:
+    """Predictions and references. Shapes are looked at before anything is loaded. Raises OSError and Damaged."""
     from safetensors import SafetensorError, safe_open
 
+    names = [f"{split}/predictions", f"{split}/references"]
     try:
         with safe_open(path, framework="numpy") as file:
-            return file.get_tensor(f"{split}/predictions"), file.get_tensor(f"{split}/references")
-    except SafetensorError as error:
-        raise ValueError(str(error)) from None
+            shapes = [tuple(file.get_slice(name).get_shape()) for name in names]
+            expected = shapes[0] if rows is None else (rows,)
+            if len(expected) != 1 or any(shape != expected for shape in shapes):
+                raise Damaged(f"'{names[0]}' and '{names[1]}' have shapes {shapes[0]} and {shapes[1]}")
+            found = [file.get_tensor(name) for name in names]
+    except (SafetensorError, KeyError, TypeError, AttributeError) as error:  # no such name, or a type NumPy lacks
+        raise Damaged(" ".join(str(error).split())) from None
+    for name, values in zip(names, found, strict=True):
+        if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+            raise Damaged(f"'{name}' holds something else than finite numbers")
+    return found
 
 
 def _ones(*columns: np.ndarray) -> np.ndarray:

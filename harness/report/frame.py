@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +16,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from harness.record import RunRecord
-from harness.spec import RunSpec, TrainSpec, label, value_text
+from harness.report.redact import cut, error_text, model_name
+from harness.spec import NOT_SETTING, RunSpec, TrainSpec, label, value_text
 
 Naming = Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]  # method -> those parameters that a label must name
 
@@ -48,19 +48,27 @@ def to_frame(records: Iterable[RunRecord], naming: Naming | None = None) -> pd.D
     model, model_fingerprint, data_fingerprint, limit, seed, status, headline, higher_is_better, score, metrics.*,
     holdout.*, parameters_initial, parameters_peak, parameters_final, head (numbers), stored_bytes, rank (mean live
     rank over the layers), batches, updates, seconds_training, seconds_total, peak_bytes, device, started, error,
-    versions (of the packages that results depend on), split (the evaluation split of the score), tuning ("tuned K"
-    after K trials, "default" where every parameter is at its default, else "as given"), search_batches,
-    search_seconds (of training), search_peak_bytes (of the search's trials together: 0 without one, None where a
-    trial's record is gone). Trials of a search have no row of their own. Missing values are None or NaN.
+    versions (of the packages that results depend on), split (the evaluation split of the score), rows (of each split),
+    tuning ("tuned K" after K trials, "default" where every parameter is at its default, else "as given"),
+    search_batches, search_seconds (of training), search_peak_bytes (of the search's trials together: 0 without one,
+    None where a trial's record is gone). Trials of a search have no row of their own. Missing values are None or NaN.
     """
     every = {record.run_id: record for record in records}
     unique = {run_id: record for run_id, record in every.items() if not record.spec.is_trial}
     labels, columns = labels_of(unique.values(), naming), columns_of(every.values())
+    settings: dict[tuple[Any, ...], dict[str, str]] = {}  # worked out once each: thousands of runs share a few
+    defaults: dict[tuple[str, str], bool] = {}
     rows = []
     for run_id, record in unique.items():
-        names = {"run_id": run_id, "label": labels[run_id], "column": columns[run_id]}
-        tuning = {"tuning": _tuning(record.spec, (naming or {}).get(record.spec.method))}
-        rows.append(names | _of_spec(record.spec) | _of_result(record) | tuning | _search_cost(record.spec, every))
+        spec = record.spec
+        row = {"run_id": run_id, "label": labels[run_id], "column": columns[run_id]}
+        row |= (settings.get(key := _setting(spec)) or settings.setdefault(key, _of_setting(spec))) | _of_spec(spec)
+        method = spec.method, row["method_parameters"]
+        if method not in defaults:
+            named = (naming or {}).get(spec.method)
+            defaults[method] = named is not None and not named(spec.method_parameters)
+        tuning = {"tuning": _tuning(spec, defaults[method])}
+        rows.append(row | _of_result(record) | tuning | _search_cost(spec, every))
     return pd.DataFrame(rows)
 
 
@@ -90,10 +98,16 @@ def _task(spec: RunSpec) -> _Variant:
     return _Variant(spec.task, spec.task_version, parameters, spec.data_fingerprint)
 
 
+def _setting(spec: RunSpec) -> tuple[Any, ...]:
+    return tuple(getattr(spec, name) for name in RunSpec.model_fields if name not in NOT_SETTING)
+
+
+def _of_setting(spec: RunSpec) -> dict[str, str]:
+    return {"setting": spec.setting_key, "setting_text": _setting_text(spec)}
+
+
 def _of_spec(spec: RunSpec) -> dict[str, Any]:
     return {
-        "setting": spec.setting_key,
-        "setting_text": _setting_text(spec),
         "method": spec.method,
         "method_version": spec.method_version,
         "method_parameters": json.dumps(spec.method_parameters, sort_keys=True),
@@ -128,9 +142,10 @@ def _of_result(record: RunRecord) -> dict[str, Any]:
         "peak_bytes": record.peak_bytes,
         "device": record.environment.device,
         "started": record.started,
-        "error": record.error,
+        "error": error_text(record),
         "versions": _versions(record),
         "split": next((name for name in record.rows if name not in ("train", "holdout")), None),
+        "rows": record.rows,
         **{f"{METRICS}{name}": value for name, value in record.metrics.items()},
         **{f"{HOLDOUT}{name}": value for name, value in record.holdout.items()},
     }
@@ -142,11 +157,11 @@ def _versions(record: RunRecord) -> str:
     return ", ".join([f"harness {record.environment.harness}", *named])
 
 
-def _tuning(spec: RunSpec, named: Callable[[dict[str, Any]], dict[str, Any]] | None) -> str:
+def _tuning(spec: RunSpec, is_default: bool) -> str:
     """How the hyperparameters came about."""
     if spec.search is not None:
         return f"tuned {len(spec.search.trials)}"
-    return "as given" if named is None or named(spec.method_parameters) else "default"
+    return "default" if is_default else "as given"
 
 
 def _search_cost(spec: RunSpec, every: Mapping[str, RunRecord]) -> dict[str, float | None]:
@@ -179,13 +194,6 @@ def _setting_text(spec: RunSpec) -> str:
     return ", ".join(words)
 
 
-def model_name(model: str | None) -> str | None:
-    """A Hub id as it is; of a folder the last part, since where it lies is nobody's business in a table."""
-    if model is None or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-        return model
-    return re.split(r"[/\\]", model.rstrip("/\\"))[-1]
-
-
 def _labels(variants: set[_Variant], naming: Naming) -> dict[_Variant, str]:
     """A label of its own for each variant, as short as the others allow."""
     by_name: dict[str, list[_Variant]] = defaultdict(list)
@@ -202,7 +210,9 @@ def _labels(variants: set[_Variant], naming: Naming) -> dict[_Variant, str]:
         several_versions = len({variant.version for variant in group}) > 1
         some_tuned = len({variant.tuned for variant in group}) > 1
         for variant in group:
-            labels[variant] = label(name, shown[variant]) + (f" (v{variant.version})" if several_versions else "")
+            labels[variant] = label(cut(name), cut(shown[variant])) + (
+                f" (v{variant.version})" if several_versions else ""
+            )
             if some_tuned:
                 untuned = "as given" if shown[variant] else "default"
                 labels[variant] += f" ({f'tuned {variant.tuned}' if variant.tuned else untuned})"

@@ -11,7 +11,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -166,8 +166,8 @@ def leaderboards(frame: pd.DataFrame, average: FamilyAverage | None = None) -> l
     `average`: a family's one number where it has its own (see `Task.average`); elsewhere it is the mean of the scores.
     """
     settings: dict[str, list[Run]] = defaultdict(list)
-    for run in frame.to_dict("records"):
-        settings[run["setting"]].append({str(name): value for name, value in run.items()})
+    for run in cast(list[Run], frame.to_dict("records")):
+        settings[run["setting"]].append(run)
     return [_board(runs, average) for _, runs in sorted(settings.items(), key=lambda item: (-len(item[1]), item[0]))]
 
 

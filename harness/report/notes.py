@@ -6,17 +6,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from harness.report.leaderboard import Column, Row, Run, is_present, status_text
+from harness.report.redact import cut, one_line
 
 
 def notes_on(runs: Sequence[Run], rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
     """Failures with their reasons; seeds, data, devices and versions that differ."""
-    return [
+    notes = [
         *_failure_notes(rows),
         *_seed_notes(rows, columns),
         *_data_notes(rows, columns),
         *_device_notes(runs),
         *_version_notes(runs),
     ]
+    return [cut(note) for note in notes]
 
 
 def _failure_notes(rows: Iterable[Row]) -> list[str]:
@@ -27,15 +29,11 @@ def _failure_notes(rows: Iterable[Row]) -> list[str]:
             seeds: dict[tuple[str, str], list[int]] = defaultdict(list)
             for run in cell.runs:
                 if not is_present(run["score"]):
-                    reason = _one_line(run["error"]) if is_present(run["error"]) else "no reason recorded"
+                    reason = one_line(run["error"]) if is_present(run["error"]) else "no reason recorded"
                     seeds[status_text(run), reason].append(run["seed"])
             for (status, reason), which in seeds.items():
                 notes.append(f"{row.label} on {title}: {status} (seed {_listed(which)}): {reason}")
     return notes
-
-
-def _one_line(text: str) -> str:
-    return "".join(sign if sign.isprintable() else "?" for sign in " ".join(text.split()))
 
 
 def _seed_notes(rows: Iterable[Row], columns: Iterable[Column]) -> list[str]:

@@ -12,6 +12,7 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined, Template
 
 from harness.report.leaderboard import Board, Cell, Column, Row, is_present, score_text
+from harness.report.redact import cut, one_line
 from harness.report.text import LEGEND, cell_text, decimal, human
 
 PICTURES = {  # by name: what a picture shows
@@ -38,10 +39,10 @@ def page(
     pictures: Mapping[str, Sequence[Path]],
 ) -> str:
     """The page. By a board's key, `tables`: frames by their names, of which it shows some, and `pictures`: PNG files,
-    taken into the page. Links lead to runs/<run_id>/record.json beside it. Scripts and styles are in it: it loads
-    nothing."""
+    taken into the page but for links to others. Hyperlinks lead to runs/<run_id>/record.json beside it. Scripts and
+    styles are in it: it loads nothing."""
     sections = [_section(board, tables.get(board.key, {}), pictures.get(board.key, ())) for board in boards]
-    return _template().render(sections=sections, legend=LEGEND, damaged=list(damaged))
+    return _template().render(sections=sections, legend=LEGEND, damaged=[one_line(cut(name)) for name in damaged])
 
 
 @functools.cache
@@ -67,8 +68,12 @@ def _section(board: Board, tables: Mapping[str, pd.DataFrame], pictures: Sequenc
         "tables": [(TABLES[name], _plain(tables[name])) for name in TABLES if name in tables and len(tables[name])],
         "cells": _details(board),
         "notes": board.notes,
-        "pictures": [(_title(path), base64.b64encode(path.read_bytes()).decode()) for path in pictures],
+        "pictures": [(_title(path), base64.b64encode(path.read_bytes()).decode()) for path in _files(pictures)],
     }
+
+
+def _files(paths: Iterable[Path]) -> list[Path]:
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
 
 
 def _title(picture: Path) -> str:

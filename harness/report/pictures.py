@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -10,17 +10,21 @@ from matplotlib.figure import Figure
 from harness.record import RunRecord
 from harness.record_store import RecordStore
 from harness.report import critical, curves, layers, lines, scatter
-from harness.report.histories import traced
+from harness.report.histories import Traced
 from harness.report.leaderboard import Board
 
 
 def pictures(
-    board: Board, frame: pd.DataFrame, trials: pd.DataFrame, store: RecordStore, records: Mapping[str, RunRecord]
-) -> Iterator[tuple[str, Figure]]:
-    """(name, figure) of the pictures that the board's runs have something for; `frame` and `trials` hold the runs and
-    the searches' trials of the board's setting."""
-    found = traced(board, store)
-    drawn = {
+    board: Board,
+    frame: pd.DataFrame,
+    trials: pd.DataFrame,
+    store: RecordStore,
+    records: Mapping[str, RunRecord],
+    found: Sequence[Traced],
+) -> dict[str, Callable[[], Figure | None]]:
+    """What draws each picture, by name; it gives None where the board's runs have nothing for it. `frame` and `trials`
+    hold the runs and the searches' trials of the board's setting, `found` its histories."""
+    return {
         "score_vs_parameters": lambda: scatter.draw(frame, board),
         "learning_rate_sensitivity": lambda: lines.learning_rates(board, trials),
         "rank_curves": lambda: lines.rank_curves(board, records),
@@ -30,7 +34,3 @@ def pictures(
         "singular_values": lambda: layers.singular_values(board, store),
         "critical_difference": lambda: critical.draw(board),
     }
-    for name, draw in drawn.items():
-        figure = draw()
-        if figure is not None:
-            yield name, figure

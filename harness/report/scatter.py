@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 import pandas as pd
 from matplotlib import rc_context
@@ -12,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from harness.report.budget import pareto_front, varied
+from harness.report.budget import Point, pareto_front, varied
 from harness.report.figures import PANELS_ACROSS, STYLE, Style, folded, log_ticks, panels_for, plain, styles, tick_text
-from harness.report.leaderboard import Board
+from harness.report.leaderboard import Board, Run, over
 from harness.report.statistics import summarize
 
 MOST_LABELS = 16  # above this the legend names methods, and a method's configurations share a colour
@@ -38,11 +40,13 @@ def draw(frame: pd.DataFrame, board: Board) -> Figure | None:
     )
     with rc_context(STYLE):
         figure, axes = panels_for(len(columns), caption, handles)
+        rows = cast(list[Run], runs.to_dict("records"))
+        by_task = _grouped(rows, lambda run: run["column"])  # lists: pandas would take longer than matplotlib
         for panel, column in zip(axes, columns, strict=True):
-            of_task = runs[runs["column"] == column.title]
-            _draw(panel, of_task, by_name, names)
-            _connect(panel, of_task, by_name, names)
-            _front(panel, of_task, column.higher_is_better)
+            by_label = _grouped(by_task[column.title], lambda run: run["label"])
+            _draw(panel, by_task[column.title], by_name, names)
+            _connect(panel, by_label, by_name, names)
+            _front(panel, by_label, column.higher_is_better)
             panel.set_title(column.title, fontsize=8)
             panel.set_ylabel(column.metric.replace("_", " "))
             _scale(panel, runs["parameters_final"])
@@ -51,16 +55,24 @@ def draw(frame: pd.DataFrame, board: Board) -> Figure | None:
     return figure
 
 
-def _draw(panel: Axes, runs: pd.DataFrame, styles: Mapping[str, Style], names: Mapping[str, str]) -> None:
+def _grouped(runs: Iterable[Run], name: Callable[[Run], str]) -> dict[str, list[Run]]:
+    """The runs by a name, in its order."""
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        groups[name(run)].append(run)
+    return dict(sorted(groups.items()))
+
+
+def _draw(panel: Axes, runs: Sequence[Run], styles: Mapping[str, Style], names: Mapping[str, str]) -> None:
     """One task: a small mark for each run, a large one with its spread for each configuration."""
-    for name, of_name in runs.groupby(runs["label"].map(names)):  # few calls: matplotlib takes milliseconds for each
-        colour, marker = styles[str(name)]
-        parameters, scores = of_name["parameters_final"], of_name["score"]
+    for name, of_name in _grouped(runs, lambda run: names[run["label"]]).items():
+        colour, marker = styles[name]  # few calls for each: matplotlib takes milliseconds
+        parameters, scores = ([run[value] for run in of_name] for value in ("parameters_final", "score"))
         panel.plot(parameters, scores, marker, color=colour, markersize=3, alpha=0.45, markeredgewidth=0, zorder=2)
-        configurations = [group for _, group in of_name.groupby("label")]
-        summaries = [summarize(group["score"]) for group in configurations]
+        configurations = _grouped(of_name, lambda run: run["label"]).values()
+        summaries = [summarize(run["score"] for run in group) for group in configurations]
         panel.errorbar(
-            [group["parameters_final"].mean() for group in configurations],
+            [_mean(group)[0] for group in configurations],
             [math.nan if summary.mean is None else summary.mean for summary in summaries],
             yerr=[summary.half_width or math.nan for summary in summaries],  # no bar for one run
             fmt=marker,
@@ -74,25 +86,30 @@ def _draw(panel: Axes, runs: pd.DataFrame, styles: Mapping[str, Style], names: M
         )
     panel.margins(y=0.12)
     plain(panel)
-    low, high = runs["score"].min(), runs["score"].max()
+    scores = [run["score"] for run in runs]
+    low, high = min(scores), max(scores)
     margin = 0.6 * max(high - low, 0.01)
     bottom, top = panel.get_ylim()  # intervals of two seeds are long: the scores must stay readable beside them
     panel.set_ylim(max(bottom, low - margin), min(top, high + margin))
 
 
-def _connect(panel: Axes, runs: pd.DataFrame, styles: Mapping[str, Style], names: Mapping[str, str]) -> None:
+def _mean(runs: list[Run]) -> Point:
+    """(adapter parameters, score)"""
+    return over(runs, "parameters_final") or 0.0, over(runs, "score") or 0.0
+
+
+def _connect(
+    panel: Axes, by_label: Mapping[str, list[Run]], styles: Mapping[str, Style], names: Mapping[str, str]
+) -> None:
     """A line through the configurations of each sweep, in the order of the parameter."""
-    means = runs.groupby("label")[["parameters_final", "score"]].mean()
-    unique = runs.drop_duplicates("label")
-    for sweep in varied({str(name): value for name, value in run.items()} for run in unique.to_dict("records")):
-        points = means.loc[[label for _, label in sweep.values]]
+    for sweep in varied(runs[0] for runs in by_label.values()):
+        parameters, scores = zip(*(_mean(by_label[label]) for _, label in sweep.values), strict=True)
         colour = styles[names[sweep.values[0][1]]][0]
-        panel.plot(points["parameters_final"], points["score"], color=colour, linewidth=0.9, alpha=0.7, zorder=1)
+        panel.plot(parameters, scores, color=colour, linewidth=0.9, alpha=0.7, zorder=1)
 
 
-def _front(panel: Axes, runs: pd.DataFrame, higher_is_better: bool) -> None:
-    means = runs.groupby("label")[["parameters_final", "score"]].mean()
-    front = pareto_front(list(means.itertuples(index=False, name=None)), higher_is_better)
+def _front(panel: Axes, by_label: Mapping[str, list[Run]], higher_is_better: bool) -> None:
+    front = pareto_front([_mean(runs) for runs in by_label.values()], higher_is_better)
     if len(front) > 1:
         x, y = zip(*front, strict=True)
         panel.step(x, y, where="post", color=FRONT, linewidth=0.8, linestyle="--", zorder=1)

@@ -10,6 +10,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from harness.report.leaderboard import Board, Cell, Column, Row, score_text
+from harness.report.redact import cut, one_line
 from harness.report.statistics import Summary
 
 CONSOLE_WIDTH = 110
@@ -70,13 +71,13 @@ def cell_text(cell: Cell | None, with_n: bool = True) -> str:
 
 def markdown(boards: Iterable[Board], damaged: Iterable[str] = ()) -> str:
     """Every board as a section: table, other metrics, notes, run ids. `damaged`: run folders that were left out."""
-    sections = ["# Leaderboard", LEGEND, *_damaged_note(damaged)]
+    sections = ["# Leaderboard", LEGEND, *map(escape, _damaged_note(damaged))]
     for board in boards:
-        sections += [f"## Setting {board.key}", _escape(board.caption), _pipes(_main_table(board))]
+        sections += [f"## Setting {board.key}", escape(board.caption), _pipes(_main_table(board))]
         if any(column.others for column in board.columns):
             sections += ["Other metrics:", _pipes(_other_metrics(board))]
         if board.notes:
-            sections += ["Notes:", "\n".join(f"- {_escape(note)}" for note in board.notes)]
+            sections += ["Notes:", "\n".join(f"- {escape(note)}" for note in board.notes)]
         sections += ["Runs:", "\n".join(_run_lines(board))]
     return "\n\n".join(sections) + "\n"
 
@@ -103,12 +104,12 @@ def console(board: Board, damaged: Iterable[str] = (), width: int = CONSOLE_WIDT
 def _main_table(board: Board) -> pd.DataFrame:
     rows = []
     for row in board.rows:
-        texts = {"method": _escape(row.label), "parameters": human(row.parameters)}
+        texts = {"method": escape(row.label), "parameters": human(row.parameters)}
         if board.has_ranks:
             texts["rank"] = decimal(row.rank)
         for column in board.columns:
             text = cell_text(row.cells.get(column.title))
-            name = _escape(f"{column.title} ({column.metric})")
+            name = escape(f"{column.title} ({column.metric})")
             texts[name] = _marked(board, row, column, text)
         if len(board.columns) > 1:
             texts["average"] = NOTHING if row.average is None else score_text(row.average)
@@ -132,11 +133,11 @@ def _marked(board: Board, row: Row, column: Column, text: str) -> str:
 def _other_metrics(board: Board) -> pd.DataFrame:
     rows = []
     for row in board.rows:
-        texts = {"method": _escape(row.label)}
+        texts = {"method": escape(row.label)}
         for column in board.columns:
             cell = row.cells.get(column.title)
             for name in column.others:
-                texts[_escape(f"{column.title} ({name})")] = summary_text(cell.others[name]) if cell else NOTHING
+                texts[escape(f"{column.title} ({name})")] = summary_text(cell.others[name]) if cell else NOTHING
         rows.append(texts)
     return pd.DataFrame(rows)
 
@@ -145,7 +146,7 @@ def _run_lines(board: Board) -> Iterable[str]:
     for row in board.rows:
         for title, cell in row.cells.items():
             runs = ", ".join(f"seed {run['seed']} `{run['run_id']}`" for run in cell.runs)
-            yield f"- {_escape(row.label)} on {_escape(title)}: {runs}"
+            yield f"- {escape(row.label)} on {escape(title)}: {runs}"
 
 
 def _console_row(board: Board, row: Row) -> dict[str, str]:
@@ -183,7 +184,7 @@ def _width(text: str) -> int:
 
 
 def _damaged_note(damaged: Iterable[str]) -> list[str]:
-    names = list(damaged)
+    names = [one_line(cut(name)) for name in damaged]
     return [f"Left out, since their records cannot be read: {', '.join(names)}."] if names else []
 
 
@@ -194,7 +195,7 @@ def decimal(number: float | None) -> str:
     return f"{number:.0f}" if number == int(number) or number >= 100 else f"{number:.1f}"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Signs that Markdown would take for its own, an underscore within a word left alone."""
-    text = re.sub(r"([\\|*`<>])", r"\\\1", " ".join(text.split()))
+    text = re.sub(r"([\\|*`<>]|(?<=\])[(:])", r"\\\1", one_line(text))
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)

@@ -11,6 +11,7 @@ import pandas as pd
 from harness.record import RunRecord
 from harness.report.frame import Naming, columns_of, labels_of
 from harness.report.leaderboard import Board
+from harness.report.redact import cut
 from harness.spec import value_text
 
 LEARNING_RATE = "learning_rate"
@@ -39,7 +40,7 @@ def trials_frame(records: Iterable[RunRecord], naming: Naming | None = None) -> 
         score = record.holdout.get(record.headline) if record.status == "done" else None
         assert spec.search is not None
         for parameter in spec.search.parameters:
-            value = {"parameter": parameter, "value": value_text(spec.method_parameters[parameter])}
+            value = {"parameter": parameter, "value": value_text(cut(spec.method_parameters[parameter]))}
             result = {"holdout": score, "status": record.status, "run_id": record.run_id}
             rows.append(names | value | result)
     return pd.DataFrame(rows)

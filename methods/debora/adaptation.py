@@ -21,7 +21,7 @@ from methods.debora.model import DeboraModel
 from methods.debora.optimizer import ManifoldAdamW, keep_optimizer_columns, manifold_adamw
 from methods.debora.stock_lora import lora_pair
 from methods.debora.upper_level import UpperGradient, upper_gradient
-from methods.lora import ADAPTER
+from methods.peft_model import ADAPTER
 from methods.stock_lora import export_stock_lora
 from methods.truncation import largest, swapped
 

@@ -10,7 +10,9 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from harness.method import is_transposed
 from methods.debora.config import DeboraConfig
 from methods.debora.fused import fused_linear
 from methods.debora.initial import initial_factors
@@ -73,9 +75,14 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
 
         A mode of size 1 carries no direction and has no factor. Where fewer than two others are left, U and V stay.
         """
-        sizes = dict(zip(self.adapter_layer_names, self.get_base_layer().weight.shape, strict=True))
+        sizes = dict(zip(self.adapter_layer_names, self._weight().shape, strict=True))
         few = sum(size > 1 for size in sizes.values()) < 2
         return {n: size for n, size in sizes.items() if size > 1 or (few and n in ("debora_U", "debora_V"))}
+
+    def _weight(self) -> Tensor:
+        """The base layer's weight with the modes of the factors, outputs first."""
+        weight: Tensor = self.get_base_layer().weight
+        return weight
 
     def factors(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
         """U^(1), ..., U^(d), each (n_k, r), in the order of `mode_sizes`."""
@@ -156,7 +163,10 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
 
 
 class DeboraLinear(DeboraLayer):
-    """A linear layer with a dEBORA adapter, Psi = U diag(s) V^T: (..., inputs) to (..., outputs)."""
+    """A linear layer with a dEBORA adapter, Psi = U diag(s) V^T: (..., inputs) to (..., outputs).
+
+    The base layer is nn.Linear, or transformers' Conv1D, whose weight is W^T.
+    """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """See `DeboraLayer.forward`: one fused function where the base layer is plain, frozen and has one adapter."""
@@ -166,14 +176,14 @@ class DeboraLinear(DeboraLayer):
         base: Any = self.base_layer
         name, device = adapters[0], x.device.type
         U, V = self.factors(name)
-        B = U * self.debora_s[name]
+        B, W = U * self.debora_s[name], self._weight()
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(device)
             bias = None if base.bias is None else base.bias.to(dtype)
             with torch.autocast(device, enabled=False):
-                return fused_linear(x.to(dtype), base.weight.to(dtype), bias, B.to(dtype), V.to(dtype))
-        if x.dtype == base.weight.dtype == V.dtype:
-            return fused_linear(x, base.weight, base.bias, B, V)
+                return fused_linear(x.to(dtype), W.to(dtype), bias, B.to(dtype), V.to(dtype))
+        if x.dtype == W.dtype == V.dtype:
+            return fused_linear(x, W, base.bias, B, V)
         return super().forward(x)
 
     def update(self, adapter_name: str, x: Tensor) -> Tensor:
@@ -183,14 +193,22 @@ class DeboraLinear(DeboraLayer):
         return nn.functional.linear(x @ V, U * self.debora_s[adapter_name])
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """U diag(s) V^T, (outputs, inputs)."""
+        """U diag(s) V^T, (outputs, inputs); of a Conv1D its transpose."""
         U, V = self.factors(adapter_name)
-        return (U * self.debora_s[adapter_name]) @ V.T
+        update = (U * self.debora_s[adapter_name]) @ V.T
+        return update.T if is_transposed(self.get_base_layer()) else update
+
+    def _weight(self) -> Tensor:
+        """W, (outputs, inputs)."""
+        weight = super()._weight()
+        return weight.T if is_transposed(self.get_base_layer()) else weight
 
 
 def _is_plain_and_frozen(layer: nn.Module) -> bool:
-    """Whether nothing but the formula of nn.Linear happens in this layer's forward, and it takes no gradients."""
-    if type(layer) is not nn.Linear or layer.weight.requires_grad or "forward" in vars(layer):  # accelerate replaces it
+    """Whether nothing but the formula of a linear layer happens in its forward, and it takes no gradients."""
+    if type(layer) not in (nn.Linear, Conv1D) or layer.weight.requires_grad:
+        return False
+    if "forward" in vars(layer):  # accelerate replaces it
         return False
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return not hooks and not (layer.bias is not None and layer.bias.requires_grad)

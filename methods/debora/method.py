@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import Adaptation, Backbone, Method, TrainData
+from harness.method import Adaptation, Backbone, Method, TrainData, is_adaptable
 from harness.parameters import Range
 from methods.debora import reach
 
@@ -52,7 +52,10 @@ class Debora(Method):
         "matrix", description="factors' columns: free, of norm 1, or orthonormal (a kernel's small factors: norm 1)"
     )
     tau: float = Field(
-        16.0, gt=0, description="bound on the sum of s - eps over a simplex; unset: 8 where geometry is not matrix"
+        16.0,
+        gt=0,
+        le=1e30,
+        description="bound on the sum of s - eps over a simplex; unset: 8 where geometry is not matrix",
     )
     rank: int = Field(8, ge=1, description="rank of every layer at the start, at most its smaller side")
     eps: float = Field(1e-3, gt=0, description="least value of an entry of s; eps * rank is at most tau")
@@ -151,7 +154,7 @@ class Debora(Method):
         """See `Method.unsupported`."""
         targets = backbone.targets(self.target_modules)
         if not targets:
-            return "the backbone has no linear or convolution layer to adapt"
+            return backbone.without_layers()
         reason = next(filter(None, (_not_adaptable(backbone, name) for name in targets)), None)
         if reason is not None:
             return reason
@@ -192,6 +195,6 @@ def _not_adaptable(backbone: Backbone, name: str) -> str | None:
         return (
             f"layer '{name}' is a convolution in {layer.groups} groups, which a CP form over all channels does not fit"
         )
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
-        return f"layer '{name}' is a {type(layer).__name__}, neither nn.Linear nor nn.Conv2d"
+    if not is_adaptable(layer):
+        return f"layer '{name}' is a {type(layer).__name__}, neither nn.Linear, Conv1D nor nn.Conv2d"
     return None

@@ -9,6 +9,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from harness.method import is_transposed
 from methods.debora.config import PEFT_TYPE, DeboraConfig
 from methods.debora.convolution import DeboraConv2d
 from methods.debora.layer import DeboraLayer, DeboraLinear
@@ -61,11 +62,11 @@ class DeboraModel(BaseTuner):
 
 def _layer_type(target: nn.Module) -> type[DeboraLayer]:
     """The adapted layer's class. Raises ValueError where there is none."""
-    if isinstance(target, nn.Linear):
+    if isinstance(target, nn.Linear) or is_transposed(target):
         return DeboraLinear
     if isinstance(target, nn.Conv2d):
         return DeboraConv2d
-    raise ValueError(f"it is a {type(target).__name__}, neither nn.Linear nor nn.Conv2d")
+    raise ValueError(f"it is a {type(target).__name__}, neither nn.Linear, Conv1D nor nn.Conv2d")
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = DeboraConfig

@@ -14,7 +14,7 @@ from harness.method import Indices, Step, TrainData
 from methods.debora import hypergradient, manifolds
 from methods.debora.layer import DeboraLayer
 from methods.debora.optimizer import gradient_of
-from methods.lora import ADAPTER
+from methods.peft_model import ADAPTER
 
 if TYPE_CHECKING:
     from methods.debora.method import Debora

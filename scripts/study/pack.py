@@ -1,11 +1,12 @@
 """Pack the study's records into one file that git keeps: what tables, tests and pictures are made of, and no more.
 
-Of every run below results/study/ its record and predictions; of dEBORA's runs the upper-level steps of the history as
-well, without the singular values. Usage: python scripts/study/pack.py
+Of every run below results/study/ its record, as it may leave the machine, and predictions; of dEBORA's runs the
+upper-level steps of the history as well, without the singular values. Usage: python scripts/study/pack.py
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import lzma
@@ -13,6 +14,11 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from harness.commands.export import plain_files
+from harness.errors import InputError
+from harness.record import HISTORY, PREDICTIONS, RECORD, RunRecord
+from harness.report.redact import handed_on
 
 STUDY = Path(__file__).parents[2] / "results" / "study"
 PARTS = ("main", "parts", "convolutions")
@@ -38,19 +44,27 @@ def _files() -> Iterator[tuple[str, bytes]]:
         if not records:
             sys.exit(f"error: {STUDY / part} has no runs: make them with `bash scripts/study.sh --run DIR`")
         for record in records:
-            content, folder = json.loads(record.read_bytes()), record.parent
-            spec = content["spec"]
-            spec["place"]["data_root"] = None  # where somebody's files lie is nobody's business
-            spec["place"]["model"] = spec["place"]["model"] and Path(spec["place"]["model"]).name
-            content["environment"]["platform"] = content["environment"]["platform"].partition("-")[0]
+            folder = record.parent
+            _check(folder)
+            kept = handed_on(RunRecord.parse(record.read_bytes(), str(record)))
+            files = {}
+            if (folder / PREDICTIONS).exists():
+                files[PREDICTIONS] = (folder / PREDICTIONS).read_bytes()
+            if kept.spec.method == "debora" and (folder / HISTORY).exists():
+                files[HISTORY] = _upper_steps(folder / HISTORY)
+            sums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
             inside = f"{part}/runs/{folder.name}"
-            yield f"{inside}/record.json", json.dumps(content, indent=1).encode()
-            predictions = folder / "predictions.safetensors"
-            if predictions.exists():
-                yield f"{inside}/predictions.safetensors", predictions.read_bytes()
-            history = folder / "history.jsonl"
-            if spec["method"] == "debora" and history.exists():
-                yield f"{inside}/history.jsonl", _upper_steps(history)
+            yield f"{inside}/{RECORD}", kept.model_copy(update={"files": sums}).to_json().encode()
+            for name, content in files.items():
+                yield f"{inside}/{name}", content
+
+
+def _check(folder: Path) -> None:
+    """No link is followed."""
+    try:
+        plain_files(folder)
+    except InputError as error:
+        sys.exit(f"error: {error}")
 
 
 def _upper_steps(history: Path) -> bytes:

@@ -22,7 +22,7 @@ from part import RESERVED, TITLES, Part
 from harness.record import RunRecord
 from harness.record_store import RecordStore
 from harness.report import curves, layers, scatter
-from harness.report.data import tidy
+from harness.report.data import csv_text, tidy
 from harness.report.figures import save
 from harness.report.histories import traced
 from harness.report.latex import latex
@@ -68,7 +68,7 @@ def _write(folder: Path) -> None:
     for name, part in {"main": tuned, "controls": controls, "parts": parts, "convolutions": convolutions}.items():
         (written / f"{name}.md").write_text(markdown([part.board]))
         (written / f"{name}.tex").write_text(latex([part.board]))
-        (written / f"{name}.csv").write_text(tidy([part.board]).to_csv(index=False, lineterminator="\n"))
+        (written / f"{name}.csv").write_text(csv_text(tidy([part.board])))
     (written / "ranks.md").write_text(tables.ranks_table(agreed) + "\n")
     (written / "parts_differences.md").write_text(tables.parts_table(parts, differences=True) + "\n")
     _pictures(tuned, parts, convolutions)

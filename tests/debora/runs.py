@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from harness.contracts.subject import Started, Subject, start
-from harness.plan import split_list
+from harness.notation import split_list
 from methods.debora.adaptation import DeboraAdaptation
 
 # What a test does not set, so that a changed default changes no test.

@@ -1,0 +1,96 @@
+"""The model that is adapted, and which of its layers adapters may change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from harness.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class Backbone:
+    """The model that a task hands to a method, not yet adapted.
+
+    module: the whole model, head included; on the meta device during a dry run.
+    head:   qualified names of the submodules that are new for the task; every method trains them.
+    layers: qualified names of the layers that adapters may change (see `is_adaptable`), head excluded.
+    """
+
+    module: nn.Module
+    head: tuple[str, ...]
+    layers: tuple[str, ...]
+
+    def targets(self, patterns: tuple[str, ...] | None) -> tuple[str, ...]:
+        """The layers whose qualified name is, or ends in, one of `patterns` ("query", "attention.output.dense");
+        all of them for None. Raises InputError where a pattern matches no layer."""
+        if patterns is None:
+            return self.layers
+        chosen: set[str] = set()
+        for pattern in patterns:
+            found = [name for name in self.layers if f".{name}".endswith(f".{pattern}")]
+            if not found:
+                raise self._no_target(pattern)
+            chosen.update(found)
+        return tuple(name for name in self.layers if name in chosen)
+
+    def shape(self, layer: str) -> tuple[int, int]:
+        """(outputs, inputs) of the layer's weight seen as a matrix; a kernel is flattened to C_out x (C_in kH kW)."""
+        weight = self.module.get_parameter(f"{layer}.weight")
+        outputs, others = weight.shape[0], weight[0].numel()
+        return (others, outputs) if is_transposed(self.module.get_submodule(layer)) else (outputs, others)
+
+    def without_layers(self, wanted: str = "linear or convolution layer") -> str:
+        """The reason of a cell whose method finds nothing to adapt: it names the kinds of layers that there are."""
+        kinds = {
+            type(part).__name__: None
+            for name, part in self.module.named_modules()
+            if any(p.dim() > 1 for p in part.parameters(recurse=False)) and not in_modules(f"{name}.", self.head)
+        }
+        return f"the backbone has no {wanted} to adapt: its layers are of kind {', '.join(kinds)}"
+
+    def check_rank(self, rank: int, targets: tuple[str, ...], parameter: str = "rank") -> None:
+        """Raises InputError where `rank`, which the method calls `parameter`, is above the smaller side of a layer."""
+        for layer in targets:
+            smaller = min(self.shape(layer))
+            if rank > smaller:
+                raise InputError(
+                    f"{parameter} = {rank} is above the smaller side of layer '{layer}': allowed is 1 to {smaller}",
+                    parameter,
+                )
+
+    def _no_target(self, pattern: str) -> InputError:
+        """What is wrong with a pattern that matches no layer: the kind of what it names, or what comes near it."""
+        kinds = {type(self.module.get_submodule(name)).__name__ for name in self.layers}
+        for name, part in self.module.named_modules():
+            if f".{name}".endswith(f".{pattern}") and (kind := type(part).__name__) not in kinds:
+                adapted = ", ".join(sorted(kinds))
+                return InputError(f"target module '{pattern}' is of kind {kind}; adapted are {adapted}", pattern)
+        return unknown("target module", pattern, {name.rsplit(".", 1)[-1] for name in self.layers})
+
+    def head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(qualified name, parameter) of the head."""
+        return ((name, p) for name, p in self.module.named_parameters() if in_modules(name, self.head))
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer is linear with a weight of (inputs, outputs): transformers' Conv1D, which GPT-2 has."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(layer, Conv1D)
+
+
+def is_adaptable(layer: nn.Module) -> bool:
+    """Whether adapters may change the layer: `nn.Linear`, transformers' Conv1D (the same, transposed), `nn.Conv2d`."""
+    from torch import nn
+
+    return isinstance(layer, nn.Linear | nn.Conv2d) or is_transposed(layer)
+
+
+def in_modules(parameter: str, modules: Iterable[str]) -> bool:
+    """Whether a parameter's qualified name lies in one of `modules`, also below a wrapper's prefix."""
+    return any(f".{module}." in f".{parameter}" for module in modules)
