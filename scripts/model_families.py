@@ -28,7 +28,7 @@ from harness.errors import InputError
 from harness.record_store import RecordStore
 from harness.run import run_one
 from harness.spec import Place, TrainSpec
-from harness.task import make_splits
+from harness.splits import make_splits
 from harness.training import seed_everything
 from harness.trial import check_rows, difference
 from tests import families
