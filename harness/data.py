@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from harness.task import Examples, Splits, Task, make_splits
+from harness.splits import make_splits
+from harness.summary import facts_of
+from harness.task import Examples, Splits, Task
 
 KEPT = 16  # tasks whose data stays in the process
 
@@ -27,6 +29,7 @@ class Data:
         self._task = task
         self._model = model
         self._encoded: dict[str, Any] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
 
     def encoded(self, split: str) -> Any:
         """What `Task.collate` reads for "train", "holdout" or an evaluation split."""
@@ -34,10 +37,21 @@ class Data:
             self._encoded[split] = self._task.encode(self._examples[split], self._model)
         return self._encoded[split]
 
+    def facts(self, split: str) -> dict[str, Any]:
+        """What a record has of a split, and what is printed before the runs: see `summary.facts_of`."""
+        if split not in self._facts:
+            told = type(self._task).facts is not Task.facts  # else there is no need to encode
+            of_encoded = self._task.facts(self.encoded(split)) if told else {}
+            found = facts_of(self._task, self.splits, split)
+            notes = [*found.get("notes", ()), *of_encoded.get("notes", ())]
+            self._facts[split] = found | of_encoded | ({"notes": notes} if notes else {})
+        return self._facts[split]
+
     def without_texts(self) -> Data:
         """The same with every split encoded and the rows' own columns left out: what other processes need."""
         whole = Data(self._task, self.splits, self._model)
         whole._encoded = {split: self.encoded(split) for split in self._examples}
+        whole._facts = {split: self.facts(split) for split in self._examples}
         bare = {split: Examples({}, rows.labels, rows.groups) for split, rows in self._examples.items()}
         train, holdout = bare.pop("train"), bare.pop("holdout")
         whole.splits = Splits(train, holdout, bare, self.splits.fingerprint)
@@ -45,7 +59,7 @@ class Data:
 
     @property
     def _examples(self) -> dict[str, Examples]:
-        return {"train": self.splits.train, "holdout": self.splits.holdout, **self.splits.evaluation}
+        return self.splits.by_name
 
 
 _KEPT: dict[Key, Data] = {}

@@ -9,13 +9,15 @@ from typing import NamedTuple
 
 import torch
 
+from harness import summary
 from harness.data import Data, data_of
 from harness.environment import device_of
 from harness.errors import InputError
 from harness.method import FinishedRun, Method, ParameterCount
 from harness.plan import Fingerprints, Sweep, method_cells, model_of, plan, task_cells
-from harness.spec import Place, RunSpec
+from harness.spec import Place, RunSpec, TrainSpec
 from harness.task import Splits, Task
+from harness.trial import check_rows
 
 
 @dataclass
@@ -48,6 +50,11 @@ def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
         fingerprints = Fingerprints(data.splits.fingerprint, of_model)
         checked.append(CheckedTask(name, task, model, data, fingerprints))
     return checked
+
+
+def summaries(tasks: Sequence[CheckedTask]) -> list[str]:
+    """What was read of every task, a few lines each: see `summary.lines`."""
+    return [line for checked in tasks for line in summary.lines(checked.name, checked.task, checked.data)]
 
 
 class CheckedMethod(NamedTuple):
@@ -92,14 +99,22 @@ def plan_checked(
     return list(planned.values())
 
 
-def check_models(tasks: Sequence[CheckedTask], place: Place) -> None:
-    """Load every task's model and encode its holdout once, so that missing weights or tokenizer files are found
-    before the first run. Raises InputError."""
+def check_models(tasks: Sequence[CheckedTask], train: TrainSpec, place: Place) -> list[str]:
+    """Load every task's model, encode its holdout and put a few rows of it through the model once, so that missing
+    files, and a model that cannot serve, are found before the first run. What is to be said of them, a line each.
+
+    Raises InputError, also where a prediction depends on the rows beside it.
+    """
+    said: dict[str, None] = {}
     for checked in tasks:
-        checked.data.encoded("holdout")
+        encoded = checked.data.encoded("holdout")
         if place.predict_test and not checked.task.test(place.data_root):
             raise InputError(f"--predict-test: task '{checked.name}' has no unlabelled test split", checked.name)
-        checked.task.backbone(checked.model, trust_remote_code=place.trust_remote_code)
+        backbone = checked.task.backbone(checked.model, trust_remote_code=place.trust_remote_code)
+        where = f"task '{checked.name}': model '{checked.model}'"
+        lines = check_rows(checked.task, backbone.module, encoded, train, where)
+        said |= dict.fromkeys([*checked.task.model_notes(checked.model), *lines])
+    return list(said)
 
 
 def preview(method: Method, checked: CheckedTask, sweep: Sweep, place: Place) -> ParameterCount:

@@ -51,7 +51,9 @@ class RunRecord(Parameters):
     batches: int = Field(0, ge=0, description="batches put through forward and backward: the budget's unit")
     updates: int = Field(0, ge=0, description="optimizer steps")
     rows: dict[str, int] = Field({}, description="rows per split, as used")
-    data: dict[str, dict[str, Any]] = Field({}, description="what the task says of each split: see Task.facts")
+    data: dict[str, dict[str, Any]] = Field(
+        {}, description="what the task says of each split: see harness.summary.facts_of and Task.facts"
+    )
     seconds: Seconds = Seconds()
     peak_bytes: int | None = Field(None, description="peak memory of the run: resident on a CPU, allocated on a GPU")
     environment: Environment

@@ -176,7 +176,8 @@ class _Run:
 
     def _start(self, method: Method, backbone: Backbone, data: Data) -> Adaptation:
         spec, splits = self.spec, data.splits
-        encoded = self._noted("train", data.encoded("train"))
+        encoded = data.encoded("train")
+        self.known["data"] = {split: facts for split in splits.by_name if (facts := data.facts(split))}
         lengths = self.task.lengths(encoded) if spec.train.group_by_length else None
         drawn = TrainingData(len(splits.train), spec.train.batch_size, spec.seed, lengths)
         self.known["rows"] = {"train": len(splits.train), "holdout": len(splits.holdout)} | {
@@ -188,12 +189,6 @@ class _Run:
         budget = spec.train.budget(len(splits.train))
         self.training = Training(adaptation, self.task, encoded, drawn, spec.train, self.device, budget)
         return adaptation
-
-    def _noted(self, split: str, encoded: Any) -> Any:
-        """The encoded split; what the task has to say of it goes into the record."""
-        if facts := self.task.facts(encoded):
-            self.known.setdefault("data", {})[split] = facts
-        return encoded
 
     def _train(self, adaptation: Adaptation, data: Data) -> None:
         training, place = self.training, self.spec.place
@@ -246,15 +241,15 @@ class _Run:
                 raise
             raise checkpoint.Unusable(path) from error
 
-    def _predictions(self, adaptation: Adaptation, split: str, encoded: Any, references: np.ndarray) -> np.ndarray:
-        encoded = self._noted(split, encoded)
+    def _predictions(self, adaptation: Adaptation, encoded: Any, references: np.ndarray) -> np.ndarray:
         return predict(adaptation, self.task, encoded, references, self.spec.train, self.device)
 
     def _holdout(self, adaptation: Adaptation, data: Data) -> dict[str, float]:
         """The holdout's metrics now; the last ones go into the record."""
         started = time.perf_counter()
-        references = data.splits.holdout.labels
-        predictions = self._predictions(adaptation, "holdout", data.encoded("holdout"), references)
+        encoded = data.encoded("holdout")
+        references = self.task.gold(data.splits.holdout, encoded)
+        predictions = self._predictions(adaptation, encoded, references)
         self.known["holdout"] = _finite(self.task.metrics(predictions, references), "the holdout")
         self.evaluation_seconds += time.perf_counter() - started
         return {f"holdout_{name}": value for name, value in self.known["holdout"].items()}
@@ -265,22 +260,25 @@ class _Run:
         metrics: dict[str, float] = {}
         arrays: dict[str, np.ndarray] = {}
 
-        def on(name: str) -> tuple[np.ndarray, dict[str, float]]:
-            labels = data.splits.evaluation[name].labels
-            predictions = self._predictions(adaptation, name, data.encoded(name), labels)
-            return predictions, self.task.metrics(predictions, labels)
+        gold = {name: self.task.gold(rows, data.encoded(name)) for name, rows in data.splits.evaluation.items()}
 
-        for name, examples in data.splits.evaluation.items():
+        def on(name: str) -> tuple[np.ndarray, dict[str, float]]:
+            predictions = self._predictions(adaptation, data.encoded(name), gold[name])
+            return predictions, self.task.metrics(predictions, gold[name])
+
+        for name, references in gold.items():
             predictions, found = on(name)
             prefix = f"{name}_" if metrics else ""
             metrics |= {f"{prefix}{key}": value for key, value in _finite(found, f"split '{name}'").items()}
-            arrays |= {f"{name}/predictions": predictions, f"{name}/references": examples.labels}
-        first, headline = next(iter(data.splits.evaluation)), self.task.headline
+            arrays |= {f"{name}/predictions": predictions, f"{name}/references": references}
+        first, headline = next(iter(gold)), self.task.headline
         curve = rank_curve(adaptation, self.spec.place.rank_curve, lambda: on(first)[1][headline])
         if self.spec.place.predict_test:
             for name, examples in self.task.test(self.spec.place.data_root).items():
                 encoded = self.task.encode(examples, self.spec.place.model)
-                arrays[f"{name}/predictions"] = self._predictions(adaptation, name, encoded, examples.labels)
+                if facts := self.task.facts(encoded):
+                    self.known["data"][name] = facts
+                arrays[f"{name}/predictions"] = self._predictions(adaptation, encoded, examples.labels)
         with self.store.writing():
             storage.save_arrays(arrays, self.files / PREDICTIONS)
         self.known |= {"metrics": metrics, "score": metrics[headline], "rank_curve": curve}

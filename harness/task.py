@@ -7,7 +7,6 @@ heavy packages inside functions, so that `python -m harness list` stays fast.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 
     from harness.method import Backbone
 
-HOLDOUT_SHARE, HOLDOUT_ROWS = 0.1, 1000  # the holdout is the smaller of the two
-
 
 class Batch(NamedTuple):
     """`inputs` go into the model as keyword arguments; `labels` (one row an example) never do."""
@@ -40,13 +37,14 @@ class Examples:
 
     `groups` holds a value per row; rows that share one (a movie, a premise) are never parted between the training
     split and the holdout. None: every row stands alone. `left_out` names what the source has and the rows lack, since
-    it could not be read.
+    it could not be read. `notes`: what a person should know of how the rows were read, a line each.
     """
 
     columns: Mapping[str, Sequence[Any] | np.ndarray]
     labels: np.ndarray
     groups: np.ndarray | None = None
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,7 +58,7 @@ class Examples:
             for name, values in self.columns.items()
         }
         groups = None if self.groups is None else self.groups[rows]
-        return Examples(columns, self.labels[rows], groups, self.left_out)
+        return Examples(columns, self.labels[rows], groups, self.left_out, self.notes)
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,11 @@ class Splits:
     holdout: Examples
     evaluation: dict[str, Examples]
     fingerprint: str
+
+    @property
+    def by_name(self) -> dict[str, Examples]:
+        """All of them: "train", "holdout", then the evaluation splits."""
+        return {"train": self.train, "holdout": self.holdout, **self.evaluation}
 
 
 class Task(Parameters, ABC):
@@ -86,11 +89,22 @@ class Task(Parameters, ABC):
     default_model: ClassVar[str | None] = None  # None: the task builds its own model and takes no --model
     capabilities: ClassVar[tuple[str, ...]] = ()  # words for `list`: "text", "image", "regression"
     higher_is_better: ClassVar[bool] = True  # of the headline metric; False for a loss
+    stratified: ClassVar[bool] = False  # whether the holdout has each class in its proportion
 
     @property
     @abstractmethod
     def headline(self) -> str:
         """The metric that is the run's score; see `higher_is_better`."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The metrics of a split, the headline first: what is said of a task before its runs."""
+        return (self.headline,)
+
+    def references(self, examples: Examples) -> dict[str, int] | tuple[float, float] | None:
+        """What is said of a split's references, and checked: rows by class, in the order of the classes, 0 for one that
+        the split lacks; or the lowest and the highest value; None where they are neither."""
+        return None
 
     @abstractmethod
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
@@ -132,6 +146,11 @@ class Task(Parameters, ABC):
         where there is none. Here: of nothing, for a task that builds its own model."""
         return "built-in"
 
+    def model_notes(self, model: str | None) -> list[str]:
+        """What is to be said of the pretrained model before anything runs, a line each. Raises InputError where it
+        cannot serve."""
+        return []
+
     @abstractmethod
     def backbone(self, model: str | None, *, meta: bool = False, trust_remote_code: bool = False) -> Backbone:
         """The model with a new head. torch's global generator is seeded with the run's seed, so that every method
@@ -146,7 +165,8 @@ class Task(Parameters, ABC):
         return None
 
     def facts(self, encoded: Any) -> dict[str, Any]:
-        """What a record should say of an encoded split, as JSON values: share of texts cut, images left out."""
+        """What should be said of an encoded split in the record and before the runs, as JSON values: the share of texts
+        cut. What can be said without encoding are its `references` and the notes of its Examples."""
         return {}
 
     @abstractmethod
@@ -164,11 +184,22 @@ class Task(Parameters, ABC):
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
-        """One prediction per example (classes or values), first dimension the batch's."""
+        """One prediction per example (classes or values), first dimension the batch's. Rows may be of another width in
+        each batch: they are filled up with -1."""
+
+    def gold(self, examples: Examples, encoded: Any) -> np.ndarray:
+        """What the predictions of a split are compared with, first dimension the rows; here: the labels. `examples` may
+        have lost its columns."""
+        return examples.labels
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        """What the model says of each row, (rows, ...), which must not depend on the rows beside it: before the first
+        run it is compared with what it says of the row alone. None where rows of a batch are all of one size."""
+        return None
 
     @abstractmethod
     def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        """Every metric of one split; `headline` among them."""
+        """Every metric of one split, of what `predict` and `gold` give; `headline` among them."""
 
     def artifacts(self, model: nn.Module, source: str | None, folder: Path) -> None:
         """Write what is worth a look (pictures, generated text) into `folder`, which is made by whoever writes.
@@ -179,84 +210,22 @@ class Task(Parameters, ABC):
         """
 
 
-def make_splits(task: Task, data_root: str | None, limit: int | None) -> Splits:
-    """Load a task's data, cut the holdout, apply `limit`.
-
-    `limit` keeps at most that many training rows (holdout included) and that many of each evaluation split: a
-    deterministic subset with the classes in their proportions. The fingerprint is that of all rows, before `limit`.
-    """
-    train, evaluation = task.load(data_root)
-    for name, examples in {"train": train, **evaluation}.items():
-        if len(examples) == 0:
-            raise InputError(f"split '{name}' is empty: it needs at least one row")
-    fingerprint = fingerprint_of(train=train, **evaluation)
-    train = limited(train, limit)
-    evaluation = {name: limited(examples, limit) for name, examples in evaluation.items()}
-    rest, held = holdout_rows(train)
-    if len(rest) < 2:
-        raise InputError(f"split 'train' has {len(train)} rows: at least 2 must be left after the holdout is cut")
-    return Splits(train.select(rest), train.select(held), evaluation, fingerprint)
-
-
-def limited(examples: Examples, limit: int | None) -> Examples:
-    """At most `limit` rows in their old order: the same ones every time, each class in proportion to its size."""
-    import numpy as np
-
-    if limit is None or len(examples) <= limit:
-        return examples
-    shuffled = np.random.default_rng(0).permutation(len(examples))
-    if not np.issubdtype(examples.labels.dtype, np.integer):
-        return examples.select(np.sort(shuffled[:limit]))
-    # Each row's place within its class, as a share of the class: the smallest `limit` shares are stratified.
-    shares = np.empty(len(examples))
-    for label in np.unique(examples.labels):
-        rows = shuffled[examples.labels[shuffled] == label]
-        shares[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
-    return examples.select(np.sort(np.argsort(shares, kind="stable")[:limit]))
-
-
-def holdout_rows(
-    train: Examples, share: float = HOLDOUT_SHARE, most: int = HOLDOUT_ROWS
-) -> tuple[np.ndarray, np.ndarray]:
-    """(rows that stay, holdout rows): min(10 %, 1,000) rows, whole groups only, the same for every method and seed."""
-    import numpy as np
-
-    wanted = max(1, min(int(share * len(train)), most))
-    groups = np.arange(len(train)) if train.groups is None else np.unique(train.groups, return_inverse=True)[1]
-    order = np.random.default_rng(0).permutation(groups.max() + 1)
-    sizes = np.bincount(groups)[order]
-    taken = np.zeros(len(order), dtype=bool)
-    total = 0
-    for position, size in enumerate(sizes):  # greedy: a group that would overshoot is passed over
-        if total + size <= wanted:
-            taken[position] = True
-            total += size
-        if total == wanted:
-            break
-    if not taken.any():
-        taken[np.argmin(sizes)] = True
-    held = np.isin(groups, order[taken])
-    return np.flatnonzero(~held), np.flatnonzero(held)
-
-
-def fingerprint_of(**splits: Examples) -> str:
-    """SHA-256 over the names and the content of the splits (columns, labels, groups), 16 hexadecimal digits."""
-    import numpy as np
-
-    digest = hashlib.sha256()
-    for split, examples in splits.items():
-        groups = {} if examples.groups is None else {"groups": examples.groups}
-        for name, values in {**examples.columns, **groups, "labels": examples.labels}.items():
-            digest.update(f"{split}/{name}:{len(values)}:".encode())
-            if isinstance(values, np.ndarray):
-                digest.update(np.ascontiguousarray(values).tobytes())
-            else:
-                digest.update("\x00".join(map(str, values)).encode())
-    return digest.hexdigest()[:16]
-
-
 class Classification(Task):
     """Abstract base of tasks whose model returns `logits`: cross-entropy, the most probable class, accuracy."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes in the order of their numbers; () where they have no names."""
+        return ()
+
+    def references(self, examples: Examples) -> dict[str, int] | tuple[float, float] | None:
+        import numpy as np
+
+        labels = examples.labels
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+            return None
+        counts = np.bincount(labels, minlength=len(self.class_names)).tolist()
+        return dict(zip(self.class_names or map(str, range(len(counts))), counts, strict=False))
 
     @property
     def headline(self) -> str:

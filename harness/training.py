@@ -309,7 +309,12 @@ def predict(
         for rows in np.split(order, range(2 * train.batch_size, len(order), 2 * train.batch_size)):
             parts.append(task.predict(model, to_device(task.collate(encoded, rows.tolist(), None), device)))
     task.set_training(model)
-    ordered = torch.cat(parts).cpu()
-    predictions = torch.empty_like(ordered)
-    predictions[torch.from_numpy(order)] = ordered
+    predictions = _joined(parts).cpu()[torch.from_numpy(np.argsort(order))]
     return (predictions.float() if predictions.is_floating_point() else predictions).numpy()
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The batches' rows, one after the other; shorter ones are filled up with -1."""
+    width = max(part.shape[1] if part.dim() == 2 else 0 for part in parts)
+    fill = torch.nn.functional.pad
+    return torch.cat([fill(each, (0, width - each.shape[1]), value=-1) if each.dim() == 2 else each for each in parts])

@@ -95,7 +95,7 @@ class BottleneckMethod(Method, ABC):
     capabilities = ("encoders of transformers",)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
-    bottleneck: int = Field(ge=1, description="width between an adapter's two linear layers")
+    bottleneck: int = Field(ge=1, le=65_536, description="width between an adapter's two linear layers")
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
@@ -117,7 +117,7 @@ class HAdapter(BottleneckMethod):
 
     placement = "houlsby"
 
-    bottleneck: int = Field(32, ge=1, description="width between an adapter's two linear layers")
+    bottleneck: int = Field(32, ge=1, le=65_536, description="width between an adapter's two linear layers")
 
 
 class PAdapter(BottleneckMethod):
@@ -125,7 +125,7 @@ class PAdapter(BottleneckMethod):
 
     placement = "pfeiffer"
 
-    bottleneck: int = Field(64, ge=1, description="width between an adapter's two linear layers")
+    bottleneck: int = Field(64, ge=1, le=65_536, description="width between an adapter's two linear layers")
 
 
 class BottleneckAdaptation(Adaptation):

@@ -22,7 +22,8 @@ from harness import registry
 from harness.contracts.subject import CPU
 from harness.notation import parse_choice
 from harness.spec import TrainSpec
-from harness.task import Task, make_splits
+from harness.splits import make_splits
+from harness.task import Task
 from harness.training import Training, TrainingData, seed_everything
 
 

@@ -20,7 +20,7 @@ from harness.contracts.subject import CPU
 from harness.method import Backbone
 from harness.notation import parse_choice
 from harness.spec import TrainSpec
-from harness.task import make_splits
+from harness.splits import make_splits
 from harness.training import Training, TrainingData, seed_everything
 
 

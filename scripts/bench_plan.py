@@ -1,43 +1,58 @@
-"""What large sweeps cost before the first run: planning 100,000 cells, and skipping 10,000 that are finished.
+"""What a large sweep costs when there is nothing to do: the real command over finished records, processor seconds and
+peak memory, beside the same command over one cell (imports and the loading of data).
 
-python scripts/bench_plan.py
+python scripts/bench_plan.py [cells]      (default: 10000, in squares: values of alpha x seeds)
 """
 
 from __future__ import annotations
 
+import math
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from harness.contracts import Subject, spec_of
+from bench_report import measured, told
+
 from harness.plan import Fingerprints, Sweep, plan
+from harness.preflight import check_tasks
 from harness.record_store import RecordStore
 from harness.run import run_one
 from harness.spec import Place
 
 
 def main() -> None:
-    """Print the seconds of each."""
-    grid = {"lora.alpha": list(range(1, 101))}
-    values = {"methods": ["lora"], "tasks": ["synthetic"], "grid": grid, "seeds": list(range(1000))}
-    started = time.perf_counter()
-    specs = plan(Sweep.of(values, "sweep"), [Fingerprints("data", "model")], Place())
-    planned = time.perf_counter()
+    """Print what planning takes, and what the command takes over one cell and over all."""
+    side = math.isqrt(int(sys.argv[1]) if sys.argv[1:] else 10_000)
+    started, busy = time.perf_counter(), time.process_time()
+    specs = plan(_sweep(1000), [Fingerprints("data", "model")], Place())
     run_ids = {spec.run_id for spec in specs}
-    print(f"planning {len(specs):,} specs: {planned - started:.1f} s")
-    print(f"their run ids: {time.perf_counter() - planned:.1f} s")
-    with tempfile.TemporaryDirectory() as folder:
-        store = RecordStore(Path(folder))
-        store.make_ready()
-        record = run_one(spec_of(Subject("lora", Path(folder))), store)
-        text = (store.folder(record.run_id) / "record.json").read_text()
-        chosen = sorted(run_ids)[:10_000]
-        for run_id in chosen:
-            store.folder(run_id).mkdir()
-            (store.folder(run_id) / "record.json").write_text(text)
-        started = time.perf_counter()
-        found = sum(store.read(run_id) is not None for run_id in chosen)
-        print(f"checking {found:,} finished runs: {time.perf_counter() - started:.1f} s")
+    took = f"{time.perf_counter() - started:.1f} s ({time.process_time() - busy:.1f} s of processor)"
+    print(f"planning {len(specs):,} cells, {len(run_ids):,} run ids: {took}")
+    for size in (1, side):
+        with tempfile.TemporaryDirectory() as folder:
+            _finish(Path(folder), _sweep(size))
+            grid = f"lora.alpha={','.join(map(str, range(1, size + 1)))}"
+            options = ["--methods", "lora", "--tasks", "synthetic", "--batches", "1", "--tracking-uri", "off"]
+            options += ["--seeds", str(size), "--grid", grid, "--executor", "serial", "--results", folder]
+            print(f"{size**2:,} finished cells again: {told(*measured(['run', *options]))}")
+
+
+def _sweep(size: int) -> Sweep:
+    """`size` values of alpha (at most 100) x `size` seeds."""
+    grid = {"lora.alpha": list(range(1, min(size, 100) + 1))}
+    values = {"methods": ["lora"], "tasks": ["synthetic"], "grid": grid, "seeds": list(range(size))}
+    return Sweep.of(values | {"train": {"batches": 1}}, "sweep")
+
+
+def _finish(folder: Path, sweep: Sweep) -> None:
+    """Records of every cell, by the store's own writer: that of one real run, changed."""
+    store = RecordStore(folder)
+    store.make_ready()
+    specs = plan(sweep, [task.fingerprints for task in check_tasks(sweep, Place())], Place())
+    first = run_one(specs[0], store)
+    for spec in specs[1:]:
+        store.write(first.model_copy(update={"run_id": spec.run_id, "spec": spec}), [], store.draft(spec.run_id))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What `report`, `compare` and tracking cost: processor seconds and peak memory of the real commands, each in a
 process of its own, imports included.
 
-python scripts/bench_report.py [--records 2000] [--steps 500] [--examples 1000] [--tasks 20] [--seeds 5] [--settings 4]
+python scripts/bench_report.py [--records 2000] [--steps 500] [--examples 1000] [--tasks 20] [--seeds 5] [--settings 2]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TRACKED = 1000  # records that go into MLflow
 def main() -> None:
     """Print what each command takes on a store of made-up records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"records": 2000, "steps": 500, "examples": 1000, "tasks": 20, "seeds": 5, "settings": 4}
+    sizes = {"records": 2000, "steps": 500, "examples": 1000, "tasks": 20, "seeds": 5, "settings": 2}
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     options = parser.parse_args()

@@ -27,6 +27,10 @@ class Cifar10(ImageClassification):
     def num_labels(self) -> int:
         return len(CLASSES)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return CLASSES
+
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
         return self._split("train", data_root), {"test": self._split("test", data_root)}
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from harness.errors import Diverged, InputError
-from harness.task import Batch, Examples, Task, fingerprint_of
+from harness.splits import fingerprint_of
+from harness.task import Batch, Examples, Task
 from tasks import own, pretrained
 from tasks.cache import cached
 from tasks.hub import Rows, first_split, read_split
-from tasks.pairs import PROMPT, EncodedPairs, padded, tokenized
-from tasks.rouge import rouge
+from tasks.pairs import PROMPT, EncodedPairs, decoded, padded, tokenized
+from tasks.rouge import counting, rouge, words
 from tasks.text import group_numbers
 
 if TYPE_CHECKING:
@@ -27,20 +28,20 @@ if TYPE_CHECKING:
     from harness.method import Backbone
 
 IGNORED = -100  # label of a token that has no loss
-BYTES_PER_TOKEN = 8  # of a generated text that are kept: more than text has on average
 LARGEST_LOG = 80.0  # perplexities above e^80 are given as that
 
 
-class Generation(Task):
+class Generation(Task, own.TableFile):
     """Prompts and responses for a causal language model, called as generation:PATH (or a Hub dataset's id).
 
     The loss is on the response alone (its tokens and the end token): the mean over its tokens, then over examples.
-    In an evaluation the response is generated greedily and compared with the true one: exact_match, rouge1 and
-    rougeL; perplexity is that of the true responses. PATH is a table (JSONL, parquet, CSV) or a folder with train and
-    test or validation; of a single table a fifth is the evaluation. Equal prompts stay together. The model gets no new
-    head.
+    In an evaluation the response is generated greedily, up to the tokenizer's end token, and compared with the whole
+    true one: exact_match, rouge1 and rougeL; perplexity is that of the true responses. The model's own
+    generation_config.json has no say. PATH is a table (JSONL, parquet, CSV) or a folder with train and test or
+    validation; of a single table a fifth is the evaluation. Equal prompts stay together. The model gets no new head.
     """
 
+    version: ClassVar[int] = 2
     default_model: ClassVar[str | None] = "HuggingFaceTB/SmolLM2-135M"
     capabilities: ClassVar[tuple[str, ...]] = ("text", "generation", "own data")
 
@@ -67,20 +68,32 @@ class Generation(Task):
 
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
         columns = [self.prompt, self.response]
-        if Path(self.path).expanduser().exists() or self.path.count("/") != 1:
-            splits = own.read_own(self.path, columns)
+        if own.is_local(self.path):
+            splits: dict[str, Rows] = {**own.read_own(self.path, [self.prompt], self, self.response)}
         else:
             splits = {"train": read_split(self.path, self.configuration, "train", columns, data_root)}
             split = first_split(self.path, self.configuration, own.EVALUATIONS, data_root)
             if split is not None:
                 splits[split] = read_split(self.path, self.configuration, split, columns, data_root)
-        return own.with_evaluation({name: self._examples(rows) for name, rows in splits.items()})
+        train, evaluation = own.with_evaluation({name: self._examples(rows) for name, rows in splits.items()})
+        for name, examples in evaluation.items():
+            if self.metric != "exact_match" and not any(map(words, examples.columns["response"])):
+                raise InputError(
+                    f"metric = {self.metric} counts words, and no response of split '{name}' has one; "
+                    "metric=exact_match fits",
+                    "metric",
+                )
+        return train, evaluation
 
     def _examples(self, rows: Rows) -> Examples:
-        """Labels are the responses as `_packed` has them."""
+        """Labels number the different responses; see `gold` for what is compared."""
         prompts, responses = rows.texts(self.prompt), rows.texts(self.response)
-        labels = _packed(responses, [0.0] * len(responses), [1] * len(responses), BYTES_PER_TOKEN * self.max_response)
-        return Examples({"prompt": prompts, "response": responses}, labels, group_numbers(prompts))
+        labels = group_numbers(responses).astype("float64")  # no classes
+        groups, notes = own.text_groups([prompts, responses])
+        read = rows.notes if isinstance(rows, own.OwnRows) else ()
+        if len(set(responses)) == 1:
+            notes = (*notes, "every response is the same text: the scores tell nothing of a method")
+        return Examples({"prompt": prompts, "response": responses}, labels, groups, notes=(*read, *notes))
 
     def model_fingerprint(self, model: str | None, *, trust_remote_code: bool = False) -> str:
         return pretrained.fingerprint(self.model_name(model), trust_remote_code=trust_remote_code)
@@ -107,13 +120,14 @@ class Generation(Task):
         """Token ids of every row; kept on disk, so that all runs share them."""
         name = self.model_name(model)
         settings = (self.max_length, self.max_response, self.template)
-        found = cached(
-            "pairs",
-            (pretrained.fingerprint(name), *settings, fingerprint_of(pairs=examples)),
-            ("transformers", "tokenizers"),
-            lambda: tokenized(examples, name, *settings),
+        return EncodedPairs(
+            **cached(
+                "pairs",
+                (pretrained.fingerprint(name), *settings, fingerprint_of(pairs=examples)),
+                ("transformers", "tokenizers"),
+                lambda: tokenized(examples, name, *settings),
+            )
         )
-        return EncodedPairs(found["tokens"], found["starts"], found["prompts"], found["cut"], int(found["padding"][0]))
 
     def lengths(self, encoded: EncodedPairs) -> np.ndarray:
         """(rows,) number of tokens."""
@@ -122,8 +136,25 @@ class Generation(Task):
         return np.diff(encoded.starts)
 
     def facts(self, encoded: EncodedPairs) -> dict[str, Any]:
-        """The share of rows that lost tokens of the prompt or the response."""
-        return {"truncated_share": round(float(encoded.cut.mean()), 6)}
+        """The share of rows that lost tokens of the prompt or the response; notes on how texts are read."""
+        notes = []
+        if ended := int(encoded.ended.sum()):
+            notes.append(f"{ended:,} responses came with an end token of their own, which was taken off")
+        if named := int(encoded.named.sum()):
+            notes.append(f"{named:,} rows hold a special token's name, which is text there (in template it is special)")
+        if lost := int((~encoded.written).sum()):
+            notes.append(f"{lost:,} responses have signs that the tokenizer cannot write: no exact_match there")
+        responses = encoded.responses
+        if self.metric != "exact_match" and (line := counting(responses)):
+            notes.append(line)
+        return {"truncated_share": round(float(encoded.cut.mean()), 6)} | ({"notes": notes} if notes else {})
+
+    def gold(self, examples: Examples, encoded: EncodedPairs) -> np.ndarray:
+        """The whole responses, without end tokens of their own, as `_packed` has texts; int16."""
+        import numpy as np
+
+        responses = encoded.responses
+        return _packed(responses, [0] * len(responses), [1] * len(responses), np.int16)
 
     def collate(self, encoded: EncodedPairs, rows: Sequence[int], generator: torch.Generator | None) -> Batch:
         """`input_ids` and `attention_mask` (rows, longest), padded on the right; in evaluations the prompts too,
@@ -146,22 +177,28 @@ class Generation(Task):
         return (sums / counts).mean()
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
-        """(rows, 2 + bytes), float32: see `_packed`."""
+        """(rows, 2 + bytes of the longest), float32: see `_packed`."""
+        import numpy as np
         import torch
 
         sums, counts = _response_losses(model, batch)
         if not sums.isfinite().all():
             raise Diverged("a prediction is not finite")
-        device, width = sums.device, BYTES_PER_TOKEN * self.max_response
         tokenizer = _tokenizer_of(model)
-        prompts = batch.inputs["prompt_ids"]
-        generated: Any = model.generate(  # type: ignore[operator]
-            input_ids=prompts,
-            attention_mask=batch.inputs["prompt_mask"],
-            generation_config=_greedy(tokenizer, self.max_response),
+        ids = _generated(model, tokenizer, batch, max_new_tokens=self.max_response).tolist()
+        end = tokenizer.eos_token_id
+        texts = decoded(tokenizer, [row[: row.index(end)] if end in row else row for row in ids])
+        return torch.from_numpy(_packed(texts, sums.tolist(), counts.tolist(), np.float32)).to(sums.device)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of each row the mean loss of the response, and the logits of its first token as generation has them."""
+        import torch
+
+        sums, counts = _response_losses(model, batch)
+        found = _generated(
+            model, _tokenizer_of(model), batch, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
         )
-        texts = tokenizer.batch_decode(generated[:, prompts.shape[1] :], skip_special_tokens=True)
-        return torch.from_numpy(_packed(texts, sums.tolist(), counts.tolist(), width, pad=True)).to(device)
+        return torch.cat([(sums / counts)[:, None], found.logits[0].float()], dim=1)
 
     def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
         import numpy as np
@@ -206,24 +243,46 @@ def _kept_tokenizer(folder: str) -> Any:
     return pretrained.load_tokenizer(folder, pads=False)
 
 
-def _greedy(tokenizer: Any, most_tokens: int) -> Any:
+def _generated(model: nn.Module, tokenizer: Any, batch: Batch, **settings: Any) -> Any:
+    """Token ids (rows, tokens) of the greedy answers to the batch's prompts, filled up after an end token; or what
+    `settings` make `generate` return."""
     from transformers import GenerationConfig
 
+    prompts = batch.inputs["prompt_ids"]
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return GenerationConfig(
-        do_sample=False, max_new_tokens=most_tokens, pad_token_id=padding, eos_token_id=tokenizer.eos_token_id
-    )
+    greedy = GenerationConfig(do_sample=False, pad_token_id=padding, eos_token_id=tokenizer.eos_token_id, **settings)
+    with _no_settings_of_its_own(model):
+        found: Any = model.generate(  # type: ignore[operator]
+            input_ids=prompts, attention_mask=batch.inputs["prompt_mask"], generation_config=greedy
+        )
+    return found if greedy.return_dict_in_generate else found[:, prompts.shape[1] :]
 
 
-def _packed(
-    texts: Sequence[str], nats: Sequence[float], counts: Sequence[int], width: int, *, pad: bool = False
-) -> np.ndarray:
-    """Texts and their losses as one float32 array, one row each: summed cross-entropy in nats, number of tokens, then
-    the text's UTF-8 bytes (at most `width`) and -1 after its end."""
+@contextmanager
+def _no_settings_of_its_own(model: nn.Module) -> Iterator[None]:
+    """Meanwhile the model's generation_config is empty: transformers takes from it whatever it is not given, such as a
+    repetition penalty."""
+    from transformers import GenerationConfig
+
+    kept = [
+        (module, vars(module)["generation_config"]) for module in model.modules() if "generation_config" in vars(module)
+    ]
+    for module, _ in kept:
+        module.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for module, own_settings in kept:
+            module.generation_config = own_settings
+
+
+def _packed(texts: Sequence[str], nats: Sequence[float], counts: Sequence[int], kind: type) -> np.ndarray:
+    """Texts and their losses as one array of a `kind` of number, one row each: summed cross-entropy in nats, number of
+    tokens, then the text's UTF-8 bytes and -1 after its end."""
     import numpy as np
 
-    encoded = [text.encode()[:width] for text in texts]
-    rows = np.full((len(texts), 2 + (width if pad else max(map(len, encoded)))), -1, dtype=np.float32)
+    encoded = [text.encode() for text in texts]
+    rows: np.ndarray = np.full((len(texts), 2 + max(map(len, encoded))), -1, dtype=kind)
     rows[:, 0], rows[:, 1] = nats, counts
     for row, text in zip(rows, encoded, strict=True):
         row[2 : 2 + len(text)] = np.frombuffer(text, dtype=np.uint8)
@@ -234,4 +293,4 @@ def _texts(rows: np.ndarray) -> list[str]:
     """The texts of `_packed` rows."""
     import numpy as np
 
-    return [bytes(row[row >= 0].astype(np.uint8)).decode(errors="ignore") for row in rows[:, 2:]]
+    return [row[row >= 0].astype(np.uint8).tobytes().decode() for row in rows[:, 2:]]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from harness.errors import InputError, unknown
-from harness.task import Examples, holdout_rows
+from harness.splits import holdout_rows
+from harness.task import Examples
 from tasks import glue_submission
 from tasks.hub import read_split
 from tasks.metrics import scores
@@ -94,8 +95,12 @@ class Glue(TextClassification):
         return self.table.metrics[0]
 
     @property
-    def num_labels(self) -> int:
-        return len(self.table.classes) or 1
+    def metric_names(self) -> tuple[str, ...]:
+        return self.table.metrics
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.table.classes
 
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
         train = self._split("train", data_root)

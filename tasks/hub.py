@@ -38,7 +38,7 @@ class Rows:
         import pyarrow as pa
 
         kind = self.table.schema.field(column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
             raise InputError(f"{self.source}: column '{column}' holds {kind}; it should hold text")
         return self.filled(column).to_pylist()
 
@@ -109,9 +109,13 @@ class Rows:
 
     def filled(self, column: str) -> pa.ChunkedArray:
         cells = self.table.column(column)
-        if cells.null_count:
-            raise InputError(f"{self.source}: column '{column}' has {cells.null_count} empty cells; it may have none")
+        self.check_filled(column, cells.null_count)
         return cells
+
+    def check_filled(self, column: str, empty: int, kind: str = "empty") -> None:
+        """Raises InputError where there are empty cells."""
+        if empty:
+            raise InputError(f"{self.source}: column '{column}' has {empty} {kind} cells; it may have none")
 
     def _check(self, column: str, values: np.ndarray, wrong: np.ndarray, allowed: str) -> None:
         if wrong.any():
@@ -166,7 +170,7 @@ def _split_files(folder: Path, config: str, split: str) -> list[Path]:
     """The split's parquet files in shard order; none where the folder does not hold the configuration."""
     files = _found_files(folder, config, split)
     if files:
-        _check_shards(files)
+        check_shards(files)
         return files
     if (folder / config).is_dir():
         present = ", ".join(sorted(path.name for path in (folder / config).iterdir())) or "nothing"
@@ -182,18 +186,24 @@ def _found_files(folder: Path, config: str, split: str) -> list[Path]:
     return []
 
 
-def _check_shards(files: list[Path]) -> None:
-    number = re.search(r"-of-(\d+)\.parquet$", files[0].name)
-    if number and int(number[1]) != len(files):
+def check_shards(files: list[Path]) -> None:
+    """Raises InputError where files are missing of a set that is numbered as in train-00000-of-00003.parquet."""
+    totals = {int(number[1]) for file in files if (number := re.search(r"-of-(\d+)\.parquet$", file.name.lower()))}
+    if totals and totals != {len(files)}:
         raise InputError(
-            f"'{files[0].parent}' holds {len(files)} of the {int(number[1])} files like '{files[0].name}'; "
-            "download the dataset again"
+            f"'{files[0].parent}' holds {len(files)} of the {max(totals)} files like '{files[0].name}'; "
+            "download the dataset again",
+            files[0].name,
         )
 
 
-def read_parquet(files: list[Path], columns: Sequence[str], source: str) -> pa.Table:
-    """These columns of the files, one after the other. Raises InputError for a file that is damaged or no regular one,
-    or a column that is not there."""
+def read_parquet(files: list[Path], columns: Sequence[str], source: str, optional: Sequence[str] = ()) -> pa.Table:
+    """These columns of the files, one after the other, without dictionaries; of the `optional` ones those that are
+    there.
+
+    Raises InputError for a file that is damaged or no regular one, a column that is not there or there twice, and for
+    types of a column that do not go together.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -203,12 +213,30 @@ def read_parquet(files: list[Path], columns: Sequence[str], source: str) -> pa.T
             raise InputError(f"'{path}' is not a regular file; a parquet file is needed")
         try:
             file = pq.ParquetFile(path)
-            check_columns(columns, file.schema_arrow.names, f"{source} ({path.name})")
-            tables.append(file.read(columns=list(columns)).replace_schema_metadata(None))
+            present = file.schema_arrow.names
+            wanted = [column for column in columns if column in present or column not in optional]
+            check_columns(wanted, present, f"{source} ({path.name})")
+            table = file.read(columns=wanted).select(wanted)
+            tables.append(_without_dictionaries(table).replace_schema_metadata(None))
         except (pa.ArrowException, OSError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"'{path}' is not a readable parquet file ({reason}); download it again") from None
-    return pa.concat_tables(tables)
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"the files of '{files[0].parent}' differ: {str(error).splitlines()[0]}") from None
+
+
+def _without_dictionaries(table: pa.Table) -> pa.Table:
+    """The table with the values of dictionaries (categories) in their place, and strings of one kind."""
+    import pyarrow as pa
+
+    for place, field in enumerate(table.schema):
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        kind = pa.string() if pa.types.is_string_view(kind) else kind
+        if kind != field.type:
+            table = table.set_column(place, field.name, table.column(place).cast(kind))
+    return table
 
 
 def check_columns(wanted: Sequence[str], present: Sequence[str], source: str) -> None:
@@ -217,6 +245,8 @@ def check_columns(wanted: Sequence[str], present: Sequence[str], source: str) ->
             nearest = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
             hint = f" (nearest: '{nearest[0]}')" if nearest else ""
             raise InputError(f"{source} has no column '{column}'; its columns are: {', '.join(present)}{hint}")
+        if (count := list(present).count(column)) > 1:
+            raise InputError(f"{source} has {count} columns '{column}'; one is needed")
 
 
 def _from_hub(dataset: str, config: str, split: str, columns: Sequence[str], data_root: str | None) -> Rows:

@@ -6,7 +6,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 PADDING_SHARE = 8  # crops are of images padded by an eighth of their side: 4 pixels of 32
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NAMED = 20  # of the images left out, in a record
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,12 @@ class EncodedImages:
     labels: np.ndarray
     mean: np.ndarray
     std: np.ndarray
-    left_out: tuple[str, ...]
 
 
 class ImageClassification(Classification):
     """Abstract base of tasks on square images: the column "image" of their Examples, uint8 (rows, side, side, 3)."""
+
+    version: ClassVar[int] = 2
 
     image_size: int = Field(64, ge=32, le=512, description="pixels a side that images are resized to for the model")
     augment: bool = Field(True, description="train on random crops (an eighth of padding) and horizontal flips")
@@ -69,13 +69,7 @@ class ImageClassification(Classification):
         import numpy as np
 
         mean, std = (np.array(values, dtype=np.float32) for values in normalisation(self.model_name(model)))
-        return EncodedImages(np.asarray(examples.columns["image"]), examples.labels, mean, std, examples.left_out)
-
-    def facts(self, encoded: EncodedImages) -> dict[str, Any]:
-        """How many images could not be read, and the first of their names."""
-        if not encoded.left_out:
-            return {}
-        return {"images_left_out": len(encoded.left_out), "left_out": list(encoded.left_out[:NAMED])}
+        return EncodedImages(np.asarray(examples.columns["image"]), examples.labels, mean, std)
 
     def collate(self, encoded: EncodedImages, rows: Sequence[int], generator: torch.Generator | None) -> Batch:
         """`pixel_values` (rows, 3, image_size, image_size), float32, normalised; labels int64."""

@@ -15,7 +15,7 @@ from harness.errors import InputError
 from harness.task import Examples
 from tasks import own
 from tasks.cache import cached
-from tasks.hub import Rows
+from tasks.image_folders import class_folders
 from tasks.images import ImageClassification
 from tasks.text import group_numbers
 
@@ -23,23 +23,29 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MOST_UNREADABLE = 0.01  # share of the images of a split
 LARGEST_FILE = 256 * 2**20  # bytes of an image file
 
 
-class OwnImages(ImageClassification):
+class OwnImages(ImageClassification, own.TableFile):
     """Your own images in classes, called as image:PATH.
 
-    PATH is a folder with one folder of images a class (below train/ and test/ or validation/, if there are such), or a
-    table (CSV, TSV, JSONL, parquet) whose `image` column holds file names, relative to the table, or encoded images.
-    Without a test or validation split a fifth of the images is the evaluation. Images are resized so that the shorter
-    side fits and cropped in the middle. Images that cannot be read are left out and named in the record, up to 1 %;
-    so are those that are no regular file, or above 256 MiB. Files outside the folder are never read.
+    PATH is a folder with one folder of images a class (also below train/ and test/ or validation/, in any case and by
+    their usual other names), or a table (CSV, TSV, JSONL, parquet) whose `image` column holds file names, relative to
+    the table, or encoded images. Without a test or validation split with labels a fifth of the images is the
+    evaluation, each class in its proportion. Images are resized so that the shorter side fits and cropped in the
+    middle.
+
+    In a folder every file is an image, also without a suffix, unless its suffix is known for something else; those are
+    counted before the runs. Images that cannot be read are left out and named in the record, up to 1 %; so are those
+    that are no regular file, or above 256 MiB. Files outside the folder are never read, nor those of the operating
+    system.
     """
 
+    version: ClassVar[int] = 2
     default_model: ClassVar[str | None] = "microsoft/resnet-50"
     capabilities: ClassVar[tuple[str, ...]] = ("image", "conv2d", "own data")
+    stratified: ClassVar[bool] = True
 
     path: str = Field("", description="set by the task's name, image:PATH")
     image: str = Field("image", description="column of the images, of a table")
@@ -54,10 +60,7 @@ class OwnImages(ImageClassification):
     def of(cls, values: dict[str, Any], owner: str) -> Self:
         """As `Parameters.of`; what is null is looked up in the data. Raises InputError for what is wrong with them."""
         given = super().of(values, owner)
-        found = own.described(
-            {**given.model_dump(mode="json"), "labels": "classes"},
-            lambda: given._rows([given.label])["train"],
-        )
+        found = own.described({**given.model_dump(mode="json"), "labels": "classes"}, lambda: given._rows([]))
         return super().of({name: value for name, value in found.items() if name != "labels"}, owner)
 
     @property
@@ -66,65 +69,47 @@ class OwnImages(ImageClassification):
         return self.metric
 
     @property
+    def metric_names(self) -> tuple[str, ...]:
+        return own.metric_names(self.metric, self.classes)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.classes or ()
+
+    @property
     def num_labels(self) -> int:
         return len(self.classes or ())
 
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
         """As `Task.load`; `data_root` is not used."""
-        splits = self._rows([self.image, self.label, *([self.group] if self.group else [])])
-        return own.with_evaluation({name: self._examples(rows) for name, rows in splits.items()})
+        splits = self._rows([self.image, *([self.group] if self.group else [])])
+        labels = own.Labels.of(splits, self.label)
+        return own.with_evaluation({name: self._examples(name, rows, labels) for name, rows in splits.items()})
 
-    def _rows(self, columns: list[str]) -> dict[str, Rows]:
-        folders = class_folders(self.path)
-        if not folders:
-            return own.read_own(self.path, columns)
-        for name in columns:
+    def _rows(self, columns: list[str]) -> dict[str, own.OwnRows]:
+        """The splits with these columns and the labels."""
+        splits = class_folders(self.path)
+        if not splits:
+            return own.read_own(self.path, columns, self, self.label)
+        for name in (*columns, self.label):
             if name not in ("image", "label"):
                 raise InputError(f"'{self.path}' is a folder of images: it has no column '{name}'", name)
-        return {split: folder_rows(folder) for split, folder in folders.items()}
+        return splits
 
-    def _examples(self, rows: Rows) -> Examples:
+    def _examples(self, split: str, rows: own.OwnRows, labels: own.Labels) -> Examples:
         import numpy as np
 
         base = Path(self.path).expanduser()
         cells = rows.filled(self.image).to_pylist()
         images, readable = decoded(cells, base if base.is_dir() else base.parent, self.image_size)
         names = unreadable([_name(cell, row) for row, cell in enumerate(cells)], readable, f"{rows.source}:", "images")
-        labels = own.labels_of(rows, self.label, self.classes or ())
-        groups = group_numbers(rows.filled(self.group).to_pylist()) if self.group else None
-        whole = Examples({"image": images}, labels, groups, names)
+        groups = group_numbers(rows.texts(self.group)) if self.group else None
+        numbers = labels.numbered(split, self.classes or ())
+        whole = Examples({"image": images}, numbers, groups, names, rows.notes)
         return whole.select(np.flatnonzero(readable)) if names else whole
 
     def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
         return own.scored(self.metric, self.classes, predictions, references)
-
-
-def class_folders(path: str) -> dict[str, Path]:
-    """The folders of class folders at PATH by split; none where PATH is a table or a folder of tables."""
-    place = Path(path).expanduser()
-    if not place.is_dir() or own.tables_named(place, ("train",)):
-        return {}
-    if (place / "train").is_dir():
-        places = {"train": ("train",), **own.EVALUATIONS}
-        return {split: place / name for split, names in places.items() for name in names if (place / name).is_dir()}
-    return {"train": place} if any(_images(folder) for folder in place.iterdir() if folder.is_dir()) else {}
-
-
-def folder_rows(folder: Path) -> Rows:
-    """The images below a folder of class folders, in the order of their names."""
-    import pyarrow as pa
-
-    found = [(file, child.name) for child in sorted(folder.iterdir()) if child.is_dir() for file in _images(child)]
-    if not found:
-        raise InputError(
-            f"folder '{folder}' holds no images: it needs one folder a class, with images in it", str(folder)
-        )
-    table = pa.table({"image": [str(file.absolute()) for file, _ in found], "label": [name for _, name in found]})
-    return Rows(table, f"'{folder}'")
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in FILES and not file.is_dir())
 
 
 def decoded(cells: Sequence[Any], folder: Path, side: int) -> tuple[np.ndarray, np.ndarray]:

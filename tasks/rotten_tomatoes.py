@@ -40,8 +40,8 @@ class RottenTomatoes(TextClassification):
     max_length: int = Field(64, ge=4, description="tokens kept of an example, special tokens included")
 
     @property
-    def num_labels(self) -> int:
-        return len(CLASSES)
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(CLASSES)
 
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
         reviews = one_title_per_film(read_reviews(review_file(data_root)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,6 +102,14 @@ def predicted(folder: Path, predictions: np.ndarray, references: np.ndarray, spl
     """Write a run's predictions on one split."""
     arrays = {f"{split}/predictions": predictions, f"{split}/references": references}
     save_file(arrays, folder / "predictions.safetensors")
+
+
+def rewritten(store: RecordStore, run_id: str, name: str, content: bytes) -> None:
+    """Another content of one of a run's files, which the run has written as far as its record knows."""
+    (store.folder(run_id) / name).write_bytes(content)
+    changed = store.load(run_id)
+    changed = changed.model_copy(update={"files": changed.files | {name: hashlib.sha256(content).hexdigest()}})
+    (store.folder(run_id) / "record.json").write_text(changed.to_json())
 
 
 def trial(method: str = "lora", learning_rate: float = 1e-3, holdout: float | None = 0.5, **changes: Any) -> RunRecord:

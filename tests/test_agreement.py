@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from harness.contracts.subject import CPU, method_of, task_of
 from harness.spec import TrainSpec
-from harness.task import make_splits
+from harness.splits import make_splits
 from harness.training import Training, TrainingData
 
 UPDATES, BATCH = 12, 8

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from harness import cli
 from harness.errors import InputError
-from harness.record import RunRecord
+from harness.record import PREDICTIONS, RunRecord
 from harness.record_store import RecordStore
 from harness.report.compare import Comparison, ExampleReader, compare, in_words, row_of, with_ties
 from harness.report.frame import to_frame
 from harness.report.leaderboard import Board, leaderboards, sorted_by
 from harness.report.statistics import over_tasks
 from harness.report.text import markdown
-from tests.report_records import NAMING, predicted, record, stored
+from tests.report_records import NAMING, predicted, record, rewritten, stored
 
 EXAMPLES = 400
 
@@ -176,6 +177,44 @@ class TestVerdict:
         comparisons = compared(two_methods(tmp_path, (0.7, 0.5)))
         words = "\n".join(in_words("lora", "head", [*comparisons, *comparisons]))
         assert "mean difference" not in words
+
+
+class TestDamagedPredictions:
+    @pytest.mark.parametrize(
+        "damage", [b"", b"no tensors", save({"other": np.zeros(2)}), "cut", "gone", "folder", "link"]
+    )
+    def test_are_told_once_and_cost_their_cell_only(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: bytes | str
+    ) -> None:
+        two_methods(tmp_path, (0.7, 0.5), task="a")
+        store = two_methods(tmp_path, (0.7, 0.5), task="b")
+        damaged = record("lora", "a", seed=1).run_id
+        path = store.folder(damaged) / PREDICTIONS
+        if isinstance(damage, bytes):
+            rewritten(store, damaged, PREDICTIONS, damage)
+        elif damage == "cut":
+            path.write_bytes(path.read_bytes()[:-1])
+        else:
+            path.unlink()
+            if damage == "folder":
+                path.mkdir()
+            elif damage == "link":
+                path.symlink_to(store.folder(record("lora", "b").run_id) / PREDICTIONS)
+        board = with_ties(board_of(store), ExampleReader(store))
+        (note,) = [note for note in board.notes if "cannot be used" in note]
+        assert damaged in note
+        assert "\n" not in note
+        assert cli.main(["compare", "lora", "head", "--results", str(tmp_path)]) == 0
+        out, err = capsys.readouterr()
+        assert err.count("cannot be used") == 1
+        assert damaged in err
+        of_a, _, of_b = out.partition("\nb (accuracy)")
+        assert "seeds alone" in of_a
+        assert "seeds and 400 examples" in of_b
+
+    def test_that_were_not_kept_are_no_damage(self, tmp_path: Path) -> None:
+        store = stored(tmp_path, *(record(m, seed=s, rows={"validation": 9}) for m in ("lora", "head") for s in (0, 1)))
+        assert not any("cannot be used" in note for note in with_ties(board_of(store), ExampleReader(store)).notes)
 
 
 class TestTies:

@@ -66,6 +66,11 @@ def stopped(arguments: list[str]) -> int:
         return int(end.code or 0)
 
 
+def no_cluster(**options: object) -> None:
+    """What Ray says to "auto" on a machine without a cluster; another test may have one running."""
+    raise ConnectionError("Could not find any running Ray instance")
+
+
 def told(capsys, *names: str) -> str:
     """The one line on stderr, which holds one of the names or how it begins."""
     output = capsys.readouterr()
@@ -83,6 +88,7 @@ def told(capsys, *names: str) -> str:
 @pytest.mark.parametrize("arguments", KEPT, ids=itertools.count())
 def test_a_bad_command_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ray.init", no_cluster)
     extra = ["--results", "out"] if arguments[0] in TAKES_RESULTS else []
     extra += ["--to", "exported"] if arguments[0] == "export" else []
     assert stopped([*arguments, *extra]) == 2

@@ -18,7 +18,6 @@ from harness.notation import parse_choice
 from harness.record_store import RecordStore
 from harness.spec import Place
 from tasks.generation import Generation
-from tasks.rouge import rouge
 from tests import tiny
 
 ANSWERS = {"good": "the film", "bad": "a story"}
@@ -100,12 +99,13 @@ def test_predictions_are_the_greedy_answers_and_the_perplexity_of_the_true_ones(
                 ids = torch.cat([ids, following[None, None]], dim=1)
             text = bytes(predictions[row, 2:][predictions[row, 2:] >= 0].astype(np.uint8)).decode()
             assert text == tokenizer.decode(ids[0, start:], skip_special_tokens=True)
-    found = task.metrics(predictions, train.labels[:6])
+    gold = task.gold(train, task.encode(train, model))
+    found = task.metrics(predictions, gold[:6])
     counts = torch.tensor(predictions[:, 1])
     losses = torch.tensor(predictions[:, 0]) / counts
     assert torch.allclose(losses.mean(), task.loss(module, batch, None).detach(), atol=1e-5)
     assert found["perplexity"] == pytest.approx(np.exp(predictions[:, 0].sum() / predictions[:, 1].sum()), rel=1e-5)
-    assert task.metrics(train.labels, train.labels) == {
+    assert task.metrics(gold, gold) == {
         "rougeL": 1.0,
         "rouge1": 1.0,
         "exact_match": 1.0,
@@ -170,36 +170,12 @@ def test_mistakes(data, model, tmp_path):
     told(f"generation:{data}[prompt=promt]", "no column 'promt'", "nearest: 'prompt'")
     told(f"generation:{data}[template=x]", "template", "{prompt} once")
     told(f"generation:{data}[max_length=16,max_response=16]", "max_response = 16", "below max_length = 16")
+    faces = tmp_path / "faces.jsonl"
+    faces.write_text("".join(json.dumps({"prompt": f"film {n}", "response": "\U0001f600!"}) + "\n" for n in range(9)))
+    told(f"generation:{faces}", "metric = rougeL counts words", "metric=exact_match")
+    assert len(task_of(f"generation:{faces}[metric=exact_match]").load(None)[0]) > 0
     told(f"generation:{data}[metric=bleu]", "metric", "'rougeL', 'rouge1' or 'exact_match'")
     told("generation:/none/at/all.jsonl", "is not there")
     bert = str(tiny.write_bert(tmp_path / "bert"))
     told(f"generation:{data}", "is no causal language model", "BertModel", model=bert)
     told(f"generation:{data}[max_length=129]", "max_length = 129 is above the 128 positions", model=model)
-
-
-@pytest.mark.parametrize(
-    ("prediction", "reference", "one", "longest"),
-    [
-        ("the cat sat", "the cat sat", 1.0, 1.0),
-        ("sat cat the", "the cat sat", 1.0, 1 / 3),
-        ("The cat!", "the cat sat on the mat", 2 * 2 / 8, 2 * 2 / 8),
-        ("the the the", "the cat", 2 * 1 / 5, 2 * 1 / 5),
-        ("a b c d e", "a x c y e z", 2 * 3 / 11, 2 * 3 / 11),
-        ("", "the cat", 0.0, 0.0),
-        ("?", "?", 1.0, 1.0),
-    ],
-)
-def test_rouge_by_hand(prediction, reference, one, longest):
-    assert rouge(prediction, reference, longest=False) == pytest.approx(one)
-    assert rouge(prediction, reference, longest=True) == pytest.approx(longest)
-
-
-def test_rouge_against_googles():
-    scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="rouge-score is not installed")
-    known = scorer.RougeScorer(["rouge1", "rougeL"])
-    generator = np.random.default_rng(0)
-    for _ in range(200):
-        guess, truth = (" ".join(generator.choice(list("abcdef"), generator.integers(1, 9))) for _ in range(2))
-        found = known.score(truth, guess)
-        assert rouge(guess, truth, longest=False) == pytest.approx(found["rouge1"].fmeasure)
-        assert rouge(guess, truth, longest=True) == pytest.approx(found["rougeL"].fmeasure)

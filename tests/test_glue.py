@@ -17,7 +17,8 @@ from harness.cli import main
 from harness.errors import InputError
 from harness.plan import Sweep, task_cells
 from harness.record_store import RecordStore
-from harness.task import Examples, make_splits
+from harness.splits import make_splits
+from harness.task import Examples
 from harness.training import TrainingData
 from tasks import glue_submission, pretrained
 from tasks.glue import TABLE, Glue

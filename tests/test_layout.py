@@ -41,7 +41,8 @@ def test_directions(path):
         allowed = ("method", "optimizer", "errors", "parameters", "spec", "storage")
         assert within(names, *(f"harness.{name}" for name in allowed), "methods")
     elif top == "tasks":
-        assert within(names, "harness.task", "harness.method", "harness.errors", "harness.storage", "tasks")
+        allowed = ("task", "splits", "method", "errors", "parameters", "storage")
+        assert within(names, *(f"harness.{name}" for name in allowed), "tasks")
     else:
         assert within(names, "harness"), "the harness finds methods and tasks by name only"
     if place.name in ("frank_wolfe.py", "hypergradient.py", "manifolds.py"):
@@ -49,7 +50,7 @@ def test_directions(path):
     if place.name == "training.py":
         assert within(names, "harness.errors", "harness.method", "harness.spec", "harness.task")
     if place.parts[:2] == ("harness", "report"):
-        allowed = ("report", "record", "record_store", "spec", "errors", "storage")
+        allowed = ("report", "record", "record_store", "running", "process", "spec", "errors", "storage")
         assert within(names, *(f"harness.{name}" for name in allowed))
         assert not within({"torch"}, *imported(path))
 

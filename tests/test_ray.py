@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from harness.cli import main
+from harness.errors import InputError
 from harness.process import Owner
 from harness.record_store import RecordStore
 
@@ -229,9 +230,22 @@ def test_what_a_cluster_does_not_have_is_one_line(tmp_path, environment):
         (["--address", "127.0.0.1:1"], "--address '127.0.0.1:1': nothing answers there"),
         (["--address", "somewhere"], "--address 'somewhere' is not allowed: give auto, or HOST:PORT"),
         (["--gpus-per-run", "1"], "--gpus-per-run 1 is more than there is: this machine has"),
+        (["--threads", "4096"], "--threads 4096 is more than there is: this machine has"),
     ):
         code, _, errors = ended(started(environment, command(tmp_path / "results", ["head"], *options)))
         assert code == 2
         assert errors.startswith(f"error: {message}")
         assert errors.count("\n") == 1
-    assert not list((tmp_path / "results" / "runs").iterdir())
+    assert not (tmp_path / "results").exists()
+
+
+def test_ray_has_the_last_word_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    from harness import executors
+
+    def refuse(*arguments):
+        raise InputError("--threads 2 is more than there is")
+
+    monkeypatch.setattr(executors, "session", refuse)
+    assert main(command(tmp_path / "results", ["head"])[3:]) == 2
+    assert "--threads 2" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()

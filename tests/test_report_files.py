@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import scipy.stats
 
+from harness import cli
+from harness.commands.report import brief
 from harness.errors import InputError
 from harness.record_store import RecordStore
 from harness.report.build import Unwritten, build_report
 from harness.report.data import tidy
 from harness.report.frame import to_frame
-from harness.report.latex import escape, latex
+from harness.report.latex import latex
+from harness.report.latex_signs import escape
 from harness.report.leaderboard import leaderboards
+from harness.report.page import page
 from harness.report.text import console, human
 from tests.report_records import NAMING, board, boards, record, stored
+
+
+class TestBrief:
+    @pytest.mark.parametrize(
+        ("statuses", "words", "code"),
+        [
+            (["done"] * 3, "3 runs are finished: 3 done; nothing was new", 0),
+            (["done", "unsupported"], "2 runs are finished: 1 done, 1 unsupported; nothing was new", 0),
+            (["done", "out_of_memory", "failed"], "1 done, 1 failed, 1 out of memory;", 1),
+            (["diverged"] * 2000, "2,000 runs are finished: 0 done, 2,000 diverged;", 1),
+        ],
+    )
+    def test_two_lines(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], statuses: list[str], words: str, code: int
+    ) -> None:
+        store = RecordStore(tmp_path / "my results")
+        assert brief(store, {str(place): status for place, status in enumerate(statuses)}) == code
+        first, second = capsys.readouterr().out.splitlines()
+        assert words in first
+        assert f"python -m harness report --results '{store.results}'" in second
 
 
 class TestForms:
@@ -61,7 +87,8 @@ class TestForms:
         assert escape(r"50% of $a_b & c#d {x}~^\ --e") == (
             r"50\% of \$a\_b \& c\#d \{x\}\textasciitilde{}\textasciicircum{}\textbackslash{} -{}-e"
         )
-        assert escape("naïve τ ± 1\n[x] \uff15\uff05") == r"naive ? $\pm$ 1 {[}x{]} 5\%"
+        assert escape("naïve τ ± 1\n[x]\x07") == r"na\"{\i}ve $\tau$ $\pm$ 1 {[}x{]}?"
+        assert escape("Ångström, garçon, Łódź … ß") == r"\r{A}ngstr\"{o}m, gar\c{c}on, \L{}\'{o}d\'{z} \ldots{} \ss{}"
 
     def test_golden_latex_row(self) -> None:
         runs = [
@@ -177,7 +204,7 @@ class TestBuild:
         assert "\n" not in line
         assert [path.read_bytes() for path in pictures] == before
         assert sorted((tmp_path / "pictures").iterdir()) == sorted(pictures)
-        assert not list(tmp_path.glob(".report*"))
+        assert not list(store.running.iterdir())
 
     @pytest.mark.parametrize("name", ["tables", "pictures"])
     def test_a_file_where_a_folder_should_be_costs_that_folder_only(self, tmp_path: Path, name: str) -> None:
@@ -221,16 +248,51 @@ class TestBuild:
         paths = build_report(store, forms=("png",))
         assert {path: path.read_bytes() for path in paths} == there
 
+    def test_another_may_remove_what_this_one_is_at(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its pictures before they are in the page, and an old one before it is removed here."""
+        store = stored(tmp_path, record())
+        build_report(store)
+        unlink = Path.unlink
+
+        def removed_before(*arguments: Any) -> str:
+            for path in (tmp_path / "pictures").glob("*.png"):
+                unlink(path)
+            return page(*arguments)
+
+        def late(path: Path, missing_ok: bool = False) -> None:
+            unlink(path)
+            if not missing_ok:
+                raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+
+        monkeypatch.setattr("harness.report.build.page", removed_before)
+        monkeypatch.setattr(Path, "unlink", late)
+        paths = build_report(store, forms=("png",))
+        assert "data:image/png" in (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert [path.name for path in paths if path.parent.name == "pictures"] == ["score_vs_parameters.png"]
+        assert list((tmp_path / "pictures").iterdir()) == [tmp_path / "pictures" / "score_vs_parameters.png"]
+
     def test_what_a_killed_report_has_left_goes(self, tmp_path: Path) -> None:
         store = stored(tmp_path, record())
         code = (
-            f"from pathlib import Path; from harness.process import own_name; "
-            f"(Path({str(tmp_path)!r}) / own_name('.report', 'draft') / 'tables').mkdir(parents=True)"
+            f"from pathlib import Path; from harness.record_store import RecordStore; "
+            f"(RecordStore(Path({str(tmp_path)!r})).draft('report') / 'tables').mkdir()"
         )
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-        assert len(list(tmp_path.glob(".report*"))) == 1
+        assert len(list(store.running.iterdir())) == 1
         build_report(store)
-        assert not list(tmp_path.glob(".report*"))
+        assert not list(store.running.iterdir())
+
+    def test_the_command_shows_what_it_could_not_write(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        stored(tmp_path, record())
+        (tmp_path / "tables").write_text("a file")
+        assert cli.main(["report", "--results", str(tmp_path)]) == 2
+        out, err = capsys.readouterr()
+        assert "0.500" in out
+        assert "report.html" in out
+        (line,) = err.splitlines()
+        assert line.startswith(f"error: '{tmp_path}/tables' cannot be written")
 
     def test_imports_no_torch(self) -> None:
         modules = "harness.report.build, harness.report.pictures, harness.report.paper, harness.tracking"

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from safetensors.numpy import save_file
 
 from harness import cli
-from harness.record import SCHEMA, RunRecord
+from harness.record import HISTORY, SCHEMA, RunRecord
 from harness.record_store import RecordStore
 from harness.report import budget, critical, curves, layers, lines, rank_curves, scatter
 from harness.report.build import build_report
@@ -27,7 +27,7 @@ from harness.report.histories import History, mean_series, traced
 from harness.report.leaderboard import leaderboards, sorted_by
 from harness.report.paper import against_paper, reported
 from harness.report.trials import learning_rates, trials_frame
-from tests.report_records import NAMING, board, chosen, record, stored, trial
+from tests.report_records import NAMING, board, chosen, record, rewritten, stored, trial
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -201,6 +201,54 @@ class TestPictures:
         assert points.get_xlabel() == "adapter parameters"
         assert layers.singular_values(only, store) is None
         assert critical.draw(only) is None
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"[" * 100_000 + b"\n",
+            b'{"batches": 1, "ranks": ' + b"[" * 5000 + b"]" * 5000 + b"}\n",
+            b'{"batches": 1}\n{"batches": 2',
+            b'{"batches": 1}\n\n{"batches": 2}\n',
+            b"[1]\n",
+            b"\xff\xfe\n",
+            b'{"loss": 1.0}\n',
+            b'{"batches": true}\n',
+            b'{"batches": -1}\n',
+            b'{"batches": 2}\n{"batches": 1}\n',
+            b'{"batches": 1' + b"0" * 400 + b"}\n",
+            b'{"batches": 1, "loss": 1' + b"0" * 400 + b"}\n",
+            None,
+        ],
+    )
+    def test_a_damaged_history_costs_its_run_only(self, tmp_path: Path, content: bytes | None) -> None:
+        store = with_histories(tmp_path, record(), record(seed=1))
+        damaged = record(seed=1).run_id
+        if content is None:
+            (store.folder(damaged) / HISTORY).write_bytes(b"not what the run wrote")
+        else:
+            rewritten(store, damaged, HISTORY, content)
+        told: list[str] = []
+        names = {path.name for path in build_report(store, tell=told.append)}
+        (line,) = told
+        assert damaged in line
+        assert "\n" not in line
+        assert {"learning_curves.png", "over_time.png", "time_to_score.csv"} <= names
+        (only,) = leaderboards(to_frame(store.records()))
+        assert [len(each.histories) for each in traced(only, store)] == [1]
+
+    @pytest.mark.parametrize("value", ['"0.5"', "[]", "null", "true", "NaN", "Infinity", "1e300", '{"a": 1}'])
+    def test_values_that_are_no_numbers_are_passed_over(self, tmp_path: Path, value: str) -> None:
+        store = with_histories(tmp_path, record())
+        rows = "".join(
+            f'{{"batches": {batches}, "loss": {value}, "gap": {value}, "rank": {value}, "holdout_accuracy": {value}}}\n'
+            for batches in (1, 2)
+        )
+        rewritten(store, record().run_id, HISTORY, (rows + '{"batches": 3, "loss": 0.5}\n').encode())
+        told: list[str] = []
+        names = {path.name for path in build_report(store, tell=told.append)}
+        assert not told
+        assert "learning_curves.png" in names
+        assert not names & {"over_time.png", "time_to_score.csv"}
 
     def test_learning_rate_sensitivity(self) -> None:
         trials = [trial(learning_rate=rate, holdout=score) for rate, score in ((1e-2, 0.7), (1e-4, 0.6), (1e-1, None))]

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+from safetensors.numpy import save_file
 
+from harness.record import PREDICTIONS
 from harness.report.critical import cliques, mean_ranks, refusal
 from harness.report.examples import METRICS, example_scores
 from harness.report.statistics import (
@@ -21,6 +23,7 @@ from harness.report.statistics import (
     paired,
     probability_of_improvement,
 )
+from harness.storage import Damaged
 from tasks.metrics import METRICS as OF_TASKS
 from tests.report_records import board, record
 from tests.report_records import predicted as write_predictions
@@ -169,6 +172,10 @@ class TestTests:
         assert 0.88 <= hits / 150 <= 0.99
 
 
+def both(predictions: np.ndarray, references: np.ndarray) -> dict[str, np.ndarray]:
+    return {"validation/predictions": predictions, "validation/references": references}
+
+
 class TestExamples:
     @pytest.mark.parametrize("metric", sorted(METRICS))
     def test_mean_is_the_score_and_spread_is_the_jackknifes(self, tmp_path: Path, metric: str) -> None:
@@ -179,7 +186,7 @@ class TestExamples:
             references, predictions = references + random.random(60), predictions + random.random(60)
         score = float(OF_TASKS[metric](predictions, references))
         write_predictions(tmp_path, predictions, references)
-        values = example_scores(tmp_path, "validation", metric, score)
+        values = example_scores(tmp_path / PREDICTIONS, "validation", metric, score, 60)
         assert values is not None
         assert values.mean() == pytest.approx(score)
         left_out = np.array([OF_TASKS[metric](np.delete(predictions, i), np.delete(references, i)) for i in range(60)])
@@ -188,15 +195,44 @@ class TestExamples:
         assert values.std(ddof=1) / math.sqrt(60) == pytest.approx(error, rel=tolerance)
 
     def test_nothing_to_go_by(self, tmp_path: Path) -> None:
-        assert example_scores(tmp_path, "validation", "accuracy", 0.5) is None
-        (tmp_path / "predictions.safetensors").write_bytes(b"no tensors")
-        assert example_scores(tmp_path, "validation", "accuracy", 0.5) is None
+        path = tmp_path / PREDICTIONS
+        with pytest.raises(OSError, match="No such file"):
+            example_scores(path, "validation", "accuracy", 0.5)
         write_predictions(tmp_path, np.array([0, 1, 2]), np.array([0, 1, 1]))
-        assert example_scores(tmp_path, "validation", "accuracy", 2 / 3) is not None
-        assert example_scores(tmp_path, "validation", "accuracy", 0.9) is None, "not this run's score"
-        assert example_scores(tmp_path, "other", "accuracy", 2 / 3) is None
-        assert example_scores(tmp_path, "validation", "matthews_correlation", 0.5) is None, "three classes"
-        assert example_scores(tmp_path, "validation", "perplexity", 0.5) is None
+        assert example_scores(path, "validation", "accuracy", 2 / 3) is not None
+        assert example_scores(path, "validation", "accuracy", 0.9) is None, "not this run's score"
+        assert example_scores(path, "validation", "matthews_correlation", 0.5) is None, "three classes"
+        assert example_scores(path, "validation", "perplexity", 0.5) is None
+
+    @pytest.mark.parametrize("metric", sorted(METRICS))
+    def test_huge_values_are_no_score(self, tmp_path: Path, metric: str) -> None:
+        """Their sums are beyond floats, which is no warning, and never equal to a score."""
+        write_predictions(tmp_path, np.array([1e200, -1e300, 1e308]), np.array([1e300, 1e308, -1e308]))
+        assert example_scores(tmp_path / PREDICTIONS, "validation", metric, 0.25, 3) is None
+
+    @pytest.mark.parametrize(
+        ("arrays", "message"),
+        [
+            (b"no tensors", "."),
+            ({"validation/predictions": np.arange(3)}, "references"),
+            ({"test/predictions": np.arange(3), "test/references": np.arange(3)}, "validation/predictions"),
+            (both(np.arange(2), np.arange(3)), "shapes"),
+            (both(np.arange(2), np.arange(2)), r"shapes \(2,\)"),
+            (both(np.zeros((3, 1)), np.zeros((3, 1))), "shapes"),
+            (both(np.zeros(()), np.zeros(())), "shapes"),
+            (both(np.array([0, np.nan, 1]), np.zeros(3)), "finite numbers"),
+            (both(np.zeros(3), np.array([0, np.inf, 1])), "finite numbers"),
+            (both(np.zeros(3, dtype=bool), np.zeros(3, dtype=bool)), "finite numbers"),
+        ],
+    )
+    def test_anything_else_is_damaged(
+        self, tmp_path: Path, arrays: bytes | dict[str, np.ndarray], message: str
+    ) -> None:
+        path = tmp_path / PREDICTIONS
+        path.write_bytes(arrays) if isinstance(arrays, bytes) else save_file(arrays, path)
+        with pytest.raises(Damaged, match=message) as caught:
+            example_scores(path, "validation", "accuracy", 0.5, 3)
+        assert "\n" not in str(caught.value)
 
 
 class TestCriticalDifference:

@@ -320,3 +320,15 @@ class TestFullDisk:
         assert record.status == "failed"
         assert record.error is not None
         assert record.error.startswith("FileNotFoundError")
+
+
+def test_a_large_sweep_with_nothing_to_do_makes_no_report(
+    store: RecordStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.commands.report.MOST_SHOWN", 1)
+    monkeypatch.setattr("harness.commands.report.show_sweep", None)
+    assert again(store) == 0
+    output = capsys.readouterr().out
+    assert "2 runs: 2 finished before, 0 to do" in output
+    assert "2 runs are finished: 2 done; nothing was new" in output
+    assert f"python -m harness report --results {store.results}" in output

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from harness.method import in_modules
-from harness.task import Task, make_splits
+from harness.splits import make_splits
+from harness.task import Task
 from tasks import pretrained, rotten_tomatoes
 from tasks.cifar10 import Cifar10
 from tasks.digits import Digits
 from tasks.glue import TABLE, Glue
+from tasks.positions import num_positions
 from tasks.rotten_tomatoes import RottenTomatoes
-from tasks.text import num_positions
 from tests import tiny
 
 

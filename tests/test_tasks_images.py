@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.task import make_splits
+from harness.splits import make_splits
 from tasks.cifar10 import Cifar10
 from tasks.digits import Digits
 from tasks.images import cropped_and_flipped

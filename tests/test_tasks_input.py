@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from harness.errors import InputError
-from harness.task import make_splits
+from harness.splits import make_splits
 from tasks import pretrained
 from tasks.cifar10 import Cifar10
 from tasks.glue import Glue

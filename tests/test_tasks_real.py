@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from harness.method import in_modules
-from harness.task import Task, make_splits
+from harness.splits import make_splits
+from harness.task import Task
 from tasks.cifar10 import Cifar10
 from tasks.glue import Glue
 from tasks.rotten_tomatoes import RottenTomatoes, read_reviews, review_file

@@ -148,7 +148,7 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
     from rich.console import Console
 
     from harness import executors, preflight, progress, sweeps, tuning
-    from harness.commands.report import show_sweep
+    from harness.commands.report import MOST_SHOWN, brief, show_sweep
     from harness.record import RETRIED
     from harness.record_store import RecordStore
 
@@ -156,7 +156,9 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
     with console.status("checking data, models and methods"):
         checked = preflight.check_tasks(sweep, place)
         cells = preflight.check_methods(sweep, checked, place, store.find)
-        preflight.check_models(checked, place)
+        said = preflight.check_models(checked, sweep.train, place)
+    for line in [*preflight.summaries(checked), *said]:
+        console.out(line, highlight=False)  # print makes a picture of the name in "text:x: ..."
     planned = preflight.plan_checked(sweep, checked, cells, place)
     specs = [spec for spec, _ in planned]
     searches = tuning.searches_of(sweep, planned)
@@ -186,6 +188,8 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
             specs = tuning.chosen(searches, specs, store)
             there = _there(store, specs, retried)
         carry_out(specs, *there)
+    if not there[1] and len(specs) > MOST_SHOWN:
+        return brief(store, {run_id: found.status for run_id, found in there[0].items()})
     return show_sweep(store, _ids(specs), options.tracking_uri)
 
 
@@ -207,6 +211,7 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     from harness.record_store import RecordStore
 
     checked = preflight.check_tasks(sweep, place)
+    print("\n".join(preflight.summaries(checked)))
     store = RecordStore(results)
     cells = preflight.check_methods(sweep, checked, place, store.find)
     planned = preflight.plan_checked(sweep, checked, cells, place)
@@ -234,6 +239,8 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     for (shown, line), tasks in notes.items():
         print(f"{shown} on {', '.join(tasks)}: {line}")
     unsupported = {spec.run_id for spec, cell in planned if cell.reason is not None}
+    for line in dict.fromkeys(line for task in checked for line in task.task.model_notes(task.model)):
+        print(line)
     for line in estimate.lines([spec for spec in missing if spec.run_id not in unsupported], store):
         print(line)
     seeds = ", ".join(map(str, sweep.seeds))

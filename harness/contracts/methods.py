@@ -16,7 +16,7 @@ from harness.plan import Fingerprints, Sweep
 from harness.preflight import CheckedTask, preview
 from harness.record_store import RecordStore
 from harness.run import run_one
-from harness.task import make_splits
+from harness.splits import make_splits
 from harness.training import Training
 
 

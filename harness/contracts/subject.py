@@ -12,7 +12,8 @@ from harness import registry
 from harness.method import Adaptation, Backbone, Method
 from harness.notation import parse_choice
 from harness.spec import Place, RunSpec, TrainSpec
-from harness.task import Task, make_splits
+from harness.splits import make_splits
+from harness.task import Task
 from harness.training import Training, TrainingData, seed_everything
 
 CPU = torch.device("cpu")

@@ -15,8 +15,10 @@ from harness.record import RunRecord
 from harness.record_store import RecordStore
 from harness.run import run_one
 from harness.spec import TrainSpec
-from harness.task import Task, make_splits
+from harness.splits import make_splits
+from harness.task import Task
 from harness.training import predict, seed_everything
+from harness.trial import difference
 
 
 def splits_are_the_same_every_time(subject: Subject) -> None:
@@ -88,9 +90,9 @@ def loss_and_predictions_fit_the_metrics(subject: Subject) -> None:
     trained = [p for _, p in backbone.head_parameters()] or list(backbone.module.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
     splits = make_splits(task, subject.place.data_root, 20)
-    references = splits.train.labels
     adaptation = Adaptation(backbone.module, torch.optim.SGD(backbone.module.parameters()), backbone)
     encoded = task.encode(splits.train, model)
+    references = task.gold(splits.train, encoded)
     predictions = predict(adaptation, task, encoded, references, TrainSpec(batch_size=4), CPU)
     assert predictions.shape[0] == len(references)
     found, best = task.metrics(predictions, references), task.metrics(references, references)
@@ -100,6 +102,17 @@ def loss_and_predictions_fit_the_metrics(subject: Subject) -> None:
     better = best[task.headline] - found[task.headline]
     assert (better if task.higher_is_better else -better) >= 0
     json.dumps(found)
+
+
+def a_row_does_not_depend_on_the_rows_beside_it(subject: Subject) -> None:
+    """Where a batch pads rows: the model says of a row in it what it says of the row alone."""
+    task, encoded = _encoded(subject)
+    lengths = task.lengths(encoded)
+    if lengths is None:
+        return
+    module = task.backbone(subject.place.model or task.default_model).module
+    found = difference(task, module, encoded, range(min(8, len(lengths))), TrainSpec())
+    assert found is None or found.reason is None, f"they differ by {found.largest}: {found.reason}"
 
 
 def a_run_on_it_gives_a_record(subject: Subject) -> None:
@@ -119,6 +132,7 @@ TASK_CONTRACTS = (
     shapes_on_the_meta_device_are_the_real_ones,
     the_head_is_the_same_for_every_method,
     loss_and_predictions_fit_the_metrics,
+    a_row_does_not_depend_on_the_rows_beside_it,
     a_run_on_it_gives_a_record,
 )
 

@@ -20,16 +20,15 @@ def check(execution: Execution, threads: int) -> None:
         if execution.address != "auto":
             check_address(execution.address)
         return
-    cpus = usable_cpus()
+    cpus, gpus = usable_cpus(), execution.gpus_per_run
     if threads > cpus:
-        raise InputError(f"--threads {threads} is more than there is: this machine has {cpus} CPUs to use", "threads")
-    if execution.gpus_per_run:
+        raise InputError(f"--threads {threads} is more than there is: this machine has {cpus} CPUs")
+    if gpus:
         import torch
 
         if not torch.cuda.is_available():
-            raise InputError(
-                f"--gpus-per-run {execution.gpus_per_run:g} is more than there is: no GPU can be used here"
-            )
+            has = f"this machine has {cpus} CPUs and no GPU"
+            raise InputError(f"--gpus-per-run {gpus:g} is more than there is: {has}")
 
 
 def usable_cpus() -> int:

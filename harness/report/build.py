@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from harness import running, storage
 from harness.errors import InputError
-from harness.process import own_name
 from harness.record import RunRecord
 from harness.record_store import Found, RecordStore
 from harness.report.budget import costs, matched, sweeps, time_to_score
@@ -29,6 +27,7 @@ from harness.report.page import PICTURES, page
 from harness.report.rank_curves import areas, rank_curves
 from harness.report.text import markdown
 from harness.report.trials import learning_rates, trials_frame
+from harness.storage import remove
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -146,16 +145,16 @@ def _by_setting(name: str, tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> 
 @contextmanager
 def _draft(store: RecordStore) -> Iterator[Path]:
     """A folder for the report's files, which goes in the end; those of killed processes go, too."""
-    running.clear_abandoned(store.results, ".report-")
-    folder = store.results / own_name(".report", "draft")
-    try:
-        for part in ("tables", "pictures"):
-            (folder / part).mkdir(parents=True)
-        yield folder
-    except OSError as error:
-        raise store.unwritable(error) from None
-    finally:
-        storage.remove(folder)
+    with store.writing():
+        store.running.mkdir(exist_ok=True)
+        store.clear("report")
+        folder = store.draft("report")
+        try:
+            for part in ("tables", "pictures"):
+                (folder / part).mkdir()
+            yield folder
+        finally:
+            remove(folder)
 
 
 def _texts(boards: Sequence[Board], whole: Mapping[str, pd.DataFrame], damaged: Sequence[str]) -> dict[str, str]:

@@ -49,10 +49,10 @@ class ExampleReader:
         return self._known[key]
 
     def _read(self, run: Run, metric: str) -> np.ndarray | None:
-        rows = int(run["split_rows"]) if is_present(run["split_rows"]) else None
+        split = run["split"]
         try:
             path = self._store.verified(run["run_id"], PREDICTIONS)
-            return example_scores(path, run["split"], metric, run["score"], rows)
+            return example_scores(path, split, metric, run["score"], run["rows"].get(split))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

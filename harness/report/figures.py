@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import re
 import textwrap
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from harness.report import fonts
 from harness.report.text import human
 
 # Okabe and Ito's colour-blind-safe palette without its yellow, which is lost on white.
@@ -27,15 +29,19 @@ WIDTHS = {1: 3.6, 2: 5.6, 3: 6.8}  # inches, by panels across: a column or a pag
 PANEL_HEIGHT = 2.1
 SIGN_WIDTH = 0.054  # of the legend's text
 DPI = 200
-STYLE: Any = {"font.family": "DejaVu Sans", "font.size": 8, "pdf.fonttype": 42, "text.parse_math": False}
+STYLE: Any = {"font.family": fonts.FAMILY, "font.size": 8, "pdf.fonttype": 42, "text.parse_math": False}
 STYLE["axes.titley"] = 1.0  # where it would be anyway, looked up by drawing the panel once more
 
 Style = tuple[str, str]  # colour and marker
 
 
 def save(figure: Figure, *paths: Path) -> None:
-    """Write the files, each in the form of its suffix (.png, .pdf); the same figure gives the same bytes."""
-    with rc_context(STYLE):
+    """Write the files, each in the form of its suffix (.png, .pdf); the same figure gives the same bytes. Names that
+    DejaVu Sans lacks signs of are set with what fonts are installed; see `fonts.settle`."""
+    with rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box says it
+        if fonts.settle(figure):
+            rcParams["pdf.fonttype"] = 3  # takes outlines of every kind of font
         lay_out(figure)
         for path in paths:
             form = path.suffix.removeprefix(".")

@@ -48,10 +48,10 @@ def to_frame(records: Iterable[RunRecord], naming: Naming | None = None) -> pd.D
     model, model_fingerprint, data_fingerprint, limit, seed, status, headline, higher_is_better, score, metrics.*,
     holdout.*, parameters_initial, parameters_peak, parameters_final, head (numbers), stored_bytes, rank (mean live
     rank over the layers), batches, updates, seconds_training, seconds_total, peak_bytes, device, started, error,
-    versions (of the packages that results depend on), split (the evaluation split of the score), split_rows, tuning
-    ("tuned K" after K trials, "default" where every parameter is at its default, else "as given"), search_batches,
-    search_seconds (of training), search_peak_bytes (of the search's trials together: 0 without one, None where a
-    trial's record is gone). Trials of a search have no row of their own. Missing values are None or NaN.
+    versions (of the packages that results depend on), split (the evaluation split of the score), rows (of each split),
+    tuning ("tuned K" after K trials, "default" where every parameter is at its default, else "as given"),
+    search_batches, search_seconds (of training), search_peak_bytes (of the search's trials together: 0 without one,
+    None where a trial's record is gone). Trials of a search have no row of their own. Missing values are None or NaN.
     """
     every = {record.run_id: record for record in records}
     unique = {run_id: record for run_id, record in every.items() if not record.spec.is_trial}
@@ -124,7 +124,6 @@ def _of_spec(spec: RunSpec) -> dict[str, Any]:
 
 def _of_result(record: RunRecord) -> dict[str, Any]:
     count = record.parameters
-    split = next((name for name in record.rows if name not in ("train", "holdout")), None)
     return {
         "status": record.status,
         "headline": record.headline,
@@ -145,8 +144,8 @@ def _of_result(record: RunRecord) -> dict[str, Any]:
         "started": record.started,
         "error": error_text(record),
         "versions": _versions(record),
-        "split": split,
-        "split_rows": record.rows[split] if split is not None else None,
+        "split": next((name for name in record.rows if name not in ("train", "holdout")), None),
+        "rows": record.rows,
         **{f"{METRICS}{name}": value for name, value in record.metrics.items()},
         **{f"{HOLDOUT}{name}": value for name, value in record.holdout.items()},
     }

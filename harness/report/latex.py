@@ -3,18 +3,20 @@ r"""Leaderboards as LaTeX tables that need \usepackage{booktabs} and nothing els
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from harness.report.latex_signs import escape
 from harness.report.leaderboard import Board, Column, Row, score_text
-from harness.report.redact import cut
+from harness.report.names import StandIns, lines_of
+from harness.report.redact import cut, one_line
 from harness.report.text import decimal, human, spread_text
 
 NOTHING = "--"
 LINE_WIDTH = 345.0  # points: the narrowest of the usual classes (article); a wider table becomes several blocks
 SIGN, SMALL_SIGN, GAP = 4.6, 3.9, 6.0  # points: a sign of \footnotesize and of \scriptsize, the space between columns
 LABEL_SIGNS = 24
+TITLE_SIGNS = 32
 SPREAD = (
     r"Scores: mean $\pm$ half-width of the 95\,\% interval (Student's t) over {n} seeds, or as many as are given in "
     r"brackets; n/a: no interval from one run; --: not run. Bold: the best mean of those cells in which every run gave "
@@ -22,29 +24,6 @@ SPREAD = (
     "adapter numbers in effect after training, without the head. Seconds: of training, with the search for "
     "hyperparameters where there was one."
 )
-SIGNS = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': "''",
-    "`": "`{}",
-    "'": "'{}",
-    "[": "{[}",  # never the argument of the row's end before it
-    "]": "{]}",
-    "±": r"$\pm$",
-    **{sign: f"\\{sign}" for sign in "$&#_%"},
-}
-
-
-def escape(text: str) -> str:
-    """Any text as LaTeX that pdflatex can set; letters that it may not know become ASCII, or a question mark."""
-    signs = re.sub(r"-(?=-)", "-\0", _plain_signs(" ".join(text.split())))
-    return "".join(SIGNS.get(sign, sign) for sign in signs).replace("\0", "{}")  # two hyphens make no dash
 
 
 def latex(boards: Iterable[Board], damaged: Iterable[str] = ()) -> str:
@@ -52,7 +31,7 @@ def latex(boards: Iterable[Board], damaged: Iterable[str] = ()) -> str:
     names = ", ".join(cut(name) for name in damaged)
     lines = [r"% Needs \usepackage{booktabs}."]
     if names:
-        lines.append(f"% Left out, since their records cannot be read: {_plain_signs(names)}")
+        lines.append(f"% Left out, since their records cannot be read: {one_line(names)}")
     return "\n\n".join(["\n".join(lines), *(_table(board) for board in boards)]) + "\n"
 
 
@@ -64,6 +43,9 @@ class _Text(NamedTuple):
 
 
 def _table(board: Board) -> str:
+    """The table, with numbers for what LaTeX may not know: the letters are in comments above it, the code points in
+    notes below."""
+    stand_ins = StandIns(r"[^\x00-\x7f]")
     lines = [
         r"\begin{table}[tbp]",
         r"\centering",
@@ -72,10 +54,14 @@ def _table(board: Board) -> str:
         rf"\medskip\footnotesize\setlength{{\tabcolsep}}{{{GAP / 2:g}pt}}",
         "\n\\par\\medskip\n".join(_tabular(block) for block in _blocks(_columns(board))),
     ]
-    if board.notes:
-        notes = r" \\ ".join(escape(note) for note in board.notes)
-        lines.append(rf"\par\smallskip\begin{{minipage}}{{\linewidth}}\scriptsize\raggedright {notes}\end{{minipage}}")
-    return "\n".join([*lines, r"\end{table}"])
+    lines = [stand_ins.put(line, "{{[}}{}{{]}}") for line in lines]
+    notes = [stand_ins.put(escape(note), "{{[}}{}{{]}}") for note in board.notes]
+    notes += [escape(line) for line in stand_ins.key]
+    if notes:
+        text = r" \\ ".join(notes)
+        lines.append(rf"\par\smallskip\begin{{minipage}}{{\linewidth}}\scriptsize\raggedright {text}\end{{minipage}}")
+    comments = [f"% [{number}] is {one_line(run)}" for number, run in enumerate(stand_ins.runs, start=1)]
+    return "\n".join([*comments, *lines, r"\end{table}"])
 
 
 def _tabular(columns: list[list[_Text]]) -> str:
@@ -149,7 +135,7 @@ def _title(column: Column, columns: Iterable[Column]) -> _Text:
     """The task's name, without its family where all tasks are of one ("cola" for "glue/cola")."""
     families = {other.title.partition("/")[0] if "/" in other.title else "" for other in columns}
     short = column.title.partition("/")[2] if len(families) == 1 and "" not in families else column.title
-    return _plain(short)
+    return _stacked([_plain(line) for line in lines_of(short, TITLE_SIGNS)], "r")
 
 
 def _metrics(board: Board) -> str:
@@ -157,8 +143,13 @@ def _metrics(board: Board) -> str:
     tasks: dict[str, list[str]] = {}
     for column in board.columns:
         tasks.setdefault(column.metric, []).append(column.title)
-    listed = "; ".join(f"{metric} on {', '.join(titles)}" for metric, titles in tasks.items())
-    return escape(f"Metrics: {listed}.")
+    listed = "; ".join(f"{escape(metric)} on {', '.join(map(_breakable, titles))}" for metric, titles in tasks.items())
+    return f"Metrics: {listed}."
+
+
+def _breakable(name: str) -> str:
+    """A name in running text."""
+    return r"\allowbreak{}".join(map(escape, re.findall(rf".{{1,{TITLE_SIGNS}}}", name)))
 
 
 def _label(label: str) -> _Text:
@@ -193,9 +184,3 @@ def _wrapped(text: str, width: int) -> list[str]:
             lines.append("")
         lines[-1] += part
     return lines
-
-
-def _plain_signs(text: str) -> str:
-    """ASCII and ±: letters without their accents, a question mark for all that is left."""
-    signs = (sign for sign in unicodedata.normalize("NFKD", text) if not unicodedata.combining(sign))
-    return "".join(sign if " " <= sign <= "~" or sign == "±" else "?" for sign in signs)

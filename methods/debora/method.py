@@ -52,7 +52,10 @@ class Debora(Method):
         "matrix", description="factors' columns: free, of norm 1, or orthonormal (a kernel's small factors: norm 1)"
     )
     tau: float = Field(
-        16.0, gt=0, description="bound on the sum of s - eps over a simplex; unset: 8 where geometry is not matrix"
+        16.0,
+        gt=0,
+        le=1e30,
+        description="bound on the sum of s - eps over a simplex; unset: 8 where geometry is not matrix",
     )
     rank: int = Field(8, ge=1, description="rank of every layer at the start, at most its smaller side")
     eps: float = Field(1e-3, gt=0, description="least value of an entry of s; eps * rank is at most tau")

@@ -29,7 +29,6 @@ class Encoded:
     kinds are the row's own picture and, with prior preservation, the class pictures that stand beside it.
     texts: (prompts, tokens, width); prompt: (rows,) the place of each row's own, class_prompt that of the class.
     noise: (rows,) seeds of the evaluation's noise, from the picture alone.
-    left_out: names of pictures that could not be read.
     """
 
     latents: Tensor
@@ -38,7 +37,6 @@ class Encoded:
     class_prompt: int
     noise: tuple[int, ...]
     schedule: Schedule
-    left_out: tuple[str, ...]
 
     def evaluation(self, rows: Sequence[int], draws: int) -> Batch:
         """`draws` noisy versions of each row's mean latents, the same every time: time steps in the middle of as many
@@ -103,7 +101,6 @@ def encode(examples: Examples, model: str, class_prompt: str | None) -> Encoded:
         class_prompt=prompts.index(class_prompt) if class_prompt else 0,
         noise=tuple(int.from_bytes(digest[:8], "big") >> 1 for digest in digests),
         schedule=pipeline.load_schedule(model),
-        left_out=examples.left_out,
     )
 
 

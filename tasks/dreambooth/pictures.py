@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.errors import InputError
-from tasks.own_image import FILES, decoded, unreadable
+from tasks.image_folders import pictures as pictures_in
+from tasks.own_image import decoded, unreadable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,11 +29,9 @@ def read_pictures(folder: str, side: int) -> tuple[np.ndarray, tuple[str, ...]]:
             f"'{folder}' {what}: the subject's pictures belong in PATH, those for class_prompt in PATH/class",
             folder,
         )
-    names = sorted(path.name for path in place.iterdir() if path.suffix.lower() in FILES and not path.is_dir())
+    names = [path.name for path in pictures_in(place)]
     if len(names) < FEWEST:
-        raise InputError(
-            f"folder '{folder}' holds {len(names)} pictures ({', '.join(FILES)}); at least {FEWEST} are needed", folder
-        )
+        raise InputError(f"folder '{folder}' holds {len(names)} pictures; at least {FEWEST} are needed", folder)
     pictures, readable = decoded(names, place, side)
     left_out = unreadable(names, readable, f"folder '{folder}':", "pictures", mention=folder)
     pictures = pictures[readable]

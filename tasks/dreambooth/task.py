@@ -85,10 +85,6 @@ class DreamBooth(Task):
 
         return encode(examples, self.model_name(model), self.class_prompt)
 
-    def facts(self, encoded: Encoded) -> dict[str, Any]:
-        """The pictures that could not be read, if any."""
-        return {"left_out": list(encoded.left_out)} if encoded.left_out else {}
-
     def collate(self, encoded: Encoded, rows: Sequence[int], generator: torch.Generator | None) -> Batch:
         """`sample` (rows, n, channels, height, width), `timestep` (rows, n), `encoder_hidden_states` (rows, n, tokens,
         width), and as labels the network's targets, like `sample`. In training n is 1, or 2 with a class picture;

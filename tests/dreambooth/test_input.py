@@ -108,7 +108,7 @@ def test_one_picture_in_a_hundred_is_left_out_and_named(script, model, tmp_path,
     assert main(["run", "--methods", "lora[rank=2]", "--tasks", task, "--batches", "1", *where]) == 0
     (found,) = RecordStore(tmp_path / "results").records()
     assert sum(found.rows.values()) == 99
-    assert found.data["train"] == {"left_out": ["x.png"]}
+    assert found.data["train"] == {"num_left_out": 1, "left_out": ["x.png"]}
 
 
 def test_one_picture_twice(refused, pictures):

@@ -13,7 +13,7 @@ pytest.importorskip("diffusers", reason="needs the extra: pip install 'rank-adap
 
 from harness.contracts import TASK_CONTRACTS, Subject
 from harness.spec import Place
-from harness.task import make_splits
+from harness.splits import make_splits
 from tasks.dreambooth import encoding, pipeline, sampling
 from tasks.dreambooth.pictures import read_pictures
 from tasks.dreambooth.task import DreamBooth
