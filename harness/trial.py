@@ -21,11 +21,16 @@ CPU = torch.device("cpu")  # the driver leaves accelerators to the runs
 
 class Difference(NamedTuple):
     """largest: between what a model says of a row alone and in a batch; repeated: between two passes of the batch.
-    allowed: what rounding explains. All in the outputs' own unit."""
+    size: of the largest output. All in the outputs' own unit."""
 
     largest: float
     repeated: float
-    allowed: float
+    size: float
+
+    @property
+    def allowed(self) -> float:
+        """Up to here rounding explains a difference."""
+        return min(TOLERANCE * max(1.0, self.size), OF_SMALL * self.size)
 
     @property
     def reason(self) -> str | None:
@@ -80,10 +85,8 @@ def difference(task: Task, module: nn.Module, encoded: Any, rows: Sequence[int],
         together = outputs(rows)
         if together is None:
             return None
+        apart = torch.cat([one for row in rows if (one := outputs([row])) is not None])
         again = outputs(rows)
-        alone = [outputs([row]) for row in rows]
     assert again is not None
-    apart = torch.cat([one for one in alone if one is not None])
-    largest = float(together.abs().max())
-    allowed = min(TOLERANCE * max(1.0, largest), OF_SMALL * largest)
-    return Difference(float((together - apart).abs().max()), float((together - again).abs().max()), allowed)
+    largest, repeated, size = (float(x.abs().max()) for x in (together - apart, together - again, together))
+    return Difference(largest, repeated, size)

@@ -17,6 +17,7 @@ from tasks import own, pretrained
 from tasks.cache import cached
 from tasks.hub import Rows, first_split, read_split
 from tasks.pairs import PROMPT, EncodedPairs, decoded, padded, tokenized
+from tasks.positions import check_positions
 from tasks.rouge import counting, rouge, words
 from tasks.text import group_numbers
 
@@ -109,11 +110,7 @@ class Generation(Task, own.TableFile):
         kinds = ", ".join(config.architectures or ["unknown"])
         if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in config.architectures or []):
             raise InputError(f"model '{name}' is no causal language model with its head: it holds a {kinds}", name)
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions is not None and self.max_length > positions:
-            raise InputError(
-                f"max_length = {self.max_length} is above the {positions} positions of model '{name}'", "max_length"
-            )
+        check_positions(backbone.module, self.max_length, name)
         return backbone
 
     def encode(self, examples: Examples, model: str | None) -> EncodedPairs:
@@ -240,7 +237,7 @@ def _tokenizer_of(model: nn.Module) -> Any:
 
 @functools.lru_cache(maxsize=2)
 def _kept_tokenizer(folder: str) -> Any:
-    return pretrained.load_tokenizer(folder, pads=False)
+    return pretrained.load_tokenizer(folder)
 
 
 def _generated(model: nn.Module, tokenizer: Any, batch: Batch, **settings: Any) -> Any:

@@ -69,7 +69,9 @@ def labelled(splits: Mapping[str, OwnRows], label: str) -> dict[str, OwnRows]:
     """The splits that have labels; a note of "train" names the others."""
     without = unlabelled(splits, label)
     kept = {split: rows for split, rows in splits.items() if split not in without}
-    notes = [f"{splits[split].source} is left out, not scored on: it {why}" for split, why in without.items()]
+    # Without the folder: a record is the same wherever the data are.
+    names = {split: Path(splits[split].source.strip("'")).name for split in without}
+    notes = [f"'{names[split]}' is left out, not scored on: it {why}" for split, why in without.items()]
     return {**kept, "train": _noted(kept["train"], *notes)}
 
 

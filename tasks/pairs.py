@@ -58,7 +58,7 @@ def tokenized(
     template says after it stays. Special tokens are those of the template; in prompts and responses they are text."""
     import numpy as np
 
-    tokenizer = pretrained.load_tokenizer(model, pads=False)
+    tokenizer = pretrained.load_tokenizer(model)
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of model '{model}' has no end token; a response needs one", model)
     before, after = template.split(PROMPT)

@@ -150,9 +150,8 @@ def load_backbone(
     return backbone
 
 
-def load_tokenizer(model: str, *, pads: bool = True) -> Any:
-    """The model's tokenizer. Raises InputError where the folder has none that can be read, or, if it `pads`, where it
-    has no padding token."""
+def load_tokenizer(model: str) -> Any:
+    """The model's tokenizer. Raises InputError where the folder has none that can be read."""
     from transformers import AutoTokenizer
 
     quieten()
@@ -167,8 +166,6 @@ def load_tokenizer(model: str, *, pads: bool = True) -> Any:
         raise InputError(f"the tokenizer of model '{model}' cannot be loaded{lacks}: {reason}", model) from None
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers makes one up without its files
         raise InputError(f"model '{model}' has no tokenizer files (tokenizer.json, vocab.txt or the like)", model)
-    if pads and tokenizer.pad_token_id is None:
-        raise InputError(f"the tokenizer of model '{model}' has no padding token; batches need one", model)
     return tokenizer
 
 

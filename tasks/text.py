@@ -184,7 +184,7 @@ def tokenized(examples: Examples, model: str, max_length: int) -> dict[str, np.n
     """
     import numpy as np
 
-    config, tokenizer = padding.configuration(model), pretrained.load_tokenizer(model, pads=False)
+    config, tokenizer = padding.configuration(model), pretrained.load_tokenizer(model)
     fillers = {
         "input_ids": padding.padding_token(config, tokenizer, model),
         "token_type_ids": tokenizer.pad_token_type_id,
@@ -222,7 +222,7 @@ def _cut(tokenizer: Any, texts: list[list[str]], encoding: Any, max_length: int)
 @functools.lru_cache(maxsize=4)
 def _tokenizer(model: str, fingerprint: str) -> Any:
     """Kept, since every run asks for it, while the model stays as it is. Not for texts: they may change it."""
-    return pretrained.load_tokenizer(model, pads=False)
+    return pretrained.load_tokenizer(model)
 
 
 def _shown(tokenizer: Any, number: int) -> str:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from harness import preflight
+from harness import cli, preflight
 from harness.contracts import Subject
 from harness.contracts.subject import spec_of, task_of
 from harness.errors import InputError
@@ -114,7 +114,18 @@ def stock_outputs(run: Path, model: str, texts: list[str]) -> np.ndarray:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_alone_is_in_a_batch_is_in_plain_transformers(family, place, tmp_path):
-    model = model_of(place, family)
+    same_everywhere(model_of(place, family), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "Qwen2", "BERT", "T5"])
+def test_so_it_is_where_the_configuration_names_another_padding_token(family, tmp_path):
+    """The end token of a decoder, another special token of an encoder: not the tokenizer's."""
+    pad = 0 if family in ("GPT-2", "Qwen2") else 2
+    same_everywhere(str(families.write(family, tmp_path / "model", pad_token_id=pad)), tmp_path)
+
+
+def same_everywhere(model: str, tmp_path: Path) -> None:
+    """Trained in batches, scored in batches; the export in plain transformers, row by row."""
     task = write_table(tmp_path / "texts.csv", values=True)
     checked(task, model)
     subject = Subject("lora[rank=2,learning_rate=1e-2]", tmp_path, task=task, batches=4)
@@ -146,6 +157,24 @@ def test_whatever_the_configuration_says_of_padding(family, pad, tmp_path):
     assert 0 <= config.pad_token_id < config.vocab_size
     assert config.pad_token_id == pad or pad != 0
     assert checked(write_table(tmp_path / "more.csv", values=True), model) == said
+
+
+def test_a_dry_run_says_it_too(place, tmp_path, capsys):
+    task, model = write_table(tmp_path / "texts.csv"), model_of(place, "GPT-2, no padding token")
+    options = [
+        "--methods",
+        "head",
+        "--tasks",
+        task,
+        "--model",
+        model,
+        "--batches",
+        "2",
+        "--results",
+        str(tmp_path / "r"),
+    ]
+    assert cli.main(["run", "--dry-run", *options]) == 0
+    assert "names no padding token: rows are padded with 1 ('<pad>')" in capsys.readouterr().out
 
 
 def test_a_token_that_rows_end_with_is_not_padding(tmp_path):
@@ -218,20 +247,20 @@ def test_a_lower_precision_is_measured_and_said(place, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_special_tokens_within_texts_are_text(family, place):
     model = model_of(place, family)
-    tokenizer = pretrained.load_tokenizer(model, pads=False)
+    tokenizer = pretrained.load_tokenizer(model)
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     ordinary = ["the film was good", "a very long story, and quiet", "x < y > z / [w] | v"]
     strings = sorted({*STRINGS, *families.FAMILIES[family].special})
     texts = [*ordinary, *(f"the {string}film{string} was {string} good{string}" for string in strings)]
     for columns in ([texts], [texts, texts[::-1]]):
-        found = plain_encoding(pretrained.load_tokenizer(model, pads=False), columns)["input_ids"]
+        found = plain_encoding(pretrained.load_tokenizer(model), columns)["input_ids"]
         template = [number for number in tokenizer(*([""] for _ in columns))["input_ids"][0] if number in special]
         for row in found:
             assert [number for number in row if number in special] == template
     few = [texts[:3], texts[:3]]
     assert plain_encoding(tokenizer, few)["input_ids"] == tokenizer(*few)["input_ids"]
     after = plain_encoding(tokenizer, [texts])["input_ids"][:3]
-    assert after == pretrained.load_tokenizer(model, pads=False)(ordinary)["input_ids"]
+    assert after == pretrained.load_tokenizer(model)(ordinary)["input_ids"]
 
 
 def test_end_tokens_within_texts_train_and_are_scored(place, tmp_path):

@@ -327,7 +327,7 @@ def test_test_sets_without_labels_are_left_out_and_said(tmp_path, labels, lackin
     write_csv(tmp_path / "test.csv", rows)
     train, evaluation = task_of(f"text:{tmp_path}").load(None)
     assert list(evaluation) == ["validation"]
-    assert "test.csv' is left out, not scored on" in train.notes[0]
+    assert train.notes[0].startswith("'test.csv' is left out, not scored on: it has ")
     (tmp_path / "validation.csv").unlink()
     assert {name: len(part) for name, part in task_of(f"text:{tmp_path}").load(None)[1].items()} == {"validation": 8}
 

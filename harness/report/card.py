@@ -21,7 +21,8 @@ model = PeftModel.from_pretrained(base_model, "PATH/TO/THIS/FOLDER")
 ```
 
 `base_model` is the model above with a head of the task's size (`AutoModelForSequenceClassification` for text); the
-head's weights are in the adapter."""
+head's weights are in the adapter. Texts were tokenised with `split_special_tokens=True`. For batches of a model whose
+configuration names no padding token, set `base_model.config.pad_token_id`; a row alone needs nothing."""
 TRAINED = """```python
 from safetensors.torch import load_file
 
