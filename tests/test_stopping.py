@@ -4,6 +4,7 @@ import io
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -123,3 +124,11 @@ def test_output_that_is_closed_ends_no_sweep(tmp_path, monkeypatch):
         for stream in (sys.stdout, sys.stderr):
             stream.close()
     assert [record.status for record in RecordStore(tmp_path / "results").records()] == ["done"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full is Linux's /dev/full")
+def test_output_on_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "harness", "list"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: what is printed cannot be written (No space left on device)\n"
