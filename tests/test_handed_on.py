@@ -458,9 +458,12 @@ class TestCsv:
 class TestCard:
     @pytest.mark.parametrize(
         ("name", "loader"),
-        [("adapter_config.json", "PeftModel.from_pretrained"), ("bottleneck.json", "from methods.bottleneck import load"),
-         ("trained.safetensors", "model.load_state_dict(")],
-    )  # fmt: skip
+        [
+            ("adapter_config.json", "PeftModel.from_pretrained"),
+            ("bottleneck.json", "from methods.bottleneck import load"),
+            ("trained.safetensors", "model.load_state_dict("),
+        ],
+    )
     def test_it_says_how_the_export_is_loaded(self, name: str, loader: str) -> None:
         run = record()
         loaders = ("PeftModel.from_pretrained", "from methods.bottleneck import load", "model.load_state_dict(")
