@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -34,6 +35,7 @@ examples:
 
 
 LONGEST_URI = 2000
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,8 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return stopping.told()
     except BrokenPipeError:  # the reader of our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stopping.drop_output()
         return 0
+    except OSError as error:
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        stopping.drop_output()  # where it is a file on a full disk
+        print(f"error: what is printed cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
 
 
 def _carry_out(arguments: Sequence[str] | None) -> int:

@@ -272,7 +272,8 @@ class RecordStore:
             except Unreadable as error:
                 found.damaged.append(f"{run_id} ({error})")
             except (FileNotFoundError, Damaged):
-                found.damaged.append(run_id)
+                if self.folder(run_id).exists():  # not where another process is just replacing it
+                    found.damaged.append(run_id)
         return found
 
     def records(self) -> list[RunRecord]:

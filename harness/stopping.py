@@ -49,6 +49,11 @@ def _leave(number: int, frame: Any) -> None:
     os._exit(INTERRUPTED)
 
 
+def drop_output() -> None:
+    """Print nothing any more, since nothing can be."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def open_streams() -> None:
     """Output that was closed goes nowhere, and a sign that the terminal's encoding lacks is escaped."""
     for name in ("stdout", "stderr"):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 NAMED = 20  # images left out, and classes, that are named in a record
 LONGEST = 40  # signs of a name that are shown
-SHOWN = 8  # classes that are shown with their counts
+SHOWN, RAREST = 8, 4  # classes that are all shown with their counts; of more, the rarest
 
 
 def facts_of(task: Task, splits: Splits, split: str) -> dict[str, Any]:
@@ -92,7 +92,7 @@ TITLES = {
 def _classes(found: Mapping[str, Any]) -> str:
     counts = sorted(found["classes"].items(), key=lambda item: item[1])
     number = found.get("num_classes", len(counts))
-    shown = counts[:SHOWN] if number > SHOWN else found["classes"].items()
+    shown = counts[:RAREST] if number > SHOWN else found["classes"].items()
     listed = ", ".join(f"{_shown(name)} ({count:,})" for name, count in shown)
     return f"{number} classes, the rarest {listed}" if number > SHOWN else listed
 

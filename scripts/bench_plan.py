@@ -1,5 +1,5 @@
 """What a large sweep costs when there is nothing to do: the real command over finished records, processor seconds and
-peak memory, beside the same command over one cell (imports and the loading of data).
+peak memory, beside the same command over one cell (imports, the loading of data, and a report on one run).
 
 python scripts/bench_plan.py [cells]      (default: 10000, in squares: values of alpha x seeds)
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bench_report import measured, told
 
+from harness.cli import quiet_environment
 from harness.plan import Fingerprints, Sweep, plan
 from harness.preflight import check_tasks
 from harness.record_store import RecordStore
@@ -23,6 +24,7 @@ from harness.spec import Place
 
 def main() -> None:
     """Print what planning takes, and what the command takes over one cell and over all."""
+    quiet_environment()
     side = math.isqrt(int(sys.argv[1]) if sys.argv[1:] else 10_000)
     started, busy = time.perf_counter(), time.process_time()
     specs = plan(_sweep(1000), [Fingerprints("data", "model")], Place())

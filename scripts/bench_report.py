@@ -7,7 +7,6 @@ python scripts/bench_report.py [--records 2000] [--steps 500] [--examples 1000] 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,19 @@ from typing import Any
 
 import numpy as np
 
+from harness.cli import quiet_environment
+
 TRACKED = 1000  # records that go into MLflow
+# Linux counts the memory of the process that starts another as the other's, but for VmHWM.
+MEASURED = """
+import re, sys, time
+from pathlib import Path
+from harness import cli
+code = cli.main(sys.argv[1:])
+peak = re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]
+print(time.process_time(), peak, file=sys.stderr)
+sys.exit(code)
+"""
 
 
 def main() -> None:
@@ -28,6 +39,7 @@ def main() -> None:
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     options = parser.parse_args()
+    quiet_environment()
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), options)
         print(f"{options.records:,} records of {options.steps:,} steps and {options.examples:,} predictions:")
@@ -41,13 +53,10 @@ def main() -> None:
 
 def measured(arguments: list[str]) -> tuple[float, float]:
     """(processor seconds, peak MiB) of `python -m harness ...` in a process of its own. Raises CalledProcessError."""
-    command = [sys.executable, "-m", "harness", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+    command = [sys.executable, "-c", MEASURED, *arguments]
+    found = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True)
+    seconds, kibibytes = found.stderr.splitlines()[-1].split()
+    return float(seconds), int(kibibytes) / 1024
 
 
 def told(seconds: float, memory: float) -> str:

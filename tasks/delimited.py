@@ -13,6 +13,7 @@ from typing import Literal
 from harness.errors import InputError
 
 Quoting = Literal["auto", "quoted", "plain"]
+PLAIN = "quote signs are part of the texts: not all are quoting (quoting=plain)"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def delimited(text: str, delimiter: str, quoting: Quoting, name: str) -> tuple[l
         more = ["quote signs around cells are no part of the texts (quoting=plain makes them so)"] if taken else []
         return _checked(quoted, name, [*_of_several(quoted), *more])
     if plain.wrong is None:
-        return _checked(plain, name, ["quote signs are part of the texts: not all are quoting (quoting=plain)"])
+        return _checked(plain, name, [PLAIN])
     if quoted.wrong is None:
         first, lines = max(quoted.several, key=lambda row: row[1])
         raise InputError(

@@ -6,6 +6,7 @@ any, `test` and `validation` tables beside it. Of a single table a fifth of the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import re
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import InputError, unknown
 from harness.splits import holdout_rows, stratified_rows
 from harness.task import Examples
+from tasks.delimited import PLAIN
 from tasks.hub import check_shards
 from tasks.labels import LabelKind, Labels, unlabelled
 from tasks.metrics import scores
@@ -53,14 +55,23 @@ def read_own(
     InputError where there is no such file or folder, it holds no table, a table is damaged or a column missing.
     """
     wanted = [*columns, *([label] if label else [])]
-    splits = {}
-    for split, files in table_files(path).items():
+
+    def read(split: str, files: tuple[Path, ...], options: TableFile | None) -> OwnRows:
         if split == "train" or label is None:
-            splits[split] = read_table(files, wanted, options=options)
-            continue
-        splits[split] = read_table(files, [], wanted, options)
-        if label in (present := splits[split].table.column_names) and set(present) < set(wanted):
+            return read_table(files, wanted, options=options)
+        rows = read_table(files, [], wanted, options)
+        if label in (present := rows.table.column_names) and set(present) < set(wanted):
             read_table(files, wanted, options=options)  # tells which column is missing
+        return rows
+
+    found = table_files(path)
+    splits = {split: read(split, files, options) for split, files in found.items()}
+    if any(PLAIN in rows.notes for rows in splits.values()):  # then in all: one text must not be two
+        plain = TableFile(encoding=options.encoding if options else "utf-8", quoting="plain")
+        for split, rows in splits.items():
+            if PLAIN not in rows.notes:
+                with contextlib.suppress(InputError):  # it does not fit: what is quoting there is plain to see
+                    splits[split] = read(split, found[split], plain)
     splits["train"] = _noted(splits["train"], *_not_read(path))
     return labelled(splits, label) if label else splits
 
@@ -69,7 +80,9 @@ def labelled(splits: Mapping[str, OwnRows], label: str) -> dict[str, OwnRows]:
     """The splits that have labels; a note of "train" names the others."""
     without = unlabelled(splits, label)
     kept = {split: rows for split, rows in splits.items() if split not in without}
-    notes = [f"{splits[split].source} is left out, not scored on: it {why}" for split, why in without.items()]
+    # Without the folder: a record is the same wherever the data are.
+    names = {split: Path(splits[split].source.strip("'")).name for split in without}
+    notes = [f"'{names[split]}' is left out, not scored on: it {why}" for split, why in without.items()]
     return {**kept, "train": _noted(kept["train"], *notes)}
 
 

@@ -456,6 +456,20 @@ class TestCsv:
 
 
 class TestCard:
+    @pytest.mark.parametrize(
+        ("name", "loader"),
+        [
+            ("adapter_config.json", "PeftModel.from_pretrained"),
+            ("bottleneck.json", "from methods.bottleneck import load"),
+            ("trained.safetensors", "model.load_state_dict("),
+        ],
+    )
+    def test_it_says_how_the_export_is_loaded(self, name: str, loader: str) -> None:
+        run = record()
+        loaders = ("PeftModel.from_pretrained", "from methods.bottleneck import load", "model.load_state_dict(")
+        card = model_card(run, boards(run), sorted({name, "trained.safetensors"}))
+        assert [each for each in loaders if each in card] == [loader]
+
     def test_odd_names_are_neither_yaml_nor_markdown(self) -> None:
         odd = 'x"\nbase_model: evil/model\n---\n# <b>`|[a](http://x)'
         run = record(odd, ranks={"a|b`c\n| d | 9 |": 3}, method_parameters={"text": "```\n# no"}, rows={"|\n#": 3},

@@ -355,8 +355,8 @@ def test_paths_that_are_neither_files_nor_folders(tmp_path, capsys):
         "/dev/zero": "'/dev/zero' is neither a regular file nor a folder",
         f"{tmp_path}/pipe.csv": "pipe.csv' is neither a regular file nor a folder",
         f"{tmp_path}/folder": "train-0.parquet' is not a regular file",
-        "~nobody-of-this-name/x.csv": "cannot be looked up",
-        "x" * 300: "cannot be looked up",
+        "~nobody-of-this-name/x.csv": "begins with a user who is not here",
+        "x" * 300: "is longer than a path can be",
     }.items():
         for kind in ("text", "generation", "image"):
             assert main([*options, f"{kind}:{path}"]) == 2, path

@@ -182,6 +182,15 @@ def test_a_quote_sign_that_is_not_closed_swallows_nothing(tmp_path):
         assert "quote signs are part of the texts" in train.notes[0]
 
 
+def test_quote_signs_mean_the_same_in_every_split(tmp_path):
+    (tmp_path / "train.tsv").write_text("text\tlabel\n" + '"well" he said\t0\n"fine"\t1\n' * 9)
+    (tmp_path / "dev.tsv").write_text('text\tlabel\n"fine"\t0\n"well"\t1\n')
+    splits = own.read_own(str(tmp_path), ["text"], label="label")
+    assert splits["validation"].texts("text") == ['"fine"', '"well"']
+    (tmp_path / "dev.tsv").write_text('text\tlabel\n"fi\tne"\t0\n"well"\t1\n')  # cannot be read so
+    assert own.read_own(str(tmp_path), ["text"], label="label")["validation"].texts("text") == ["fi\tne", "well"]
+
+
 def test_a_quote_that_another_one_closes_swallows_nothing():
     """The whole file is as RFC 4180 has it, but the lines in between are rows by themselves."""
     lines = ['"it begins,0', "a film,1", "a story,0", 'it ends",1', "a camera,1"]
@@ -327,7 +336,7 @@ def test_test_sets_without_labels_are_left_out_and_said(tmp_path, labels, lackin
     write_csv(tmp_path / "test.csv", rows)
     train, evaluation = task_of(f"text:{tmp_path}").load(None)
     assert list(evaluation) == ["validation"]
-    assert "test.csv' is left out, not scored on" in train.notes[0]
+    assert train.notes[0].startswith("'test.csv' is left out, not scored on: it has ")
     (tmp_path / "validation.csv").unlink()
     assert {name: len(part) for name, part in task_of(f"text:{tmp_path}").load(None)[1].items()} == {"validation": 8}
 

@@ -4,26 +4,33 @@ import io
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from harness.cli import main
 from harness.record_store import RecordStore
+from harness.stopping import STOPPED
 
 # A command that waits, and whose cleaning up waits as well where it is asked to.
 WAITS = """
-import sys
+import atexit, sys
 from harness.cli import main
 from harness.commands import listing
 
+def clean():
+    print("cleaning", flush=True)
+    sys.stdin.readline()
+
 def wait(name):
+    if name == "at exit":
+        atexit.register(clean)
     try:
         print("ready", flush=True)
         sys.stdin.readline()
     finally:
-        if name == "slow":
-            print("cleaning", flush=True)
-            sys.stdin.readline()
+        if name == "at once":
+            clean()
     return 0
 
 listing.command = wait
@@ -69,15 +76,16 @@ def test_a_stop_is_one_line_and_its_exit_code(number):
     assert "give the same command again" in error
 
 
+@pytest.mark.parametrize("when", ["at once", "at exit"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_second_stop_while_cleaning_up_ends_at_once_without_a_traceback(number):
-    process = started(WAITS, "slow")
+def test_a_second_stop_while_cleaning_up_ends_at_once_without_a_traceback(number, when):
+    process = started(WAITS, when)
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "cleaning\n"
     process.send_signal(number)
     assert process.wait() == 130
     _, error = process.communicate()
-    assert error.strip().count("\n") == 0
+    assert set(error.strip().splitlines()) <= {"", STOPPED.strip()}
     assert "give the same command again" in error
 
 
@@ -116,3 +124,11 @@ def test_output_that_is_closed_ends_no_sweep(tmp_path, monkeypatch):
         for stream in (sys.stdout, sys.stderr):
             stream.close()
     assert [record.status for record in RecordStore(tmp_path / "results").records()] == ["done"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full is Linux's /dev/full")
+def test_output_on_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "harness", "list"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: what is printed cannot be written (No space left on device)\n"

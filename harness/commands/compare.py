@@ -9,6 +9,7 @@ from pathlib import Path
 
 from harness.commands.report import chosen, naming_of
 from harness.errors import InputError
+from harness.report.garbage import uncollected
 
 
 def command(results: Path, first: str, second: str, tasks: Sequence[str] | None) -> int:
@@ -23,7 +24,8 @@ def command(results: Path, first: str, second: str, tasks: Sequence[str] | None)
     from harness.report.text import CONSOLE_WIDTH
 
     store, found = chosen(results, None, tasks)
-    boards = leaderboards(to_frame(found.records, naming_of(found.records)))
+    with uncollected():
+        boards = leaderboards(to_frame(found.records, naming_of(found.records)))
     if not boards:
         raise InputError(f"no records in {store.runs}: run `python -m harness run ...` first")
     known, failure, read = 0, None, ExampleReader(store)

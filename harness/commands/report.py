@@ -15,6 +15,7 @@ from harness.commands.tracking import log
 from harness.errors import InputError, unknown
 from harness.record import RunRecord
 from harness.record_store import Found, RecordStore
+from harness.report.garbage import uncollected
 
 FAILED = ("failed", "diverged", "out_of_memory")
 MOST_SHOWN = 1000  # runs of a sweep that ran nothing new whose report is made again, unasked
@@ -53,7 +54,8 @@ def command(
 def chosen(results: Path, methods: Sequence[str] | None, tasks: Sequence[str] | None) -> tuple[RecordStore, Found]:
     """The store and its records of these methods and tasks (None: all). Raises InputError for names without records."""
     store = RecordStore.existing(results)
-    records, damaged = store.read_all()
+    with uncollected():
+        records, damaged = store.read_all()
     if methods and records:
         _check("method", methods, {record.spec.method for record in records})
         records = [record for record in records if record.spec.method in methods]
@@ -68,11 +70,13 @@ def show_sweep(store: RecordStore, run_ids: Sequence[str], tracking_uri: str | N
 
     Returns the exit code: 1 where a run of the sweep failed, diverged, ran out of memory or has no record.
     """
-    found = store.read_all()
+    with uncollected():
+        found = store.read_all()
     wanted = set(run_ids)
     chosen = [record for record in found.records if record.run_id in wanted]
     trials = {run_id for record in chosen if record.spec.search for run_id in record.spec.search.trials}
-    shown = [record for record in found.records if record.run_id in wanted | trials]
+    every = wanted | trials
+    shown = [record for record in found.records if record.run_id in every]
     unwritten = None
     try:
         _show(store, shown, found, Wanted(forms=("png",)))
@@ -106,10 +110,11 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
     from harness.report.text import console
 
     naming = naming_of(written.records)
-    every = boards_of(store, to_frame(written.records, naming), family_average) if written.records else []
-    boards = every
-    if shown is not written.records:
-        boards = boards_of(store, to_frame(shown, naming), family_average) if shown else []
+    with uncollected():
+        every = boards_of(store, to_frame(written.records, naming), family_average) if written.records else []
+        boards = every
+        if shown is not written.records:
+            boards = boards_of(store, to_frame(shown, naming), family_average) if shown else []
     if wanted.sort is not None:
         boards = sorted_by(boards, wanted.sort)
     unwritten = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from harness.report.budget import costs, matched, sweeps, time_to_score
 from harness.report.compare import ExampleReader, with_ties
 from harness.report.data import csv_text, structured, tidy
 from harness.report.frame import Naming, to_frame
+from harness.report.garbage import uncollected
 from harness.report.histories import Traced, one_line, traced
 from harness.report.latex import latex
 from harness.report.leaderboard import Board, FamilyAverage, leaderboards
@@ -197,20 +197,6 @@ class _Drawing:
             else:
                 self.names += names
                 self.pngs[key] += [self._folder / name for name in names if name.endswith(".png")]
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Collect garbage once, at the end: a figure is many small objects, and to search them all the time would take a
-    sixth of the report."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-        gc.collect(1)
 
 
 def _remove_old(results: Path, tables: Iterable[str], kept: set[str]) -> None:

@@ -30,6 +30,17 @@ model.load_state_dict(load_file("PATH/TO/THIS/FOLDER/trained.safetensors"), stri
 ```
 
 The file holds the trained numbers under the names they have in the model above."""
+BOTTLENECK = """```python
+from pathlib import Path
+
+from methods.bottleneck import load
+
+load(model, Path("PATH/TO/THIS/FOLDER"))
+```
+
+`model` is the model above with a head of the task's size; this puts the adapters and the head into it. It needs this
+package: stock PEFT has no such adapters."""
+LOADED_BY = {"adapter_config.json": PEFT, "bottleneck.json": BOTTLENECK}  # by the file that tells what an export is
 
 
 def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str]) -> str:
@@ -69,7 +80,8 @@ def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str])
     if record.ranks:
         ranks = "\n".join(f"| {_code(layer)} | {rank} |" for layer, rank in record.ranks.items())
         sections += ["## Ranks", f"| layer | rank |\n|---|---|\n{ranks}"]
-    sections += ["## How to load it", PEFT if is_peft else TRAINED, "## Environment", _environment(record)]
+    loaded = next((text for name, text in LOADED_BY.items() if name in files), TRAINED)
+    sections += ["## How to load it", loaded, "## Environment", _environment(record)]
     return "\n\n".join(sections) + "\n"
 
 

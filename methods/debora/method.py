@@ -196,5 +196,5 @@ def _not_adaptable(backbone: Backbone, name: str) -> str | None:
             f"layer '{name}' is a convolution in {layer.groups} groups, which a CP form over all channels does not fit"
         )
     if not is_adaptable(layer):
-        return f"layer '{name}' is a {type(layer).__name__}, neither nn.Linear, Conv1D nor nn.Conv2d"
+        return f"layer '{name}' is a {type(layer).__name__}, neither linear nor nn.Conv2d"
     return None

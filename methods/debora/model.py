@@ -66,7 +66,7 @@ def _layer_type(target: nn.Module) -> type[DeboraLayer]:
         return DeboraLinear
     if isinstance(target, nn.Conv2d):
         return DeboraConv2d
-    raise ValueError(f"it is a {type(target).__name__}, neither nn.Linear, Conv1D nor nn.Conv2d")
+    raise ValueError(f"it is a {type(target).__name__}, neither linear nor nn.Conv2d")
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = DeboraConfig

@@ -253,7 +253,7 @@ def test_a_second_adapter_stands_beside_the_first():
 
 
 def test_only_linear_layers_and_convolutions_are_adapted():
-    with pytest.raises(ValueError, match=r"'0' cannot be adapted: it is a Conv1d, neither nn\.Linear nor nn\.Conv2d"):
+    with pytest.raises(ValueError, match=r"'0' cannot be adapted: it is a Conv1d, neither linear nor nn\.Conv2d"):
         get_peft_model(nn.Sequential(nn.Conv1d(3, 4, 3)), DeboraConfig(target_modules=["0"]))
 
 
