@@ -559,3 +559,14 @@ def test_every_name_that_transformers_reads_a_tokenizer_from_is_known():
     names = {name for table in tables for name in re.findall(r':\s*"([^"]+)"', table)}
     assert len(names) > 20
     assert {name for name in names if not any(fnmatch.fnmatch(name, part) for part in pretrained.PARTS)} == set()
+
+
+@pytest.mark.parametrize("family", ["DeBERTa", "Longformer"])
+def test_a_model_may_change_what_its_layers_give_in_place(family, place, tmp_path):
+    task = write_table(tmp_path / "texts.csv")
+    subject = Subject("debora[rank=2,T_max=2,n0=0]", tmp_path, task=task, batches=4)
+    subject.place = Place(model=model_of(place, family))
+    store = RecordStore(tmp_path / "results")
+    store.make_ready()
+    record = run_one(spec_of(subject), store)
+    assert record.status == "done", record.traceback

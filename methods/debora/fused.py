@@ -19,13 +19,14 @@ class FrozenLinearPlusLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, V: Tensor) -> Tensor:
-        """(..., outputs)."""
+        """(rows, outputs): not yet in the shape of x, since a model may add to what it gets in place, and autograd
+        refuses that for a view that was made in here."""
         rows = x.reshape(-1, x.shape[-1])
         projection = _thin(V, rows)
         result = rows @ W.T if b is None else torch.addmm(b, rows, W.T)
         result.addmm_(projection.T, B.T)
         ctx.save_for_backward(x, W, B, V, projection)
-        return result.view(*x.shape[:-1], -1)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -56,5 +57,5 @@ def _thin(factor: Tensor, rows: Tensor) -> Tensor:
 
 
 def fused_linear(x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, V: Tensor) -> Tensor:
-    """See `FrozenLinearPlusLowRank`."""
-    return FrozenLinearPlusLowRank.apply(x, W, b, B, V)
+    """(..., outputs). See `FrozenLinearPlusLowRank`."""
+    return FrozenLinearPlusLowRank.apply(x, W, b, B, V).view(*x.shape[:-1], -1)
