@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -130,20 +131,28 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_run(commands)
     _add_results(
-        _command(commands, "status", "how far the last sweep is: its cells, what is running, time to go", _status)
+        _command(
+            commands,
+            "status",
+            "how far the last sweep is: its cells, what is running, time to go",
+            _calls("status", "results"),
+        )
     )
-    listing = _command(commands, "list", "methods, tasks and presets; with a name, its parameters", _list)
+    listing = _command(
+        commands, "list", "methods, tasks and presets; with a name, its parameters", _calls("listing", "name")
+    )
     listing.add_argument("name", nargs="?", help="a method, a task or a preset")
-    validation = _command(commands, "validate", "check a sweep file (.toml) or a record (record.json)", _validate)
+    validation = _command(
+        commands, "validate", "check a sweep file (.toml) or a record (record.json)", _calls("validate", "file")
+    )
     validation.add_argument("file", type=_path)
     submission = _command(commands, "export-glue", "test predictions of finished runs as GLUE's submission", _glue)
     submission.add_argument("runs", nargs="+", metavar="RUN", help="run ids, one run a task, made with --predict-test")
     submission.add_argument("--to", type=_path, default=Path("glue.zip"), metavar="FILE", help="default glue.zip")
     _add_results(submission)
     _add_report(commands)
-    comparison = _command(
-        commands, "compare", "is one configuration better than another, and how sure is that?", _compare
-    )
+    text = "is one configuration better than another, and how sure is that?"
+    comparison = _command(commands, "compare", text, _calls("compare", "results", "first", "second", "tasks"))
     for place in ("first", "second"):
         comparison.add_argument(place, help="a row of the leaderboard: debora[tau=8], or a method that has one row")
     comparison.add_argument("--tasks", type=_names, help="only these tasks")
@@ -151,7 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     difference = _command(commands, "diff", "how two runs differ: spec, versions, metrics, ranks", _diff)
     difference.add_argument("runs", nargs=2, metavar="RUN_ID")
     _add_results(difference)
-    export = _command(commands, "export", "a trained adapter with its model card and record", _export)
+    text = "a trained adapter with its model card and record"
+    export = _command(commands, "export", text, _calls("export", "results", "run", "to"))
     export.add_argument("run", metavar="RUN_ID")
     export.add_argument("--to", type=_path, required=True, metavar="DIR", help="folder to make")
     _add_results(export)
@@ -269,28 +279,20 @@ def _uri(text: str) -> str:
     return text
 
 
+def _calls(name: str, *fields: str) -> Callable[[argparse.Namespace], int]:
+    """The command of harness/commands/NAME.py with these options; imported when it is called."""
+
+    def call(options: argparse.Namespace) -> int:
+        module = importlib.import_module(f"harness.commands.{name}")
+        return int(module.command(*(getattr(options, field) for field in fields)))
+
+    return call
+
+
 def _run(options: argparse.Namespace) -> int:
     from harness.commands import run
 
     return run.command(options)
-
-
-def _status(options: argparse.Namespace) -> int:
-    from harness.commands import status
-
-    return status.command(options.results)
-
-
-def _list(options: argparse.Namespace) -> int:
-    from harness.commands import listing
-
-    return listing.command(options.name)
-
-
-def _validate(options: argparse.Namespace) -> int:
-    from harness.commands import validate
-
-    return validate.command(options.file)
 
 
 def _glue(options: argparse.Namespace) -> int:
@@ -306,19 +308,7 @@ def _report(options: argparse.Namespace) -> int:
     return report.command(options.results, options.methods, options.tasks, wanted)
 
 
-def _compare(options: argparse.Namespace) -> int:
-    from harness.commands import compare
-
-    return compare.command(options.results, options.first, options.second, options.tasks)
-
-
 def _diff(options: argparse.Namespace) -> int:
     from harness.commands import diff
 
     return diff.command(options.results, *options.runs)
-
-
-def _export(options: argparse.Namespace) -> int:
-    from harness.commands import export
-
-    return export.command(options.results, options.run, options.to)

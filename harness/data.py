@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from harness.errors import InputError
 from harness.splits import make_splits
 from harness.summary import facts_of
 from harness.task import Examples, Splits, Task
@@ -41,7 +42,10 @@ class Data:
         """What a record has of a split, and what is printed before the runs: see `summary.facts_of`."""
         if split not in self._facts:
             told = type(self._task).facts is not Task.facts  # else there is no need to encode
-            of_encoded = self._task.facts(self.encoded(split)) if told else {}
+            try:
+                of_encoded = self._task.facts(self.encoded(split)) if told else {}
+            except InputError as error:  # a dry run needs no tokenizer; a run tells
+                of_encoded = {"notes": [f"how many texts are cut is not known: {error}"]}
             found = facts_of(self._task, self.splits, split)
             notes = [*found.get("notes", ()), *of_encoded.get("notes", ())]
             self._facts[split] = found | of_encoded | ({"notes": notes} if notes else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,6 +115,15 @@ def check_models(tasks: Sequence[CheckedTask], train: TrainSpec, place: Place) -
         where = f"task '{checked.name}': model '{checked.model}'"
         lines = check_rows(checked.task, backbone.module, encoded, train, where)
         said |= dict.fromkeys([*checked.task.model_notes(checked.model), *lines])
+    return list(said)
+
+
+def model_notes(tasks: Sequence[CheckedTask]) -> list[str]:
+    """What is to be said of the models, a line each, as far as their files are here: a dry run needs only shapes."""
+    said: dict[str, None] = {}
+    for checked in tasks:
+        with contextlib.suppress(InputError):
+            said |= dict.fromkeys(checked.task.model_notes(checked.model))
     return list(said)
 
 

@@ -152,12 +152,18 @@ class TestMlflow:
         (seeds[1] / "history.jsonl").write_text('{"batches": 1, "s": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
         rows = [{"batches": 1, "loss": 0.5, "big": 10**400, "odd{name}": 1.0}, {"batches": 10**30, "loss": 0.25}]
         (seeds[2] / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for folder in (seeds[1], seeds[2]):  # as if the runs had written these
+            run = store.load(folder.name)
+            (folder / "record.json").unlink()
+            files = storage.file_sums(folder)
+            (folder / "record.json").write_text(run.model_copy(update={"files": files}).to_json())
         (seeds[3] / "adapter").symlink_to(store.results / "adapter")
         (seeds[3] / "artifacts").mkdir()
         (seeds[3] / "artifacts" / "link").symlink_to(store.results / "record.json")
         outside = [record(seed=4, run_id=".."), record(seed=5, run_id="../.."), record(seed=6, run_id=".")]
         refused = record(seed=7, run_id="refused", ranks={"a" * 300: 1})
-        late = record(seed=8, run_id="late", started="yesterday", task_parameters={"text": "x" * 10_000})
+        late = record(seed=8, run_id="late", task_parameters={"text": "x" * 10_000})
+        late = late.model_copy(update={"started": "yesterday"})
         with pytest.raises(Unreachable, match=r"1 of the records could not be logged.*'refused'") as caught:
             log_records(store, [*store.records(), *outside, refused, late])
         assert "\n" not in str(caught.value)
@@ -190,7 +196,7 @@ class TestOwnDatabase:
         program = (
             "import sys, pathlib\n"
             "from harness.commands.tracking import log\n"
-            "from harness.record import RecordStore\n"
+            "from harness.record_store import RecordStore\n"
             "store = RecordStore(pathlib.Path(sys.argv[1]))\n"
             "print('ready', flush=True)\n"
             "sys.stdin.readline()\n"

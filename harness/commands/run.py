@@ -157,8 +157,6 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
         checked = preflight.check_tasks(sweep, place)
         cells = preflight.check_methods(sweep, checked, place, store.find)
         said = preflight.check_models(checked, sweep.train, place)
-    for line in [*preflight.summaries(checked), *said]:
-        console.out(line, highlight=False)  # print makes a picture of the name in "text:x: ..."
     planned = preflight.plan_checked(sweep, checked, cells, place)
     specs = [spec for spec, _ in planned]
     searches = tuning.searches_of(sweep, planned)
@@ -170,6 +168,8 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
         if there[1]:
             start()  # Ray has the last word on what there is, before anything is written
         store.make_ready()
+        for line in [*preflight.summaries(checked), *said]:
+            console.out(line, highlight=False)  # print makes a picture of the name in "text:x: ..."
 
         def carry_out(specs: list[RunSpec], finished: Mapping[str, Skim], missing: list[RunSpec]) -> None:
             """Make the records that are missing."""
@@ -211,7 +211,6 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     from harness.record_store import RecordStore
 
     checked = preflight.check_tasks(sweep, place)
-    print("\n".join(preflight.summaries(checked)))
     store = RecordStore(results)
     cells = preflight.check_methods(sweep, checked, place, store.find)
     planned = preflight.plan_checked(sweep, checked, cells, place)
@@ -219,6 +218,7 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     searches = tuning.searches_of(sweep, planned)
     trials = tuning.trials_of(searches)
     missing = [spec for spec in [*trials, *tuning.chosen(searches, specs, store)] if store.skim(spec.run_id) is None]
+    print("\n".join(preflight.summaries(checked)))
     rows, notes = [], defaultdict(list)
     for task, column in zip(checked, cells, strict=True):
         for name, method, reason, said in column:
@@ -239,7 +239,7 @@ def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     for (shown, line), tasks in notes.items():
         print(f"{shown} on {', '.join(tasks)}: {line}")
     unsupported = {spec.run_id for spec, cell in planned if cell.reason is not None}
-    for line in dict.fromkeys(line for task in checked for line in task.task.model_notes(task.model)):
+    for line in preflight.model_notes(checked):
         print(line)
     for line in estimate.lines([spec for spec in missing if spec.run_id not in unsupported], store):
         print(line)

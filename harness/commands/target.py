@@ -14,8 +14,6 @@ from harness.errors import InputError
 def check_new(to: Path, replaces: bool = False) -> None:
     """Raises InputError where `to` has no name, is there already (a link too) or cannot be made. A plain file may be
     there where the command `replaces` it."""
-    if not str(to).isprintable():
-        raise InputError(f"--to {str(to)!r} has signs that cannot be printed: give another name")
     if to.name in ("", ".."):
         raise InputError(f"--to '{to}' is no name of its own: name a file or folder to make")
     try:
