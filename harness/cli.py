@@ -8,14 +8,14 @@ import importlib
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness import stopping
 from harness.errors import InputError, one_line, plain, unknown
-from harness.parameters import Parameters, checked_path
+from harness.execute import stopping
+from harness.execute.process import quiet_environment
+from harness.parameters import Strict, checked_path
 from harness.spec import Execution, Place, TrainSpec
 from harness.storage import check_results
 
@@ -73,25 +73,6 @@ def _carry_out(arguments: Sequence[str] | None) -> int:
     if hasattr(options, "results"):
         check_results(options.results)
     return int(options.command(options))
-
-
-def quiet_environment() -> None:
-    """Threads that wait must not spin (measured: sevenfold slower on busy cores); libraries speak only of errors.
-
-    Set before torch is imported; a user's own settings win.
-    """
-    for name, value in {
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "KMP_BLOCKTIME": "0",
-        "GOMP_SPINCOUNT": "0",
-        "TOKENIZERS_PARALLELISM": "true",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DATASETS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }.items():
-        os.environ.setdefault(name, value)
-    # PEFT asks transformers for a property by its old name, once a run.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -226,7 +207,7 @@ def _add_run(commands: Any) -> None:
     place.add_argument("--retry-failed", action="store_true", help="run failed and out-of-memory cells again")
 
 
-def _add_fields(parser: Any, model: type[Parameters], leave_out: Sequence[str] = ()) -> None:
+def _add_fields(parser: Any, model: type[Strict], leave_out: Sequence[str] = ()) -> None:
     """One option per field: the name with dashes, the help from its description."""
     for name, field in model.model_fields.items():
         if name in leave_out:

@@ -22,30 +22,19 @@ from harness.backbone import Backbone as Backbone
 from harness.backbone import in_modules as in_modules
 from harness.backbone import is_adaptable as is_adaptable
 from harness.backbone import is_transposed as is_transposed
-from harness.parameters import Parameters, Range, SearchSpace
+from harness.parameters import ParameterCount, Range, SearchSpace, Strict
 from harness.storage import save_tensors
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from harness.record import RunRecord
+    from harness.record.record import RunRecord
     from harness.spec import TrainSpec
 
 Stream = Literal["all", "lower", "upper"]
 Indices = tuple[int, ...]  # one batch: positions in the training split
 FinishedRun = Callable[[str], "RunRecord"]  # by run_id; raises InputError, with the nearest match, where there is none
-
-
-class ParameterCount(Parameters):
-    """How many numbers a run trains and keeps. The head (new for the task) is never part of the adapter."""
-
-    adapter_initial: int = Field(ge=0, description="adapter numbers at the start")
-    adapter_peak: int = Field(ge=0, description="most adapter numbers at any step")
-    adapter_final: int = Field(ge=0, description="adapter numbers in effect after training: the tables' default")
-    head: int = Field(ge=0, description="numbers of the task's head, trained by every method")
-    total: int = Field(ge=0, description="all numbers of the deployed model: backbone, head and adapter")
-    stored_bytes: int = Field(ge=0, description="bytes to keep for this run beside the shared backbone")
 
 
 class TrainData(Protocol):
@@ -86,7 +75,7 @@ class Step(Protocol):
         """Begin the learning-rate schedule anew over what is left of the budget (for two-phase methods)."""
 
 
-class Method(Parameters, ABC):
+class Method(Strict, ABC):
     """A rank-adaptive or other fine-tuning method: nothing but its validated hyperparameters.
 
     The first line of a subclass's docstring is what `list` shows. Subclasses are final.

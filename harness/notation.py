@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness.errors import InputError
+from harness.errors import InputError, plain
 from harness.parameters import LONGEST_PATH, from_toml
+
+MOST_ENTRIES = 3  # of a table that a label spells out
 
 OWN_DATA = re.compile(r"\s*[\w.-]+:")  # what begins a task that is called with a path
 WRITE = 'write name[parameter=value,parameter=value], and a path with brackets in double quotes: text:"PATH"'
@@ -102,3 +105,26 @@ def _is_there(path: str) -> bool:
         return bool(path) and Path(path).expanduser().exists()
     except (OSError, ValueError, RuntimeError):  # no path that a system can have
         return False
+
+
+def label(name: str, parameters: dict[str, Any]) -> str:
+    """A method or task with some of its parameters, as the command line takes it: "debora[tau=8,rank=4]"."""
+    values = ",".join(f"{key}={value_text(value)}" for key, value in parameters.items())
+    return f"{name}[{values}]" if values else name
+
+
+def value_text(value: Any) -> str:
+    """A parameter's value as TOML writes it, as short as it can be without a change; of a large table only its size."""
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    if isinstance(value, dict) and len(value) > MOST_ENTRIES:
+        return f"{{{len(value)} entries}}"
+    return plain(value) if isinstance(value, str) else json.dumps(value, separators=(",", "="))
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3.1 min, 5.2 h, 4.0 days."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from harness.errors import InputError, plain, unknown
@@ -31,7 +31,7 @@ class Range(NamedTuple):
 SearchSpace = Mapping[str, Range | tuple[Any, ...]]
 
 
-class Parameters(BaseModel):
+class Strict(BaseModel):
     """A frozen set of named values. An unknown name or a value out of range is an error, never a guess."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -142,3 +142,14 @@ def _one_line(first: ErrorDetails, owner: str) -> str:
     reason = re.sub("^Input should be ", "it should be ", first["msg"])
     reason = reason.replace("a valid array", 'a list, such as ["query", "value"]')
     return f"{subject} = {first['input']!r} is not allowed: {reason}"
+
+
+class ParameterCount(Strict):
+    """How many numbers a run trains and keeps. The head (new for the task) is never part of the adapter."""
+
+    adapter_initial: int = Field(ge=0, description="adapter numbers at the start")
+    adapter_peak: int = Field(ge=0, description="most adapter numbers at any step")
+    adapter_final: int = Field(ge=0, description="adapter numbers in effect after training: the tables' default")
+    head: int = Field(ge=0, description="numbers of the task's head, trained by every method")
+    total: int = Field(ge=0, description="all numbers of the deployed model: backbone, head and adapter")
+    stored_bytes: int = Field(ge=0, description="bytes to keep for this run beside the shared backbone")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError, unknown
 from harness.method import Method
-from harness.spec import label
+from harness.notation import label
 from harness.task import Task
 
 if TYPE_CHECKING:

@@ -11,16 +11,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from harness.errors import plain
-from harness.parameters import Parameters
+from harness.parameters import Strict
 
 MOST = 1_000_000_000  # batches, rows, examples of a batch
-MOST_ENTRIES = 3  # of a table that a label spells out
 NOT_SETTING = {"method", "method_version", "method_parameters", "task", "task_version", "task_parameters"}
 NOT_SETTING |= {"data_fingerprint", "seed", "place", "search"}  # what may differ within one table
 
 
-class TrainSpec(Parameters):
+class TrainSpec(Strict):
     """The training settings that every method of a comparison shares.
 
     The budget's unit is one batch through forward and backward, whoever asks for it: a bilevel method's
@@ -60,7 +58,7 @@ class TrainSpec(Parameters):
         return max(1, math.ceil(self.epochs * num_examples / self.batch_size))
 
 
-class Place(Parameters):
+class Place(Strict):
     """Where and how a run is carried out. Nothing here is part of a run's identity."""
 
     data_root: str | None = Field(None, description="folder in the Hub's layout, tried before the Hub")
@@ -78,7 +76,7 @@ class Place(Parameters):
     )
 
 
-class Execution(Parameters):
+class Execution(Strict):
     """How the runs of a sweep are carried out. Nothing here changes a record, but for times and places."""
 
     executor: Literal["ray", "serial"] = Field("ray", description="Ray Tune's workers, or one run after the other")
@@ -107,22 +105,7 @@ class Execution(Parameters):
         return self
 
 
-def label(name: str, parameters: dict[str, Any]) -> str:
-    """A method or task with some of its parameters, as the command line takes it: "debora[tau=8,rank=4]"."""
-    values = ",".join(f"{key}={value_text(value)}" for key, value in parameters.items())
-    return f"{name}[{values}]" if values else name
-
-
-def value_text(value: Any) -> str:
-    """A parameter's value as TOML writes it, as short as it can be without a change; of a large table only its size."""
-    if isinstance(value, float) and float(f"{value:g}") == value:
-        return f"{value:g}"
-    if isinstance(value, dict) and len(value) > MOST_ENTRIES:
-        return f"{{{len(value)} entries}}"
-    return plain(value) if isinstance(value, str) else json.dumps(value, separators=(",", "="))
-
-
-class Search(Parameters):
+class Search(Strict):
     """What a run has to do with a search for hyperparameters. A trial is scored on the holdout and never sees the
     evaluation splits; a run of the chosen setting names the trials that it was chosen by."""
 
@@ -131,7 +114,7 @@ class Search(Parameters):
     trials: tuple[str, ...] = Field((), description="run_ids of the trials, of a chosen setting")
 
 
-class RunSpec(Parameters):
+class RunSpec(Strict):
     """One cell of a comparison: one method on one task with one seed.
 
     `method_parameters` and `task_parameters` hold every parameter, defaults filled in, so that a changed

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from harness.errors import Diverged, InputError
-from harness.parameters import Parameters
+from harness.parameters import Strict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,7 +77,7 @@ class Splits:
         return {"train": self.train, "holdout": self.holdout, **self.evaluation}
 
 
-class Task(Parameters, ABC):
+class Task(Strict, ABC):
     """A problem: data, backbone, loss and metrics. The first line of a subclass's docstring is what `list` shows.
 
     A task family ("glue") lists its `members`; each is a task of its own ("glue/cola"), and the family's name

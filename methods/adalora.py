@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from harness.errors import InputError
 from harness.method import Adaptation, Backbone, Method, Step, TrainData
 from harness.optimizer import adamw
-from methods.peft_model import ADAPTER, peft_model
+from methods.shared.peft_model import peft_model
+from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
     import torch
@@ -174,7 +175,7 @@ class AdaLoraAdaptation(Adaptation):
 
     def at_rank(self, rank: int) -> AbstractContextManager[None]:
         """See `Adaptation.at_rank`: the triplets with the largest |E|."""
-        from methods.truncation import largest, swapped
+        from methods.shared.truncation import largest, swapped
 
         return swapped({E: largest(E, rank) for E in (layer.lora_E[ADAPTER] for layer in self.layers.values())})
 
@@ -210,7 +211,7 @@ class AdaLoraAdaptation(Adaptation):
 
         Raises ValueError for a dilated convolution, or one that pads with other than zeros, as stock LoRA does neither.
         """
-        from methods.stock_lora import export_stock_lora
+        from methods.shared.stock_lora import export_stock_lora
 
         pairs = {name: _lora_pair(name, layer) for name, layer in self.layers.items()}
         export_stock_lora(path, pairs, self.model, self.head)
@@ -223,7 +224,7 @@ def _lora_pair(name: str, layer: Any) -> tuple[Tensor, Tensor]:
     """
     from torch import nn
 
-    from methods.stock_lora import unlike_stock
+    from methods.shared.stock_lora import unlike_stock
 
     E = layer.lora_E[ADAPTER].detach()
     kept = E[:, 0] != 0

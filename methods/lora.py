@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from harness.errors import InputError, unknown
-from harness.method import Adaptation, Backbone, FinishedRun, Method, ParameterCount, TrainData
+from harness.method import Adaptation, Backbone, FinishedRun, Method, TrainData
 from harness.optimizer import adamw
+from harness.parameters import ParameterCount
 from harness.storage import os_errors
-from methods.peft_model import ADAPTER, PREFIX, lora_model, shuffled, unfit
+from methods.shared.peft_model import lora_model, shuffled, unfit
+from methods.shared.peft_names import ADAPTER, PREFIX
 
 if TYPE_CHECKING:
     import torch
@@ -214,7 +216,7 @@ class LoraAdaptation(Adaptation):
         take a part out of the frozen weights)."""
         if self.taken or any(layer.use_dora[ADAPTER] for layer in self.layers.values()):
             return None
-        from methods.truncation import best_approximation, swapped
+        from methods.shared.truncation import best_approximation, swapped
 
         pairs = [(layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight) for layer in self.layers.values()]
         cut = {pair: best_approximation(*pair, rank) for pair in pairs}
@@ -249,7 +251,7 @@ class LoraAdaptation(Adaptation):
             return
         import torch
 
-        from methods.stock_lora import export_stock_lora
+        from methods.shared.stock_lora import export_stock_lora
 
         pairs = self.scaled_pairs()
         for name, (taken_B, taken_A) in self.taken.items():

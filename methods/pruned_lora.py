@@ -12,7 +12,8 @@ from harness.errors import InputError
 from harness.method import Adaptation, Backbone, Method, Step, TrainData
 from harness.optimizer import adamw
 from methods.lora import LoraAdaptation
-from methods.peft_model import ADAPTER, lora_model, unfit
+from methods.shared.peft_model import lora_model, unfit
+from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +137,7 @@ class PrunedLoraAdaptation(LoraAdaptation):
 
     def export(self, path: Path) -> None:
         """A stock LoRA adapter with the head, at these ranks."""
-        from methods.stock_lora import export_stock_lora
+        from methods.shared.stock_lora import export_stock_lora
 
         export_stock_lora(path, self.scaled_pairs(), self.model, self.head)
 

@@ -34,8 +34,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
 from harness.method import Backbone
-from methods.debora import frank_wolfe
 from methods.debora.adaptation import DeboraAdaptation
+from methods.debora.math import frank_wolfe
 from methods.debora.method import Debora
 
 BATCH, TOKENS, WIDTH, RANK = 16, 64, 384, 8

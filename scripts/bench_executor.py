@@ -24,13 +24,13 @@ from typing import Literal
 
 from rich.console import Console
 
-from harness import executors, sweeps
 from harness.commands import status
 from harness.contracts import Subject, spec_of
-from harness.progress import View
-from harness.record import RunRecord
-from harness.record_store import RecordStore
-from harness.run import run_one
+from harness.execute import session
+from harness.execute.view import View
+from harness.record.record import RunRecord
+from harness.record.store import RecordStore
+from harness.run.run import run_one
 from harness.spec import Execution, RunSpec
 
 
@@ -95,7 +95,7 @@ def seconds_a_run(folder: Path, specs: list[RunSpec], name: Literal["serial", "r
     store = RecordStore(folder)
     store.make_ready()
     clock = Clock(specs)
-    with executors.session(Execution(executor=name), 1, "cpu") as execute:
+    with session.session(Execution(executor=name), 1, "cpu") as execute:
         execute(specs, store, clock)
     workers = 1 if name == "serial" else os.cpu_count() or 1
     return (clock.times[-1] - clock.times[workers - 1]) / (len(specs) - workers)
@@ -111,7 +111,7 @@ def many_cells(folder: Path, cells: int) -> None:
     for each in specs:
         store.folder(each.run_id).mkdir(exist_ok=True)
         (store.folder(each.run_id) / "record.json").write_text(text)
-    sweeps.write(store, specs)
+    cells.write(store, specs)
     began = time.perf_counter()
     found = sum(store.read(each.run_id) is not None for each in specs)
     print(f"skip check of {found:,} cells: {time.perf_counter() - began:.1f} s")

@@ -19,9 +19,10 @@ from harness import registry
 from harness.contracts.subject import CPU
 from harness.method import Backbone
 from harness.notation import parse_choice
+from harness.run.streams import TrainingData, seed_everything
+from harness.run.training import Training
 from harness.spec import TrainSpec
 from harness.splits import make_splits
-from harness.training import Training, TrainingData, seed_everything
 
 
 def main() -> None:

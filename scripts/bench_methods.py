@@ -31,7 +31,7 @@ from bench_loop import loop_updates, make_training
 from harness import registry
 from harness.errors import InputError
 from harness.notation import parse_choice
-from harness.training import Training
+from harness.run.training import Training
 
 REFERENCE = "lora[rank=8]"
 TARGET = 1.03

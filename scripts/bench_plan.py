@@ -14,11 +14,11 @@ from pathlib import Path
 
 from bench_report import measured, told
 
-from harness.cli import quiet_environment
-from harness.plan import Fingerprints, Sweep, plan
-from harness.preflight import check_tasks
-from harness.record_store import RecordStore
-from harness.run import run_one
+from harness.execute.process import quiet_environment
+from harness.plan.plan import Fingerprints, Sweep, plan
+from harness.plan.preflight import check_tasks
+from harness.record.store import RecordStore
+from harness.run.run import run_one
 from harness.spec import Place
 
 

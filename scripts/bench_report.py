@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.cli import quiet_environment
+from harness.execute.process import quiet_environment
 
 TRACKED = 1000  # records that go into MLflow
 # Linux counts the memory of the process that starts another as the other's, but for VmHWM.
@@ -66,8 +66,8 @@ def told(seconds: float, memory: float) -> str:
 
 def track(folder: Path, steps: int) -> None:
     """Log every record and print what it took."""
-    from harness.record_store import RecordStore
-    from harness.tracking import log_records
+    from harness.record.mlflow import log_records
+    from harness.record.store import RecordStore
 
     store = RecordStore(folder)
     records = store.records()
@@ -83,8 +83,8 @@ def track(folder: Path, steps: int) -> None:
 def make(folder: Path, options: argparse.Namespace) -> None:
     """Records of one real run, changed: settings x configurations x tasks x seeds, with histories and predictions."""
     from harness.contracts import Subject, spec_of
-    from harness.record_store import RecordStore
-    from harness.run import run_one
+    from harness.record.store import RecordStore
+    from harness.run.run import run_one
 
     random = np.random.default_rng(0)
     store = RecordStore(folder)

@@ -18,8 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from harness.record import RunRecord
-from harness.record_store import RecordStore
+from harness.record.record import RunRecord
+from harness.record.store import RecordStore
 from harness.registry import label_of
 from tasks.dreambooth.pictures import read_pictures
 

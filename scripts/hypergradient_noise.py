@@ -25,10 +25,10 @@ from tabulate import tabulate
 from harness.cli import main
 from harness.method import Step, TrainData
 from methods.debora import adaptation
-from methods.debora.layer import DeboraLayer
 from methods.debora.method import Debora
+from methods.debora.tuner.layer import DeboraLayer
 from methods.debora.upper_level import UpperGradient, upper_gradient
-from methods.peft_model import ADAPTER
+from methods.shared.peft_names import ADAPTER
 
 AT = (5, 10, 20, 30, 40)  # upper-level steps
 BATCHES = 48

@@ -25,13 +25,13 @@ import torch
 from harness.contracts import Subject
 from harness.contracts.subject import spec_of, task_of
 from harness.errors import InputError
-from harness.record_store import RecordStore
-from harness.run import run_one
+from harness.plan.trial import check_rows, difference
+from harness.record.store import RecordStore
+from harness.run.run import run_one
+from harness.run.streams import seed_everything
 from harness.spec import Place, TrainSpec
 from harness.splits import make_splits
-from harness.training import seed_everything
-from harness.trial import check_rows, difference
-from tests import families
+from tests.support import families
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- begin: scripts/model_families.py -->\n", "<!-- end -->\n"

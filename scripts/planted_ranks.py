@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from harness.method import Backbone
 from harness.notation import parse_value
+from harness.run.streams import TrainingData, seed_everything
+from harness.run.training import Training
 from harness.spec import TrainSpec
 from harness.task import Batch
-from harness.training import Training, TrainingData, seed_everything
 from methods.debora.method import Debora
 
 NUM_LAYERS, WIDTH, ROWS, RANK = 6, 16, 4096, 4

@@ -58,7 +58,7 @@ class OwnImages(ImageClassification, own.TableFile):
 
     @classmethod
     def of(cls, values: dict[str, Any], owner: str) -> Self:
-        """As `Parameters.of`; what is null is looked up in the data. Raises InputError for what is wrong with them."""
+        """As `Strict.of`; what is null is looked up in the data. Raises InputError for what is wrong with them."""
         given = super().of(values, owner)
         found = own.described({**given.model_dump(mode="json"), "labels": "classes"}, lambda: given._rows([]))
         return super().of({name: value for name, value in found.items() if name != "labels"}, owner)

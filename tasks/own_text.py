@@ -56,7 +56,7 @@ class OwnText(TextClassification, own.TableFile):
 
     @classmethod
     def of(cls, values: dict[str, Any], owner: str) -> Self:
-        """As `Parameters.of`; what is null is looked up in the data. Raises InputError for what is wrong with them."""
+        """As `Strict.of`; what is null is looked up in the data. Raises InputError for what is wrong with them."""
         if isinstance(values.get("text"), str):
             values = {**values, "text": [values["text"]]}
         given = super().of(values, owner)  # wrong names and types are told before the data are read

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import Field, field_validator
 
 from harness.errors import InputError, unknown
-from harness.parameters import Parameters
+from harness.parameters import Strict
 from tasks.delimited import Quoting, delimited
 from tasks.hub import Rows, check_columns, read_parquet
 
@@ -29,7 +29,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-class TableFile(Parameters):
+class TableFile(Strict):
     """How the file of a table is read; parquet says this by itself."""
 
     encoding: str = Field("utf-8", description="of CSV, TSV and JSONL: utf-8, cp1252, latin-1, utf-16, gb18030, ...")

@@ -18,10 +18,10 @@ def command(results: Path, first: str, second: str, tasks: Sequence[str] | None)
     `first`, `second`: rows of the leaderboard, "debora[tau=8]", or a method that has one row. Raises InputError for an
     unknown one, and where no setting has both.
     """
-    from harness.report.compare import ExampleReader, compare, in_words, row_of, unused
-    from harness.report.frame import to_frame
-    from harness.report.leaderboard import leaderboards
-    from harness.report.text import CONSOLE_WIDTH
+    from harness.report.board.frame import to_frame
+    from harness.report.board.leaderboard import leaderboards
+    from harness.report.evidence.compare import ExampleReader, compare, in_words, row_of, unused
+    from harness.report.forms.text import CONSOLE_WIDTH
 
     store, found = chosen(results, None, tasks)
     with uncollected():

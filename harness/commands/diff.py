@@ -10,8 +10,8 @@ from typing import Any
 from tabulate import tabulate
 
 from harness.parameters import flattened
-from harness.record import RunRecord
-from harness.record_store import RecordStore
+from harness.record.record import RunRecord
+from harness.record.store import RecordStore
 from harness.report.redact import one_line
 
 SECTIONS = ("spec", "environment", "status", "headline", "score", "metrics", "holdout", "parameters", "ranks")  # first

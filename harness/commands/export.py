@@ -12,8 +12,8 @@ from harness import storage
 from harness.commands import target
 from harness.commands.report import chosen, naming_of
 from harness.errors import InputError
-from harness.record import RunRecord
-from harness.record_store import RecordStore
+from harness.record.record import RunRecord
+from harness.record.store import RecordStore
 from harness.report.redact import HOMES, cut, cut_config, handed_on
 
 MOST_HEADER = 100_000_000  # bytes of a safetensors header, as the format has it
@@ -26,9 +26,9 @@ def command(results: Path, run_id: str, to: Path) -> int:
     unknown run, one that kept no adapter, an adapter with something in it that is no plain file or cannot be handed on,
     or a folder that is there already or cannot be made.
     """
-    from harness.report.card import model_card
-    from harness.report.frame import to_frame
-    from harness.report.leaderboard import leaderboards
+    from harness.report.board.frame import to_frame
+    from harness.report.board.leaderboard import leaderboards
+    from harness.report.forms.card import model_card
 
     target.check_new(to)
     store, found = chosen(results, None, None)

@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from harness import registry, sweep_file
+from harness import registry
 from harness.errors import InputError, unknown
-from harness.parameters import Parameters
+from harness.parameters import Strict
+from harness.plan import sweep_file
 
 
 def command(name: str | None) -> int:
@@ -66,7 +67,7 @@ def _one_line(group: str, name: str) -> str:
     return f"{first}{members}{capabilities}"
 
 
-def _parameters(name: str, cls: type[Parameters]) -> list[str]:
+def _parameters(name: str, cls: type[Strict]) -> list[str]:
     lines = [inspect.cleandoc(cls.__doc__ or ""), f"\nparameters, as in {name}[parameter=value]:"]
     schema = cls.model_json_schema()["properties"]
     for field, information in cls.model_fields.items():

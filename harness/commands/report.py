@@ -13,8 +13,8 @@ from typing import Any
 from harness import registry
 from harness.commands.tracking import log
 from harness.errors import InputError, unknown
-from harness.record import RunRecord
-from harness.record_store import Found, RecordStore
+from harness.record.record import RunRecord
+from harness.record.store import Found, RecordStore
 from harness.report.garbage import uncollected
 
 FAILED = ("failed", "diverged", "out_of_memory")
@@ -103,11 +103,11 @@ def brief(store: RecordStore, statuses: Mapping[str, str]) -> int:
 
 def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wanted) -> None:
     """Print the boards of `shown`; the files are made of `written`. Raises Unwritten where some could not be."""
-    from harness.report import critical
+    from harness.report.board.frame import to_frame
+    from harness.report.board.leaderboard import sorted_by
     from harness.report.build import Unwritten, boards_of, build_report
-    from harness.report.frame import to_frame
-    from harness.report.leaderboard import sorted_by
-    from harness.report.text import console
+    from harness.report.forms.text import console
+    from harness.report.pictures import critical
 
     naming = naming_of(written.records)
     with uncollected():
@@ -128,7 +128,7 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
         if refused and len(board.columns) > 1:
             print(f"No diagram of mean ranks: {refused}.")
     if wanted.against is not None:
-        from harness.report.paper import against_paper
+        from harness.report.tables.paper import against_paper
 
         for board in boards:
             print(f"\n{against_paper(board)}")

@@ -11,18 +11,19 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import registry, sweep_file
+from harness import registry
 from harness.errors import InputError
-from harness.executors import machine
+from harness.execute import machine
 from harness.notation import parse_value, split_list
 from harness.parameters import checked_path
-from harness.plan import LARGEST_SEED, MOST_SEEDS, Sweep, cells_of
+from harness.plan import sweep_file
+from harness.plan.plan import LARGEST_SEED, MOST_SEEDS, Sweep, cells_of
 from harness.spec import Execution, Place, RunSpec, TrainSpec
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from harness.record_store import RecordStore, Skim
+    from harness.record.store import RecordStore, Skim
 
 DATA_ROOT = "HARNESS_DATA_ROOT"
 
@@ -147,10 +148,12 @@ def _grid(texts: list[str]) -> dict[str, list[Any]]:
 def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from harness import executors, preflight, progress, sweeps, tuning
     from harness.commands.report import MOST_SHOWN, brief, show_sweep
-    from harness.record import RETRIED
-    from harness.record_store import RecordStore
+    from harness.execute import session, view
+    from harness.plan import preflight, tuning
+    from harness.record.cells import write as write_cells
+    from harness.record.record import RETRIED
+    from harness.record.store import RecordStore
 
     console, store = Console(), RecordStore(options.results)
     with console.status("checking data, models and methods"):
@@ -162,7 +165,7 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
     searches = tuning.searches_of(sweep, planned)
     retried = RETRIED if options.retry_failed else ()
     with contextlib.ExitStack() as stack:
-        start = functools.cache(lambda: stack.enter_context(executors.session(execution, sweep.threads, place.device)))
+        start = functools.cache(lambda: stack.enter_context(session.session(execution, sweep.threads, place.device)))
         first = tuning.trials_of(searches) or specs
         there = _there(store, first, retried)
         if there[1]:
@@ -173,14 +176,14 @@ def _run(sweep: Sweep, place: Place, execution: Execution, options: argparse.Nam
 
         def carry_out(specs: list[RunSpec], finished: Mapping[str, Skim], missing: list[RunSpec]) -> None:
             """Make the records that are missing."""
-            sweeps.write(store, specs)
+            write_cells(store, specs)
             _check_kept(store, finished, place, console)
             done = len(specs) - len(missing)
             console.print(f"{len(specs)} runs: {done} finished before, {len(missing)} to do", highlight=False)
             if missing:
                 execute = start()
-                with progress.view(missing, console) as view:
-                    execute(missing, store, view)
+                with view.view(missing, console) as shown:
+                    execute(missing, store, shown)
 
         if searches:
             console.print(f"tuning: {sweep.tune} trials for each of {len(searches)} method-task pairs", highlight=False)
@@ -207,8 +210,8 @@ def _ids(specs: list[RunSpec]) -> list[str]:
 def _dry_run(sweep: Sweep, place: Place, results: Path) -> int:
     from tabulate import tabulate
 
-    from harness import estimate, preflight, tuning
-    from harness.record_store import RecordStore
+    from harness.plan import estimate, preflight, tuning
+    from harness.record.store import RecordStore
 
     checked = preflight.check_tasks(sweep, place)
     store = RecordStore(results)

@@ -7,11 +7,12 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness import running, sweeps
-from harness.record_store import RecordStore
-from harness.running import Progress, duration
+from harness.notation import duration
+from harness.record import locks
+from harness.record.cells import Cell, newest
+from harness.record.locks import Progress
+from harness.record.store import RecordStore
 from harness.storage import Unreadable
-from harness.sweeps import Cell
 
 
 @dataclass
@@ -34,10 +35,10 @@ def command(results: Path) -> int:
     from tabulate import tabulate
 
     store = RecordStore.existing(results)
-    at_work = running.everything(store.running)
+    at_work = locks.everything(store.running)
     rows: dict[tuple[str, str], Row] = defaultdict(Row)
     mine: list[tuple[Cell, Progress]] = []
-    cells, garbled = sweeps.newest(store)
+    cells, garbled = newest(store)
     for line in garbled:
         print(f"passed over: {line}", file=sys.stderr)
     for cell in cells:

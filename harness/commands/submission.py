@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from harness import registry
 from harness.commands import target
 from harness.errors import InputError
-from harness.record import RunRecord
-from harness.record_store import RecordStore
+from harness.record.record import RunRecord
+from harness.record.store import RecordStore
 from harness.storage import Damaged
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from harness.errors import InputError
-from harness.record import RunRecord
-from harness.record_store import RecordStore
+from harness.record.record import RunRecord
+from harness.record.store import RecordStore
 
 OFF = "off"
 
@@ -17,7 +17,7 @@ def log(store: RecordStore, records: Sequence[RunRecord], uri: str | None, must:
 
     Whatever goes wrong is one line on stderr, since the records are all there; with `must`, InputError.
     """
-    from harness.tracking import Unreachable, default_uri, log_records
+    from harness.record.mlflow import Unreachable, default_uri, log_records
 
     if uri == OFF:
         return

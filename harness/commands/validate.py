@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness import sweep_file
 from harness.errors import InputError
-from harness.plan import Sweep, cells_of
+from harness.plan import sweep_file
+from harness.plan.plan import Sweep, cells_of
 
 LARGEST_RECORD = 100_000_000  # bytes
 
@@ -33,7 +33,7 @@ def command(path: Path) -> int:
 def _record(path: Path) -> int:
     from pydantic import ValidationError
 
-    from harness.record import RunRecord
+    from harness.record.record import RunRecord
 
     try:
         record = RunRecord.model_validate_json(sweep_file.read_text(path, LARGEST_RECORD, "record"))

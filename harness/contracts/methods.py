@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from harness import checkpoint
 from harness.contracts.subject import Started, Subject, spec_of, start
-from harness.data import Data
 from harness.method import in_modules
-from harness.plan import Fingerprints, Sweep
-from harness.preflight import CheckedTask, preview
-from harness.record_store import RecordStore
-from harness.run import run_one
+from harness.plan.plan import Fingerprints, Sweep
+from harness.plan.preflight import CheckedTask, preview
+from harness.record.store import RecordStore
+from harness.run import checkpoint
+from harness.run.data import Data
+from harness.run.run import run_one
+from harness.run.training import Training
 from harness.splits import make_splits
-from harness.training import Training
 
 
 def unchanged_output_at_the_start(subject: Subject) -> None:

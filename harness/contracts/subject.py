@@ -11,10 +11,11 @@ import torch
 from harness import registry
 from harness.method import Adaptation, Backbone, Method
 from harness.notation import parse_choice
+from harness.run.streams import TrainingData, seed_everything
+from harness.run.training import Training
 from harness.spec import Place, RunSpec, TrainSpec
 from harness.splits import make_splits
 from harness.task import Task
-from harness.training import Training, TrainingData, seed_everything
 
 CPU = torch.device("cpu")
 

@@ -11,14 +11,15 @@ import torch
 
 from harness.contracts.subject import CPU, Subject, spec_of, task_of
 from harness.method import Adaptation, in_modules
-from harness.record import RunRecord
-from harness.record_store import RecordStore
-from harness.run import run_one
+from harness.plan.trial import difference
+from harness.record.record import RunRecord
+from harness.record.store import RecordStore
+from harness.run.run import run_one
+from harness.run.streams import seed_everything
+from harness.run.training import predict
 from harness.spec import TrainSpec
 from harness.splits import make_splits
 from harness.task import Task
-from harness.training import predict, seed_everything
-from harness.trial import difference
 
 
 def splits_are_the_same_every_time(subject: Subject) -> None:

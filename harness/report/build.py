@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from harness.errors import InputError
-from harness.record import RunRecord
-from harness.record_store import Found, RecordStore
-from harness.report.budget import costs, matched, sweeps, time_to_score
-from harness.report.compare import ExampleReader, with_ties
-from harness.report.data import csv_text, structured, tidy
-from harness.report.frame import Naming, to_frame
+from harness.record.record import RunRecord
+from harness.record.store import Found, RecordStore
+from harness.report.board.frame import Naming, to_frame
+from harness.report.board.leaderboard import Board, FamilyAverage, leaderboards
+from harness.report.evidence.compare import ExampleReader, with_ties
+from harness.report.forms.data import csv_text, structured, tidy
+from harness.report.forms.latex import latex
+from harness.report.forms.page import PICTURES, page
+from harness.report.forms.text import markdown
 from harness.report.garbage import uncollected
-from harness.report.histories import Traced, one_line, traced
-from harness.report.latex import latex
-from harness.report.leaderboard import Board, FamilyAverage, leaderboards
-from harness.report.page import PICTURES, page
-from harness.report.rank_curves import areas, rank_curves
-from harness.report.text import markdown
-from harness.report.trials import learning_rates, trials_frame
+from harness.report.pictures.histories import Traced, one_line, traced
+from harness.report.tables.budget import costs, matched, sweeps, time_to_score
+from harness.report.tables.rank_curves import areas, rank_curves
+from harness.report.tables.trials import learning_rates, trials_frame
 from harness.storage import remove
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def build_report(
     Returns the paths of the files. Raises InputError where there is no record to report on, and Unwritten, when all
     else is in place, where a file could not be written.
     """
-    from harness.report.pictures import pictures  # takes matplotlib a second to import
+    from harness.report.pictures.every import pictures  # takes matplotlib a second to import
 
     chosen, damaged = store.read_all() if found is None else found
     if all(record.spec.is_trial for record in chosen):
@@ -179,7 +179,7 @@ class _Drawing:
 
     def draw(self, key: str, drawn: Mapping[str, Callable[[], Figure | None]], ending: str) -> None:
         """Make the pictures of one setting."""
-        from harness.report.figures import save
+        from harness.report.pictures.figures import save
 
         self.pngs[key] = []
         for picture, draw in drawn.items():

@@ -13,7 +13,7 @@ import socket
 from contextlib import suppress
 from typing import Any
 
-from harness.record import RunRecord
+from harness.record.record import RunRecord
 from harness.spec import RunSpec
 
 SEGMENT = r"[^\s/\\'\"`:;,<>|]+"

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 
 from harness.errors import Diverged
 from harness.method import Adaptation, Backbone, Step, TrainData
-from methods.debora import frank_wolfe, reach
-from methods.debora.config import DeboraConfig
-from methods.debora.layer import DeboraLayer
-from methods.debora.model import DeboraModel
+from methods.debora import schedule as reach
+from methods.debora.math import frank_wolfe
 from methods.debora.optimizer import ManifoldAdamW, keep_optimizer_columns, manifold_adamw
-from methods.debora.stock_lora import lora_pair
+from methods.debora.tuner.config import DeboraConfig
+from methods.debora.tuner.layer import DeboraLayer
+from methods.debora.tuner.model import DeboraModel
+from methods.debora.tuner.stock_lora import lora_pair
 from methods.debora.upper_level import UpperGradient, upper_gradient
-from methods.peft_model import ADAPTER
-from methods.stock_lora import export_stock_lora
-from methods.truncation import largest, swapped
+from methods.shared.peft_names import ADAPTER
+from methods.shared.stock_lora import export_stock_lora
+from methods.shared.truncation import largest, swapped
 
 if TYPE_CHECKING:
     from methods.debora.method import Debora

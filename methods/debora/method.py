@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from harness.errors import InputError
 from harness.method import Adaptation, Backbone, Method, TrainData, is_adaptable
 from harness.parameters import Range
-from methods.debora import reach
+from methods.debora import schedule as reach
 
 if TYPE_CHECKING:
     import torch

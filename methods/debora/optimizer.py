@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.optimizer import can_fuse, decay_groups
-from methods.debora import manifolds
+from methods.debora.math import manifolds
 
 
 class ManifoldAdamW(torch.optim.AdamW):

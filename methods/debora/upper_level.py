@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harness.method import Indices, Step, TrainData
-from methods.debora import hypergradient, manifolds
-from methods.debora.layer import DeboraLayer
+from methods.debora.math import hypergradient, manifolds
 from methods.debora.optimizer import gradient_of
-from methods.peft_model import ADAPTER
+from methods.debora.tuner.layer import DeboraLayer
+from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
     from methods.debora.method import Debora

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import InputError
-from harness.record import RunRecord
-from harness.record_store import RecordStore
+from harness.record.record import RunRecord
+from harness.record.store import RecordStore
 
 MAIN = Path(__file__).with_name("main.toml")
 

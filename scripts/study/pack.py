@@ -17,7 +17,7 @@ from pathlib import Path
 
 from harness.commands.export import plain_files
 from harness.errors import InputError
-from harness.record import HISTORY, PREDICTIONS, RECORD, RunRecord
+from harness.record.record import HISTORY, PREDICTIONS, RECORD, RunRecord
 from harness.report.redact import handed_on
 
 STUDY = Path(__file__).parents[2] / "results" / "study"

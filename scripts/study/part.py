@@ -11,14 +11,14 @@ from safetensors.numpy import load_file
 from tabulate import tabulate
 
 from harness.commands.report import naming_of
-from harness.record import RunRecord
-from harness.record_store import RecordStore
+from harness.record.record import RunRecord
+from harness.record.store import RecordStore
+from harness.report.board.frame import METRICS, to_frame
+from harness.report.board.leaderboard import Board, Cell, Column, Row, leaderboards
 from harness.report.build import boards_of
-from harness.report.compare import Comparison, ExampleReader, compare_cells, corrected
-from harness.report.frame import METRICS, to_frame
-from harness.report.leaderboard import Board, Cell, Column, Row, leaderboards
+from harness.report.evidence.compare import Comparison, ExampleReader, compare_cells, corrected
 from harness.report.statistics import Difference, over_tasks
-from harness.report.text import human, summary_text
+from harness.report.wording import human, summary_text
 
 RESERVED = "glue/sst2, reserved"
 TITLES = {

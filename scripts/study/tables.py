@@ -10,10 +10,10 @@ from typing import NamedTuple
 from part import RESERVED, TITLES, Part, difference_text, pipes
 from ranks import Agreement, agreement, shared
 
-from harness.record import RunRecord
-from harness.report.layers import split_name
-from harness.report.paper import Reported, reported
-from harness.report.text import human
+from harness.record.record import RunRecord
+from harness.report.pictures.layers import split_name
+from harness.report.tables.paper import Reported, reported
+from harness.report.wording import human
 
 CONTROLS = {  # by kind: what it is
     "same ranks": "LoRA retrained at the ranks that dEBORA found",

@@ -19,15 +19,15 @@ import tables
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from part import RESERVED, TITLES, Part
 
-from harness.record import RunRecord
-from harness.record_store import RecordStore
-from harness.report import curves, layers, scatter
-from harness.report.data import csv_text, tidy
-from harness.report.figures import save
-from harness.report.histories import traced
-from harness.report.latex import latex
-from harness.report.leaderboard import Board
-from harness.report.text import markdown
+from harness.record.record import RunRecord
+from harness.record.store import RecordStore
+from harness.report.board.leaderboard import Board
+from harness.report.forms.data import csv_text, tidy
+from harness.report.forms.latex import latex
+from harness.report.forms.text import markdown
+from harness.report.pictures import curves, layers, scatter
+from harness.report.pictures.figures import save
+from harness.report.pictures.histories import traced
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "results" / "study"

@@ -1,0 +1,130 @@
+"""RunRecord, the truth about one run."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import Any, Literal, get_args
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from harness import storage
+from harness.parameters import ParameterCount, Strict
+from harness.record.environment import Environment
+from harness.spec import RunSpec
+from harness.storage import Damaged
+
+Status = Literal["done", "unsupported", "diverged", "out_of_memory", "failed"]
+RETRIED: tuple[Status, ...] = ("failed", "out_of_memory")  # what --retry-failed runs again
+SCHEMA, SEALED_FROM = 2, 2  # the version that is written, and the first that has checksums
+STATUSES = get_args(Status)
+RUN_ID = re.compile(r"[0-9a-f]{16}")
+RECORD, HISTORY, PREDICTIONS = "record.json", "history.jsonl", "predictions.safetensors"  # of a run's folder
+
+
+class Seconds(Strict):
+    """Wall-clock seconds of one run."""
+
+    training: float = Field(0.0, ge=0, description="updates alone: no loading, no evaluation")
+    evaluation: float = Field(0.0, ge=0, description="holdout and evaluation passes")
+    total: float = Field(0.0, ge=0, description="everything")
+
+
+class RunRecord(Strict):
+    """What one run gave. Tables, pictures and MLflow are views of these."""
+
+    schema_version: Literal[1, 2] = 2
+    run_id: str
+    spec: RunSpec
+    status: Status
+    headline: str = Field(description="name of the metric that `score` is")
+    higher_is_better: bool = Field(True, description="whether a higher score is the better one")
+    score: float | None = Field(None, description="headline metric on the first evaluation split")
+    metrics: dict[str, float] = Field({}, description="on the evaluation splits; a second split's carry its name")
+    holdout: dict[str, float] = Field({}, description="on the holdout, at the end of training")
+    rank_curve: dict[int, float] = Field(
+        {}, description="rank -> headline metric on the first evaluation split, each layer cut to at most that rank"
+    )
+    parameters: ParameterCount | None = None
+    ranks: dict[str, int] = Field({}, description="live rank per adapted layer at the end")
+    batches: int = Field(0, ge=0, description="batches put through forward and backward: the budget's unit")
+    updates: int = Field(0, ge=0, description="optimizer steps")
+    rows: dict[str, int] = Field({}, description="rows per split, as used")
+    data: dict[str, dict[str, Any]] = Field(
+        {}, description="what the task says of each split: see harness.run.summary.facts_of and Task.facts"
+    )
+    seconds: Seconds = Seconds()
+    peak_bytes: int | None = Field(None, description="peak memory of the run: resident on a CPU, allocated on a GPU")
+    environment: Environment
+    started: str = Field(description="ISO 8601, UTC")
+    notes: tuple[str, ...] = Field((), description="what a person should know of how the run went, a line each")
+    error: str | None = Field(None, description="one line")
+    traceback: str | None = None
+    files: dict[str, str] = Field(
+        {}, description="SHA-256 of each other file of the run, by its path in the run's folder"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _content(cls, values: Any) -> Any:
+        """A kept record has its checksum in it, which `parse` checks."""
+        if isinstance(values, dict):
+            return {name: value for name, value in values.items() if name != storage.CHECKSUM}
+        return values
+
+    @field_validator("started")
+    @classmethod
+    def _date(cls, started: str) -> str:
+        datetime.fromisoformat(started)
+        return started
+
+    @classmethod
+    def parse(cls, raw: bytes | str, what: str = "the record") -> RunRecord:
+        """The record that a file holds; `what` is the file's name in messages.
+
+        Raises Damaged where it does not hold together (its checksum, its fields, a run_id that is not its spec's), and
+        Unreadable for one of a newer version.
+        """
+        content = storage.unseal(raw, SCHEMA, what, SEALED_FROM)
+        try:
+            record = cls.model_validate(content)
+        except (ValidationError, RecursionError) as error:
+            raise Damaged(f"{what}: {_first_line(error)}") from None
+        check_identity(what, record.run_id, record.spec.run_id)
+        return record
+
+    def to_json(self) -> str:
+        """The record as a file holds it, with its checksum."""
+        return storage.sealed_text(self.model_dump(mode="json") | {storage.VERSION: SCHEMA})
+
+    def merit(self, score: float) -> float:
+        """A value of the headline metric, turned so that more is better."""
+        return score if self.higher_is_better else -score
+
+    def result(self) -> dict[str, Any]:
+        """The record without times and places: equal for equal runs."""
+        return self.model_dump(
+            mode="json",
+            exclude={
+                "seconds": True,
+                "peak_bytes": True,
+                "environment": True,
+                "started": True,
+                "notes": True,
+                "files": True,
+                "spec": {"place"},
+            },
+        )
+
+
+def check_identity(what: str, run_id: str, expected: str) -> None:
+    """A record belongs to the run that its folder and its spec name."""
+    if run_id != expected:
+        raise Damaged(f"{what}: run_id is {run_id}, but its folder or its spec gives {expected}")
+
+
+def _first_line(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return "it is nested too deeply"
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"

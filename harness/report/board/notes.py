@@ -1,0 +1,86 @@
+"""What a reader of a leaderboard should know beside its numbers, a line each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from harness.report.board.leaderboard import Column, Row, Run, is_present, status_text
+from harness.report.redact import cut, one_line
+
+
+def notes_on(runs: Sequence[Run], rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
+    """Failures with their reasons; seeds, data, devices and versions that differ."""
+    notes = [
+        *_failure_notes(rows),
+        *_seed_notes(rows, columns),
+        *_data_notes(rows, columns),
+        *_device_notes(runs),
+        *_version_notes(runs),
+    ]
+    return [cut(note) for note in notes]
+
+
+def _failure_notes(rows: Iterable[Row]) -> list[str]:
+    """One line for each reason why runs of a cell gave no score."""
+    notes = []
+    for row in rows:
+        for title, cell in row.cells.items():
+            seeds: dict[tuple[str, str], list[int]] = defaultdict(list)
+            for run in cell.runs:
+                if not is_present(run["score"]):
+                    reason = one_line(run["error"]) if is_present(run["error"]) else "no reason recorded"
+                    seeds[status_text(run), reason].append(run["seed"])
+            for (status, reason), which in seeds.items():
+                notes.append(f"{row.label} on {title}: {status} (seed {_listed(which)}): {reason}")
+    return notes
+
+
+def _seed_notes(rows: Iterable[Row], columns: Iterable[Column]) -> list[str]:
+    """A line for each column whose means are over different seeds, and so are not means of paired runs."""
+    notes = []
+    for column in columns:
+        labels: dict[str, list[str]] = defaultdict(list)
+        for row in rows:
+            if column.title in row.cells and row.cells[column.title].score.n:
+                labels[_listed(run["seed"] for run in row.cells[column.title].scored)].append(row.label)
+        if len(labels) > 1:
+            groups = "; ".join(f"{seeds}: {_few(names)}" for seeds, names in sorted(labels.items()))
+            notes.append(f"Scores on {column.title} are over different seeds: {groups}.")
+    return notes
+
+
+def _data_notes(rows: Sequence[Row], columns: Iterable[Column]) -> list[str]:
+    """A line for each task whose runs are on several data sets: these are never averaged together."""
+    titles: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for column in columns:
+        for row in rows:
+            if column.title in row.cells:
+                run = row.cells[column.title].runs[0]
+                titles[run["task"]][run["data_fingerprint"]].append(row.label)
+    notes = []
+    for task, prints in titles.items():
+        if len(prints) > 1:
+            groups = "; ".join(f"{data[:8]}: {_few(names)}" for data, names in sorted(prints.items()))
+            notes.append(f"Runs on {task} are on different data ({groups}); they are not averaged together.")
+    return notes
+
+
+def _version_notes(runs: Iterable[Run]) -> list[str]:
+    versions = sorted({run["versions"] for run in runs})
+    return [f"Runs were made with different versions ({'; '.join(versions)})."] if len(versions) > 1 else []
+
+
+def _device_notes(runs: Iterable[Run]) -> list[str]:
+    devices = sorted({run["device"] for run in runs})
+    if len(devices) == 1:
+        return []
+    return [f"Runs were made on different devices ({', '.join(devices)}): do not compare their seconds and memory."]
+
+
+def _listed(seeds: Iterable[int]) -> str:
+    return ", ".join(str(seed) for seed in seeds)
+
+
+def _few(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

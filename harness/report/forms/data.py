@@ -1,0 +1,146 @@
+"""Leaderboards as data, numbers unrounded: a tidy table, how a table becomes CSV, and JSON values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+
+from harness.report.board.leaderboard import Board, Column, Row, over, peak_bytes, whole, with_search
+from harness.report.redact import cut
+
+FAILURES = ("unsupported", "diverged", "out_of_memory", "failed")
+FORMULA = tuple(
+    "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20"
+)  # what a cell begins with that a spreadsheet would carry out; the last: wide forms
+
+
+def tidy(boards: Iterable[Board]) -> pd.DataFrame:
+    """One row per cell and metric (`is_headline`: the score), numbers unrounded, for the CSV file.
+
+    `ties_with_best`: a paired test does not tell the cell from the column's best. `interval_95` is the half-width of
+    the Student t interval. Runs that gave no score are counted by status; costs are means over the scored runs
+    (peak_bytes: the largest), the search for hyperparameters included; run_ids holds all of the cell's runs.
+    """
+    rows: list[dict[str, Any]] = []
+    for board in boards:
+        for row in board.rows:
+            for column in board.columns:
+                if column.title in row.cells:
+                    rows += _tidy_cell(board, row, column)
+    return pd.DataFrame(rows, dtype=object)
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """A table as the text of a CSV file. Text that a spreadsheet would take for a formula gets a "'" before it; numbers
+    are left as they are."""
+    columns = [pd.Series([_shown(value) for value in table.iloc[:, at]], dtype=object) for at in range(table.shape[1])]
+    made = pd.concat(columns, axis=1) if columns else pd.DataFrame()
+    made.columns = pd.Index([_shown(name) for name in table], dtype=object)
+    return made.to_csv(index=False, lineterminator="\n")
+
+
+def structured(boards: Iterable[Board]) -> dict[str, Any]:
+    """The leaderboards as JSON values: settings, their columns and rows, and each cell's numbers and runs."""
+    return {"settings": [_setting(board) for board in boards]}
+
+
+def _setting(board: Board) -> dict[str, Any]:
+    columns = [
+        {"title": column.title, "metric": column.headline, "higher_is_better": column.higher_is_better}
+        for column in board.columns
+    ]
+    return {
+        "key": board.key,
+        "caption": board.caption,
+        "notes": list(board.notes),
+        "columns": columns,
+        "rows": [
+            {
+                "label": row.label,
+                "settings": row.tuning,
+                "parameters": row.parameters,
+                "rank": row.rank,
+                "average": row.average,
+                "batches": row.batches,
+                "seconds": row.seconds,
+                "peak_bytes": row.peak_bytes,
+                "search_batches": row.search_batches,
+                "search_seconds": row.search_seconds,
+                "cells": {
+                    column.title: _structured_cell(board, row, column)
+                    for column in board.columns
+                    if column.title in row.cells
+                },
+            }
+            for row in board.rows
+        ],
+    }
+
+
+def _structured_cell(board: Board, row: Row, column: Column) -> dict[str, Any]:
+    cell = row.cells[column.title]
+    scores = {run["run_id"]: run["score"] for run in cell.scored}
+    return {
+        "n": cell.score.n,
+        "mean": cell.score.mean,
+        "standard_deviation": cell.score.standard_deviation,
+        "interval_95": cell.score.half_width,
+        "is_best": board.is_best(row, column),
+        "is_second": board.is_second(row, column),
+        "ties_with_best": board.is_tie(row, column),
+        "runs": [
+            {"run_id": run["run_id"], "seed": run["seed"], "status": run["status"], "score": scores.get(run["run_id"])}
+            for run in cell.runs
+        ],
+    }
+
+
+def _shown(value: Any) -> Any:
+    """A value as a CSV cell holds it."""
+    if not isinstance(value, str) or not value.startswith(FORMULA):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def _cut_json(text: str) -> str:
+    return json.dumps(cut(json.loads(text)), sort_keys=True)
+
+
+def _tidy_cell(board: Board, row: Row, column: Column) -> Iterable[dict[str, Any]]:
+    cell = row.cells[column.title]
+    first = cell.runs[0]
+    identity = {"setting": board.key, "setting_text": board.caption, "label": row.label}
+    names = ("method", "method_version", "method_parameters", "task", "task_version", "task_parameters")
+    identity |= {name: first[name] for name in (*names, "data_fingerprint", "model_fingerprint")}
+    identity |= {name: cut(first[name]) for name in ("method", "task")}
+    identity |= {name: _cut_json(first[name]) for name in ("method_parameters", "task_parameters")}
+    counts = {"runs": len(cell.runs), "done": sum(run["status"] == "done" for run in cell.runs)}
+    counts |= {status: sum(run["status"] == status for run in cell.runs) for status in FAILURES}
+    costs = {
+        name: whole(over(cell.scored, name)) for name in ("parameters_initial", "parameters_peak", "parameters_final")
+    }
+    costs |= {
+        name: whole(over(cell.scored, name))
+        for name in ("head", "stored_bytes", "rank", "search_batches", "search_seconds")
+    }
+    costs |= {name: whole(with_search(cell.scored, name)) for name in ("batches", "seconds_training")}
+    costs |= {"peak_bytes": whole(peak_bytes(cell.scored))}
+    trace = {
+        "seeds": json.dumps([run["seed"] for run in cell.runs]),
+        "run_ids": " ".join(run["run_id"] for run in cell.runs),
+    }
+    for metric, summary in {column.headline: cell.score, **cell.others}.items():
+        numbers = {"n": summary.n, "mean": summary.mean, "standard_deviation": summary.standard_deviation}
+        numbers |= {"interval_95": summary.half_width}
+        is_headline = metric == column.headline
+        named = {"column": column.title, "metric": metric, "is_headline": is_headline}
+        if is_headline:
+            named |= {"is_best": board.is_best(row, column), "ties_with_best": board.is_tie(row, column)}
+        yield identity | named | numbers | {"settings": row.tuning} | counts | costs | trace

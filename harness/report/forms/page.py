@@ -1,0 +1,155 @@
+"""The report as one self-contained HTML page: tables that sort, pictures, and links from each cell to its runs."""
+
+from __future__ import annotations
+
+import base64
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, StrictUndefined, Template
+
+from harness.report.board.leaderboard import Board, Cell, Column, Row, is_present, score_text
+from harness.report.forms.text import LEGEND
+from harness.report.redact import cut, one_line
+from harness.report.wording import cell_text, decimal, human
+
+PICTURES = {  # by name: what a picture shows
+    "score_vs_parameters": "Score against adapter parameters",
+    "learning_rate_sensitivity": "Learning-rate sensitivity",
+    "rank_curves": "Scores of trained adapters cut to several ranks",
+    "learning_curves": "Learning curves",
+    "over_time": "Ranks, gap and active set over time",
+    "rank_heat_map": "Rank per layer and module",
+    "singular_values": "Singular values of the updates",
+    "critical_difference": "Mean ranks over tasks",
+}
+TABLES = {  # by name: what a table of the page shows
+    "costs": "Costs of each row in all: its runs on every task and seed, failed ones too, and its searches",
+    "learning_rates": "Learning-rate sensitivity: scores of the searches' trials on the holdout",
+    "rank_aurac": "Area under the rank curves, comparable only on the same ranks",
+}
+
+
+def page(
+    boards: Sequence[Board],
+    damaged: Iterable[str],
+    tables: Mapping[str, Mapping[str, pd.DataFrame]],
+    pictures: Mapping[str, Sequence[Path]],
+) -> str:
+    """The page. By a board's key, `tables`: frames by their names, of which it shows some, and `pictures`: PNG files,
+    taken into the page but for links to others. Hyperlinks lead to runs/<run_id>/record.json beside it. Scripts and
+    styles are in it: it loads nothing."""
+    sections = [_section(board, tables.get(board.key, {}), pictures.get(board.key, ())) for board in boards]
+    return _template().render(sections=sections, legend=LEGEND, damaged=[one_line(cut(name)) for name in damaged])
+
+
+@functools.cache
+def _template() -> Template:
+    source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+        source
+    )
+
+
+def _section(board: Board, tables: Mapping[str, pd.DataFrame], pictures: Sequence[Path]) -> dict[str, Any]:
+    headings = [("method", ""), ("parameters", "")]
+    headings += [("rank", "")] if board.has_ranks else []
+    headings += [(column.title, column.metric.replace("_", " ")) for column in board.columns]
+    headings += [("average", "")] if len(board.columns) > 1 else []
+    headings += [("settings", ""), ("batches", ""), ("seconds", ""), ("memory", "")]
+    headings += [("search", "batches")] if board.has_search else []
+    return {
+        "key": board.key,
+        "caption": f"{board.caption} Intervals are over n = {board.n or 0} runs, or n as given.",
+        "headings": headings,
+        "rows": [_row(board, row, place) for place, row in enumerate(board.rows)],
+        "tables": [(TABLES[name], _plain(tables[name])) for name in TABLES if name in tables and len(tables[name])],
+        "cells": _details(board),
+        "notes": board.notes,
+        "pictures": [(_title(path), base64.b64encode(path.read_bytes()).decode()) for path in _files(pictures)],
+    }
+
+
+def _files(paths: Iterable[Path]) -> list[Path]:
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
+
+
+def _title(picture: Path) -> str:
+    return next((title for name, title in PICTURES.items() if picture.stem.startswith(name)), picture.stem)
+
+
+def _row(board: Board, row: Row, place: int) -> list[dict[str, Any]]:
+    """The row's cells: text, the number it sorts by, and what it is."""
+    cells: list[dict[str, Any]] = [_text(row.label.replace(",", ", ")), _number(human(row.parameters), row.parameters)]
+    if board.has_ranks:
+        cells.append(_number(decimal(row.rank), row.rank))
+    for across, column in enumerate(board.columns):
+        cells.append(_score(board, row, column, f"{board.key}-{place}-{across}"))
+    if len(board.columns) > 1:
+        cells.append(_number("-" if row.average is None else score_text(row.average), row.average))
+    cells += [
+        _text(row.tuning),
+        _number(decimal(row.batches), row.batches),
+        _number(decimal(row.seconds), row.seconds),
+        _number(human(row.peak_bytes, "B"), row.peak_bytes),
+    ]
+    return [*cells, _number(decimal(row.search_batches), row.search_batches)] if board.has_search else cells
+
+
+def _score(board: Board, row: Row, column: Column, anchor: str) -> dict[str, Any]:
+    cell = row.cells.get(column.title)
+    if cell is None:
+        return _number("-", None)
+    kind = "best" if board.is_best(row, column) else "second" if board.is_second(row, column) else ""
+    tie = " ≈" if board.is_tie(row, column) else ""
+    text = cell_text(cell, with_n=cell.score.n != board.n)
+    return _number(text + tie, cell.score.mean) | {"kind": kind, "anchor": anchor}
+
+
+def _details(board: Board) -> list[dict[str, Any]]:
+    """Where each cell's link leads: its runs."""
+    return [
+        {"anchor": f"{board.key}-{place}-{across}", "title": f"{row.label} on {column.title}", "runs": _runs(cell)}
+        for place, row in enumerate(board.rows)
+        for across, column in enumerate(board.columns)
+        if (cell := row.cells.get(column.title)) is not None
+    ]
+
+
+def _runs(cell: Cell) -> list[dict[str, Any]]:
+    scores = {run["run_id"]: score_text(run["score"]) for run in cell.scored}
+    return [
+        {"run_id": run["run_id"], "seed": run["seed"], "result": scores.get(run["run_id"], run["status"])}
+        for run in cell.runs
+    ]
+
+
+def _plain(table: pd.DataFrame) -> dict[str, Any]:
+    """A frame as a table of the page."""
+    rows = [
+        [_value(str(name), value) for name, value in zip(table, row, strict=True)]
+        for row in table.astype(object).itertuples(index=False, name=None)
+    ]
+    headings = [str(name).replace("_", " ").replace("interval 95", "± (95 %)") for name in table]
+    return {"headings": [(heading, "") for heading in headings], "rows": rows}
+
+
+def _value(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        return _text(value)
+    if not is_present(value):
+        return _number("-", None)
+    if name.endswith("_bytes"):
+        return _number(human(value, "B"), value)
+    return _number(f"{value:,.0f}" if value == int(value) else f"{value:,.4g}", value)
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"text": text, "sort": text, "kind": "text", "anchor": None}
+
+
+def _number(text: str, value: float | None) -> dict[str, Any]:
+    return {"text": text, "sort": "" if value is None else repr(float(value)), "kind": "", "anchor": None}

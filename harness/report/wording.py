@@ -1,0 +1,59 @@
+"""How numbers, scores and labels are worded, in every form of a table."""
+
+from __future__ import annotations
+
+import textwrap
+
+from harness.report.board.leaderboard import Cell, score_text
+from harness.report.statistics import Summary
+
+NOTHING = "-"
+
+
+def human(number: float | None, unit: str = "") -> str:
+    """Three digits and a decimal prefix: 1.33M, 36.9k, 512; "-" for None."""
+    if number is None:
+        return NOTHING
+    for prefix in ("", "k", "M", "G"):
+        digits = f"{number:.0f}" if prefix == "" and number == int(number) else f"{number:#.3g}".rstrip(".")
+        if abs(float(digits)) < 1000:
+            return f"{digits}{prefix}{unit}"
+        number /= 1000
+    return f"{number:.3g}T{unit}"
+
+
+def summary_text(summary: Summary, with_n: bool = True) -> str:
+    """0.823 ± 0.004 (n=2), with the half-width of the 95 % interval; "-" where there is no value."""
+    if summary.mean is None:
+        return NOTHING
+    return f"{score_text(summary.mean)} ± {spread_text(summary)}" + (f" (n={summary.n})" if with_n else "")
+
+
+def folded_label(label: str) -> str:
+    """A row's label in lines that leave room for numbers."""
+    return textwrap.fill(label.replace(",", ", "), 36, break_on_hyphens=False)
+
+
+def spread_text(summary: Summary) -> str:
+    """The half-width of the 95 % interval; n/a where there is none, from one run."""
+    return "n/a" if summary.half_width is None else score_text(summary.half_width)
+
+
+def failures_text(cell: Cell) -> str:
+    """1 of 2 diverged; empty where every run gave a score."""
+    return ", ".join(f"{count} of {len(cell.runs)} {status}" for status, count in cell.failures)
+
+
+def cell_text(cell: Cell | None, with_n: bool = True) -> str:
+    """The cell's score, its failures, or both."""
+    if cell is None:
+        return NOTHING
+    score = summary_text(cell.score, with_n) if cell.score.n else ""
+    return "; ".join(part for part in (score, failures_text(cell)) if part)
+
+
+def decimal(number: float | None) -> str:
+    """A count or a mean of counts; "-" for None."""
+    if number is None:
+        return NOTHING
+    return f"{number:.0f}" if number == int(number) or number >= 100 else f"{number:.1f}"

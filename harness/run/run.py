@@ -1,0 +1,318 @@
+"""run_one(spec) -> RunRecord: one run from data to record, whatever becomes of it."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness import registry, storage
+from harness.errors import Diverged, InputError
+from harness.method import Adaptation, Backbone, Method
+from harness.record.environment import device_of, environment
+from harness.record.locks import Progress
+from harness.record.record import PREDICTIONS, RETRIED, RunRecord, Seconds, Status
+from harness.record.store import RecordStore
+from harness.run import checkpoint
+from harness.run.data import Data, data_of
+from harness.run.memory import PeakMemory, is_out_of_memory
+from harness.run.rank_curve import rank_curve
+from harness.run.streams import TrainingData, derived_seed, seed_everything
+from harness.run.training import Training, predict
+from harness.spec import RunSpec
+from harness.storage import Unwritable
+
+Watch = Callable[[Progress], None]
+
+
+def run_one(spec: RunSpec, store: RecordStore, watch: Watch = lambda progress: None) -> RunRecord:
+    """Carry out one run and keep its record, also when it diverges, runs out of memory or fails.
+
+    An interrupt is passed on, and leaves no record; a checkpoint, if the spec asks for them, is taken up next time. So
+    is Unwritable: that the disk is full says nothing of the run.
+    """
+    with store.writing():
+        run = _Run(spec, store, watch)
+    try:
+        return run.finish(run.outcome())
+    finally:
+        storage.remove(run.files)  # moved into the run's folder by now, or of no use
+
+
+def failed_record(spec: RunSpec, error: str, trace: str) -> RunRecord:
+    """The record of a run whose process could not make it. `error`: one line."""
+    return RunRecord(
+        run_id=spec.run_id,
+        spec=spec,
+        status="failed",
+        headline=registry.task_of(spec).headline,
+        environment=environment("unknown"),
+        started=_now(),
+        error=error,
+        traceback=trace,
+    )
+
+
+def _origin(spec: RunSpec) -> dict[str, Any]:
+    """What a checkpoint belongs to: a run, and the versions that would carry it on."""
+    made = environment("cpu")
+    return {"spec": spec.model_dump(mode="json", exclude={"place"}), "harness": made.harness, "version": made.packages}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass
+class _Run:
+    """What is known of a run so far; its record is made of it."""
+
+    spec: RunSpec
+    store: RecordStore
+    watch: Watch
+    started: float = field(default_factory=time.perf_counter)
+    date: str = field(default_factory=_now)
+    training: Training | None = None
+    known: dict[str, Any] = field(default_factory=dict)  # fields of the record
+    evaluation_seconds: float = 0.0
+    earlier_seconds: float = 0.0  # of the run before it was interrupted
+    error: str | None = None
+    trace: str | None = None
+    unusable: list[Path] = field(default_factory=list)  # checkpoints that do not fit
+
+    def __post_init__(self) -> None:
+        self.device = device_of(self.spec.place)
+        self.memory = PeakMemory(self.device)
+        self.task = registry.task_of(self.spec)
+        self.files = self.store.draft(self.spec.run_id)
+
+    def outcome(self) -> Status:
+        """Run, and say how it went."""
+        torch.set_num_threads(self.spec.threads)
+        try:
+            return self._attempt()
+        except checkpoint.Unusable as error:  # what it has half restored is made anew
+            self.unusable.append(error.path)
+            return self.outcome()
+        except Diverged as error:
+            self.error = str(error)
+            return "diverged"
+        except Unwritable:
+            raise
+        except (MemoryError, RuntimeError) as error:
+            self._keep(error)
+            return "out_of_memory" if is_out_of_memory(error) else "failed"
+        except Exception as error:
+            self._keep(error)
+            return "failed"
+
+    def finish(self, status: Status) -> RunRecord:
+        """Write the record with everything that is known, and clean up."""
+        history = self.training.history if self.training else []
+        record = self.store.write(self._record(status), history, self.files)
+        if status not in RETRIED:
+            checkpoint.delete(self.store.checkpoints / self.spec.run_id)
+        self.training = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return record
+
+    def _record(self, status: Status) -> RunRecord:
+        training = self.training
+        return RunRecord(
+            run_id=self.spec.run_id,
+            spec=self.spec,
+            status=status,
+            headline=self.task.headline,
+            higher_is_better=self.task.higher_is_better,
+            batches=training.used if training else 0,
+            updates=training.index if training else 0,
+            seconds=Seconds(
+                training=training.seconds if training else 0.0,
+                evaluation=self.evaluation_seconds,
+                total=self.earlier_seconds + time.perf_counter() - self.started,
+            ),
+            peak_bytes=self.memory.bytes(),
+            environment=environment(str(self.device)),
+            started=self.date,
+            error=self.error,
+            traceback=self.trace,
+            **self.known,
+        )
+
+    def _attempt(self) -> Status:
+        spec, task, place = self.spec, self.task, self.spec.place
+        data = data_of(task, place.data_root, spec.limit, place.model)
+        if data.splits.fingerprint != spec.data_fingerprint:
+            raise InputError(f"the data of '{spec.task}' changed since the run was planned: plan again")
+        method = registry.make_method(spec.method, spec.method_parameters)
+        seed_everything(derived_seed(spec.seed, "backbone"))
+        backbone = task.backbone(place.model, trust_remote_code=place.trust_remote_code)
+        self.error = method.unsupported(backbone)
+        if self.error is not None:
+            return "unsupported"
+        backbone.module.to(self.device)
+        if not spec.is_trial:
+            with self.store.writing():
+                task.artifacts(backbone.module, place.model, self.files / "artifacts" / "before")
+        adaptation = self._start(method, backbone, data)
+        self._train(adaptation, data)
+        if not spec.is_trial:
+            self._evaluate(adaptation, data)
+            with self.store.writing():
+                task.artifacts(adaptation.model, place.model, self.files / "artifacts" / "after")
+        if place.save_adapter:
+            with self.store.writing():
+                adaptation.export(self.files / "adapter")
+        return "done"
+
+    def _start(self, method: Method, backbone: Backbone, data: Data) -> Adaptation:
+        spec, splits = self.spec, data.splits
+        encoded = data.encoded("train")
+        self.known["data"] = {split: facts for split in splits.by_name if (facts := data.facts(split))}
+        lengths = self.task.lengths(encoded) if spec.train.group_by_length else None
+        drawn = TrainingData(len(splits.train), spec.train.batch_size, spec.seed, lengths)
+        self.known["rows"] = {"train": len(splits.train), "holdout": len(splits.holdout)} | {
+            name: len(examples) for name, examples in splits.evaluation.items()
+        }
+        seed_everything(derived_seed(spec.seed, "method"))
+        rng = torch.Generator().manual_seed(derived_seed(spec.seed, "method"))
+        adaptation = method.start(backbone, spec.train, drawn, rng)
+        budget = spec.train.budget(len(splits.train))
+        self.training = Training(adaptation, self.task, encoded, drawn, spec.train, self.device, budget)
+        return adaptation
+
+    def _train(self, adaptation: Adaptation, data: Data) -> None:
+        training, place = self.training, self.spec.place
+        assert training is not None
+        folder = self.store.checkpoints / self.spec.run_id
+        seed_everything(derived_seed(self.spec.seed, "training"))
+        origin = _origin(self.spec)
+        self._take_up(training, checkpoint.load_newest(folder, origin, self.unusable))
+        self.task.set_training(adaptation.model)
+        points = max(self.spec.train.holdout_points, int(self.spec.is_trial))  # a trial is scored at its end
+        due = [math.ceil(training.budget * (i + 1) / points) for i in range(points)]
+        due = [batches for batches in due if batches > training.used]
+        next_checkpoint = training.used + place.checkpoint_every
+
+        def after_update(training: Training) -> None:
+            nonlocal next_checkpoint
+            if due and training.used >= due[0]:
+                due[:] = [batches for batches in due if batches > training.used]
+                training.fetch()
+                training.history[-1] |= self._holdout(adaptation, data)
+            if place.checkpoint_every and next_checkpoint <= training.used < training.budget:
+                next_checkpoint = training.used + place.checkpoint_every
+                total = self.earlier_seconds + time.perf_counter() - self.started
+                seconds = {"seconds_total": total, "seconds_evaluation": self.evaluation_seconds}
+                with self.store.writing():
+                    checkpoint.save(folder, training.used, training.state_dict() | seconds, origin)
+            self._tell(training)
+
+        training.run(after_update)
+        self.known |= {"ranks": adaptation.ranks(), "parameters": adaptation.parameter_count()}
+
+    def _take_up(self, training: Training, newest: checkpoint.Newest) -> None:
+        """Go on from a checkpoint, where there is one. Raises Unusable for one that does not fit."""
+        saved, damaged, path = newest
+        if damaged:
+            after = "anew" if saved is None else "from the one before"
+            names = ", ".join(path.name for path in damaged)
+            self.known["notes"] = (f"damaged checkpoint {names} passed over: the run began {after}",)
+        if saved is None:
+            return
+        assert path is not None
+        try:
+            training.load_state_dict(saved)
+            self.earlier_seconds = float(saved["seconds_total"])
+            self.evaluation_seconds = float(saved["seconds_evaluation"])
+        except InputError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise checkpoint.Unusable(path) from error
+
+    def _predictions(self, adaptation: Adaptation, encoded: Any, references: np.ndarray) -> np.ndarray:
+        return predict(adaptation, self.task, encoded, references, self.spec.train, self.device)
+
+    def _holdout(self, adaptation: Adaptation, data: Data) -> dict[str, float]:
+        """The holdout's metrics now; the last ones go into the record."""
+        started = time.perf_counter()
+        encoded = data.encoded("holdout")
+        references = self.task.gold(data.splits.holdout, encoded)
+        predictions = self._predictions(adaptation, encoded, references)
+        self.known["holdout"] = _finite(self.task.metrics(predictions, references), "the holdout")
+        self.evaluation_seconds += time.perf_counter() - started
+        return {f"holdout_{name}": value for name, value in self.known["holdout"].items()}
+
+    def _evaluate(self, adaptation: Adaptation, data: Data) -> None:
+        """The one time that the evaluation splits are read."""
+        started = time.perf_counter()
+        metrics: dict[str, float] = {}
+        arrays: dict[str, np.ndarray] = {}
+
+        gold = {name: self.task.gold(rows, data.encoded(name)) for name, rows in data.splits.evaluation.items()}
+
+        def on(name: str) -> tuple[np.ndarray, dict[str, float]]:
+            predictions = self._predictions(adaptation, data.encoded(name), gold[name])
+            return predictions, self.task.metrics(predictions, gold[name])
+
+        for name, references in gold.items():
+            predictions, found = on(name)
+            prefix = f"{name}_" if metrics else ""
+            metrics |= {f"{prefix}{key}": value for key, value in _finite(found, f"split '{name}'").items()}
+            arrays |= {f"{name}/predictions": predictions, f"{name}/references": references}
+        first, headline = next(iter(gold)), self.task.headline
+        curve = rank_curve(adaptation, self.spec.place.rank_curve, lambda: on(first)[1][headline])
+        if self.spec.place.predict_test:
+            for name, examples in self.task.test(self.spec.place.data_root).items():
+                encoded = self.task.encode(examples, self.spec.place.model)
+                if facts := self.task.facts(encoded):
+                    self.known["data"][name] = facts
+                arrays[f"{name}/predictions"] = self._predictions(adaptation, encoded, examples.labels)
+        with self.store.writing():
+            storage.save_arrays(arrays, self.files / PREDICTIONS)
+        self.known |= {"metrics": metrics, "score": metrics[headline], "rank_curve": curve}
+        self.evaluation_seconds += time.perf_counter() - started
+
+    def _tell(self, training: Training) -> None:
+        if training.index % 10 and training.used < training.budget:
+            return
+        last = training.history[-1] if training.history else {}
+        ranks = training.adaptation.ranks()
+        self.watch(
+            Progress(
+                run_id=self.spec.run_id,
+                batches=training.used,
+                budget=training.budget,
+                loss=last.get("loss"),
+                holdout=self.known.get("holdout", {}).get(self.task.headline),
+                rank=sum(ranks.values()) if ranks else None,
+                adapter_numbers=training.adaptation.adapter_numbers(),
+            )
+        )
+
+    def _keep(self, error: BaseException) -> None:
+        lines = str(error).strip().splitlines()
+        self.error = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        self.trace = traceback.format_exc()
+
+
+def _finite(metrics: dict[str, float], where: str) -> dict[str, float]:
+    """The metrics as plain numbers. Raises Diverged where one is not finite."""
+    plain = {name: float(value) for name, value in metrics.items()}
+    for name, value in plain.items():
+        if not math.isfinite(value):
+            raise Diverged(f"{name} is {value} on {where}")
+    return plain

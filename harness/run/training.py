@@ -1,0 +1,247 @@
+"""The one training loop. It knows no method and no task by name."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.errors import Diverged, InputError
+from harness.method import Adaptation, Indices
+from harness.run.streams import TrainingData, derived_seed
+from harness.spec import TrainSpec
+from harness.task import Batch, Task
+
+FETCH_EVERY = 10  # updates between fetches of the history from the device: a fetch waits for the device
+
+
+class Training:
+    """One run's training: the state of the loop, and the `Step` that a method's hooks see."""
+
+    def __init__(
+        self,
+        adaptation: Adaptation,
+        task: Task,
+        encoded: Any,
+        data: TrainingData,
+        train: TrainSpec,
+        device: torch.device,
+        budget: int,
+    ) -> None:
+        self.adaptation = adaptation
+        self.task = task
+        self.encoded = encoded
+        self.data = data
+        self.train = train
+        self.device = device
+        self.budget = budget
+        self.index = 0
+        self.used = 0
+        self.seconds = 0.0
+        self.schedule_start = 0
+        self.history: list[dict[str, Any]] = []
+        self._random: tuple[int, Tensor, Tensor | None]  # of the last backward: its number, and torch's random states
+        self._waiting: list[dict[str, Any]] = []  # history rows whose values may still be on the device
+
+    def run(self, after_update: Callable[[Training], None]) -> None:
+        """Update until the budget is used, then let the method finish. Raises Diverged at a non-finite loss.
+
+        `after_update` is called after every update, the last time when the method has finished; its time is not
+        counted as training.
+        """
+        while self.used < self.budget:
+            started = time.perf_counter()
+            self.update()
+            if len(self._waiting) >= FETCH_EVERY or self.used >= self.budget:
+                self.fetch()
+            if self.used >= self.budget:
+                self.adaptation.finish(self)
+                self._check_finite()
+            self.seconds += time.perf_counter() - started
+            after_update(self)
+
+    def update(self) -> None:
+        """One update: draw, forward, backward, clip, step, and the method's hooks around them."""
+        adaptation, optimizer = self.adaptation, self.adaptation.optimizer
+        adaptation.before_forward(self)
+        factor = self._schedule_factor()
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        loss = self.backward(self.data.draw(adaptation.stream))
+        penalty = adaptation.penalty()
+        if penalty is not None:
+            penalty.backward()
+        del penalty  # its graph must not outlive the hooks: they may cut the parameters
+        adaptation.before_step(self)
+        row: dict[str, Any] = {"update": self.index, "loss": loss, "learning_rate_factor": factor}
+        if self.train.clip_norm > 0:
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            row["gradient_norm"] = torch.nn.utils.clip_grad_norm_(trained, self.train.clip_norm)
+        optimizer.step()
+        row |= adaptation.after_step(self)
+        optimizer.zero_grad(set_to_none=True)
+        row["batches"] = self.used
+        self._waiting.append(row)
+        self.index += 1
+
+    def backward(self, batch: Indices) -> Tensor:
+        """See `harness.method.Step`."""
+        self._random = (self.used, torch.get_rng_state(), _cuda_rng_state(self.device))
+        self.spend(1)
+        total = torch.zeros((), device=self.device)
+        for loss in self._losses(batch):
+            if loss.requires_grad:  # not where a method has removed all it could train, and there is no head
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def loss(self, batch: Indices) -> Tensor:
+        """See `harness.method.Step`."""
+        self.spend(1)
+        _, cpu, cuda = self._random
+        with torch.random.fork_rng([] if cuda is None else [self.device]):
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda, self.device)
+            return torch.stack(list(self._losses(batch))).sum()
+
+    def spend(self, batches: int) -> None:
+        """See `harness.method.Step`."""
+        if self.used + batches > self.budget:
+            raise RuntimeError(f"the budget of {self.budget} batches is used up: look at step.used before asking")
+        self.used += batches
+
+    def _losses(self, batch: Indices) -> Iterator[Tensor]:
+        """The batch's mean loss in pieces, which sum up to it."""
+        generator = torch.Generator().manual_seed(derived_seed(self.data.seed, "batch", self._random[0]))
+        piece = math.ceil(len(batch) / self.train.micro_batches)
+        for first in range(0, len(batch), piece):
+            rows = batch[first : first + piece]
+            inputs = to_device(self.task.collate(self.encoded, rows, generator), self.device)
+            with autocast(self.train, self.device):
+                loss = self.task.loss(self.adaptation.model, inputs, generator) * (len(rows) / len(batch))
+            yield loss
+
+    def restart_schedule(self) -> None:
+        """See `harness.method.Step`."""
+        self.schedule_start = self.used
+
+    def _schedule_factor(self) -> float:
+        """Linear warm-up from 0, then linear decay to 0 or constant, as in transformers' schedules."""
+        budget, done = self.budget - self.schedule_start, self.used - self.schedule_start
+        warmup = math.ceil(self.train.warmup * budget)
+        if done < warmup:
+            return done / warmup
+        return 1.0 if self.train.schedule == "constant" else max(0.0, (budget - done) / max(1, budget - warmup))
+
+    def fetch(self) -> None:
+        """Move the history's waiting rows off the device. Raises Diverged where a loss is not finite."""
+        tensors = [value for row in self._waiting for value in row.values() if isinstance(value, Tensor)]
+        numbers = iter(torch.cat([t.detach().float().reshape(-1) for t in tensors]).tolist() if tensors else [])
+        for row in self._waiting:
+            self.history.append({key: _fetched(value, numbers) for key, value in row.items()})
+        rows, self._waiting = self.history[len(self.history) - len(self._waiting) :], []
+        for row in rows:
+            if not math.isfinite(row["loss"]):
+                raise Diverged(f"the loss is {row['loss']} at update {row['update']}")
+
+    def _check_finite(self) -> None:
+        """The last update has no loss after it that would tell."""
+        trained = [p for p in self.adaptation.model.parameters() if p.requires_grad and p.numel()]
+        if trained and not torch.stack([p.detach().isfinite().all() for p in trained]).all():
+            raise Diverged(f"a trained parameter is not finite after the last update, {self.index - 1}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that an exact resume needs; between two updates."""
+        self.fetch()
+        numpy_state: Any = np.random.get_state()
+        return {
+            "index": self.index,
+            "used": self.used,
+            "seconds": self.seconds,
+            "schedule_start": self.schedule_start,
+            "history": self.history,
+            "drawn": self.data.drawn,
+            "adaptation": self.adaptation.state_dict(),
+            "python": random.getstate(),
+            "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
+            "torch": torch.get_rng_state(),
+            "device": self.device.type,
+            "cuda": _cuda_rng_state(self.device),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, on a training that was built from the same spec.
+
+        Raises InputError for a checkpoint from another kind of device, where the run would go on differently.
+        """
+        if state["device"] != self.device.type:
+            raise InputError(f"the checkpoint was made on {state['device']}, this is {self.device.type}: delete it")
+        self.adaptation.load_state_dict(state["adaptation"])
+        for name in ("index", "used", "seconds", "schedule_start", "history"):
+            setattr(self, name, state[name])
+        self.data.drawn = state["drawn"]
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        np.random.set_state(tuple(state["numpy"]))
+        torch.set_rng_state(state["torch"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+
+def _plain(value: Any) -> Any:
+    """A history value as JSON holds it: a method may give NumPy's numbers."""
+    return value if isinstance(value, (bool, int, float, str)) else float(value)
+
+
+def _fetched(value: Any, numbers: Iterator[float]) -> Any:
+    """A history value as plain numbers: a tensor's are the next ones of `numbers`."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if not isinstance(value, Tensor):
+        return _plain(value)
+    return next(numbers) if value.dim() == 0 else [next(numbers) for _ in range(value.numel())]
+
+
+def _cuda_rng_state(device: torch.device) -> Tensor | None:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def autocast(train: TrainSpec, device: torch.device) -> torch.autocast:
+    """Mixed precision as the spec has it."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=train.precision == "bf16")
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    return Batch({name: value.to(device) for name, value in batch.inputs.items()}, batch.labels.to(device))
+
+
+def predict(
+    adaptation: Adaptation, task: Task, encoded: Any, references: np.ndarray, train: TrainSpec, device: torch.device
+) -> np.ndarray:
+    """Predictions for every row of a split, in evaluation mode, as a NumPy array whose first dimension is the rows."""
+    model = adaptation.model
+    model.eval()
+    lengths = task.lengths(encoded)
+    order = np.arange(len(references)) if lengths is None else np.argsort(lengths, kind="stable")
+    parts = []
+    with torch.no_grad(), autocast(train, device):
+        for rows in np.split(order, range(2 * train.batch_size, len(order), 2 * train.batch_size)):
+            parts.append(task.predict(model, to_device(task.collate(encoded, rows.tolist(), None), device)))
+    task.set_training(model)
+    predictions = _joined(parts).cpu()[torch.from_numpy(np.argsort(order))]
+    return (predictions.float() if predictions.is_floating_point() else predictions).numpy()
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The batches' rows, one after the other; shorter ones are filled up with -1."""
+    width = max(part.shape[1] if part.dim() == 2 else 0 for part in parts)
+    fill = torch.nn.functional.pad
+    return torch.cat([fill(each, (0, width - each.shape[1]), value=-1) if each.dim() == 2 else each for each in parts])

@@ -1,0 +1,175 @@
+"""One run of a tuner of PEFT: what it needs from the training loop beside gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import initialize_lora_eva_weights
+from peft.tuners.lora.eva import get_eva_state_dict
+from torch import Tensor, nn
+
+from harness.method import Adaptation, Backbone, Step, TrainData, in_modules
+from harness.optimizer import decay_groups
+from harness.storage import os_errors
+from methods.shared.peft_names import ADAPTER, PREFIX
+
+IMPORTANCE = ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B")  # AdaMSS's averages of a layer
+
+
+class PeftAdaptation(Adaptation):
+    """A PEFT model in training.
+
+    adapter: names of the adapter's parameters. Some of them may stop training on the way (AdaMSS) and stay in effect.
+    awaits_eva: the adapter's A and ranks are still to be taken from the data, by EVA.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        backbone: Backbone,
+        data: TrainData,
+        weight_decay: float,
+        awaits_eva: bool,
+    ) -> None:
+        peft_model: Any = model
+        self.peft_model = peft_model
+        self.weight_decay = weight_decay
+        self.awaits_eva = awaits_eva
+        self.data = data
+        self.model, self.head = model, backbone.head
+        self.adapter = self._trained()
+        super().__init__(model, optimizer, backbone)
+
+    def before_forward(self, step: Step) -> None:
+        """See `Adaptation.before_forward`. EVA's directions come from the data, before the first update."""
+        if self.awaits_eva:
+            self._initialize_eva(step)
+
+    def after_step(self, step: Step) -> dict[str, Any]:
+        """See `Adaptation.after_step`. AdaMSS counts as in its callback for the Trainer: updates before this one."""
+        allocate = getattr(self.peft_model.base_model, "update_and_allocate", None)
+        if allocate is None:
+            return {}
+        allocate(step.index)
+        parameters = dict(self.model.named_parameters())
+        return {
+            "training_numbers": sum(parameters[name].numel() for name in self.adapter if parameters[name].requires_grad)
+        }
+
+    def ranks(self) -> dict[str, int]:
+        """See `Adaptation.ranks`. Of LoRA's layers; other tuners have none."""
+        return {
+            name.removeprefix(PREFIX).removesuffix(".lora_A"): module[ADAPTER].weight.shape[0]
+            for name, module in self.model.named_modules()
+            if name.endswith(".lora_A") and ADAPTER in module
+        }
+
+    def adapter_numbers(self) -> int:
+        """Numbers that the tuner has trained, those that it has stopped training included."""
+        parameters = dict(self.model.named_parameters())
+        return sum(parameters[name].numel() for name in self.adapter)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Adaptation.state_dict`."""
+        parameters = dict(self.model.named_parameters())
+        return super().state_dict() | {
+            "stopped": {name: parameters[name] for name in self.adapter if not parameters[name].requires_grad},
+            "importance": {name: self._importance(part) for name, part in self._allocating()},
+            "awaits_eva": self.awaits_eva,
+            "ranks": self.ranks(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Adaptation.load_state_dict`."""
+        if self.awaits_eva and not state["awaits_eva"]:
+            before: dict[str, Any] = {name: self.model.get_submodule(PREFIX + name) for name in self.ranks()}
+            self._apply_eva(
+                {
+                    PREFIX + name: torch.zeros(state["ranks"].get(name, 0), layer.in_features)
+                    for name, layer in before.items()
+                    if not isinstance(layer.get_base_layer(), nn.Conv2d)
+                }
+            )
+        super().load_state_dict(state)
+        parameters = dict(self.model.named_parameters())
+        for name, value in state["stopped"].items():
+            parameters[name].requires_grad_(False).copy_(value)
+        for name, part in self._allocating():
+            for attribute, values in state["importance"][name].items():
+                device = next(part.parameters()).device
+                getattr(part, attribute)[ADAPTER] = [None if v is None else v.to(device) for v in values]
+
+    def export(self, path: Path) -> None:
+        """The adapter and the head as `PeftModel.from_pretrained` reads them."""
+        with os_errors():
+            self.peft_model.save_pretrained(str(path))
+
+    def _trained(self) -> tuple[str, ...]:
+        """Names of the parameters outside the head that train now."""
+        named = self.model.named_parameters()
+        return tuple(name for name, p in named if p.requires_grad and not in_modules(name, self.head))
+
+    def _allocating(self) -> Iterator[tuple[str, Any]]:
+        """AdaMSS's layers."""
+        return ((name, part) for name, part in self.model.named_modules() if hasattr(part, IMPORTANCE[0]))
+
+    @staticmethod
+    def _importance(layer: Any) -> dict[str, list[Tensor | None]]:
+        return {name: getattr(layer, name).get(ADAPTER, []) for name in IMPORTANCE}
+
+    def _initialize_eva(self, step: Step) -> None:
+        """EVA (Paischer et al., 2024, arXiv 2410.07170), PEFT's, on batches of the run, which the budget counts."""
+        masks: list[Tensor | None] = [None]  # of the batch on its way through the model
+
+        def keep_mask(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+            masks[0] = inputs.get("attention_mask")
+
+        def forward(model: nn.Module, inputs: Any) -> None:
+            if step.used + 1 >= step.budget:
+                raise RuntimeError(
+                    f"EVA's directions have not converged in {step.used} batches, which leaves none to train with: "
+                    "lower tau of eva_config, or raise the batch size or the budget"
+                )
+            step.backward(self.data.draw("all"))  # forward only, since gradients are off
+
+        def rows(layer_input: Any, model_input: Any, name: str) -> Tensor:
+            """The layer's inputs as (rows, features), padding left out."""
+            inputs: Tensor = layer_input[0]
+            mask = masks[0]
+            if mask is not None and inputs.dim() == 3 and inputs.shape[:2] == mask.shape:
+                return inputs[mask.bool()]
+            return inputs.flatten(0, -2)
+
+        modes = {module: module.training for module in self.model.modules()}
+        handle = self.model.register_forward_pre_hook(keep_mask, with_kwargs=True)
+        with contextlib.redirect_stdout(io.StringIO()):  # a line for each layer of a batch that is too small
+            found = get_eva_state_dict(
+                self.peft_model,
+                [torch.empty(0)],  # which it goes through again and again: `forward` draws the batches
+                forward_fn=forward,
+                prepare_model_inputs_fn=None,
+                prepare_layer_inputs_fn=rows,
+                show_progress_bar=False,
+            )
+        handle.remove()
+        self._apply_eva(found)
+        step.restart_schedule()
+        for module in self.model.modules():
+            module.training = modes.get(module, self.model.training)
+
+    def _apply_eva(self, directions: dict[str, Tensor]) -> None:
+        """Give the layers these A and ranks, (rank, inputs) each; the optimizer gets their new parameters."""
+        initialize_lora_eva_weights(self.peft_model, eva_state_dict=directions)
+        self.awaits_eva = False
+        self.adapter = self._trained()
+        self.optimizer.state.clear()
+        self.optimizer.param_groups.clear()
+        for group in decay_groups(self.model.parameters(), self.weight_decay):
+            self.optimizer.add_param_group(group)
+        self.parameter_count()

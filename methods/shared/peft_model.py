@@ -1,0 +1,80 @@
+"""A backbone with PEFT's LoRA at given ranks, and what PEFT's LoRA does not fit."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from harness.method import Backbone, is_transposed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def unfit(backbone: Backbone, layers: list[str], linear_only: str | None = None) -> str | None:
+    """Why PEFT's LoRA does not fit one of the layers, or None. `linear_only`: a setting that knows no convolution."""
+    from torch import nn
+
+    for name in layers:
+        layer = backbone.module.get_submodule(name)
+        if is_transposed(layer) and linear_only == "init = olora":
+            return f"layer '{name}' is of kind Conv1D, whose weight is transposed, which PEFT's OLoRA does not know of"
+        if not isinstance(layer, nn.Conv2d):
+            continue
+        if linear_only:
+            return f"{linear_only} is for linear layers, and layer '{name}' is a convolution"
+        if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
+            return f"layer '{name}' is a convolution with groups, dilation or padding that PEFT's LoRA does not follow"
+    return None
+
+
+def shuffled(ranks: dict[str, int], backbone: Backbone, rng: torch.Generator) -> dict[str, int]:
+    """The ranks permuted among the layers whose weights have the same shape."""
+    import torch
+
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for layer in ranks:
+        shape = backbone.module.get_parameter(f"{layer}.weight").shape
+        kernel = shape if len(shape) > 2 else backbone.shape(layer)
+        by_shape.setdefault(tuple(kernel), []).append(layer)
+    drawn: dict[str, int] = {}
+    for layers in by_shape.values():
+        order = torch.randperm(len(layers), generator=rng).tolist()
+        drawn |= {layer: ranks[layers[place]] for layer, place in zip(layers, order, strict=True)}
+    return {layer: drawn[layer] for layer in ranks}
+
+
+def lora_model(backbone: Backbone, ranks: dict[str, int], scale: float, dropout: float, **settings: Any) -> nn.Module:
+    """The backbone as a PEFT LoRA model with these ranks, not all of them 0; every update is multiplied by `scale`.
+
+    settings: further fields of PEFT's LoraConfig.
+    """
+    from peft import LoraConfig
+
+    live = {name: rank for name, rank in ranks.items() if rank > 0}
+    common = max(live.values())
+    # PEFT reads these keys as regular expressions for the end of a name: this form matches one layer only.
+    own = {f"^{re.escape(name)}": rank for name, rank in live.items() if rank != common}
+    config = LoraConfig(
+        r=common,
+        lora_alpha=scale * common,
+        rank_pattern=own,
+        alpha_pattern={name: scale * rank for name, rank in own.items()},
+        lora_dropout=dropout,
+        target_modules="|".join(map(re.escape, live)),
+        modules_to_save=list(backbone.head),
+        **settings,
+    )
+    return peft_model(backbone.module, config)
+
+
+def peft_model(module: nn.Module, config: Any) -> nn.Module:
+    """PEFT's `get_peft_model`, without its warning where it sees, layer by layer, which weights are transposed."""
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
+        model: nn.Module = get_peft_model(module, config)
+    return model

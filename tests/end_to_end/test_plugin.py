@@ -1,0 +1,176 @@
+"""A third-party package is found through its entry point and kept to the contracts; the README shows its code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PLUGIN = ROOT / "tests" / "plugin"
+
+TRY_IT = """
+import pathlib, sys
+from harness.contracts import METHOD_CONTRACTS, Subject
+for contract in METHOD_CONTRACTS:
+    folder = pathlib.Path(sys.argv[1]) / contract.__name__
+    folder.mkdir()
+    contract(Subject("norm_tuning", folder))
+print(len(METHOD_CONTRACTS), "kept")
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """An environment in which the plugin is installed, beside this one."""
+    site = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--target", str(site), str(PLUGIN)], check=True, capture_output=True)
+    return beside(site)
+
+
+def beside(site):
+    """This environment with the packages of `site` before its own."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def run(environment, *arguments, **options):
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, **options)
+
+
+def test_listed_and_described(environment):
+    listing = run(environment, "-m", "harness", "list").stdout
+    assert "norm_tuning  The backbone's LayerNorms alone." in listing
+    assert "bias: train the norms' biases too" in run(environment, "-m", "harness", "list", "norm_tuning").stdout
+
+
+def test_keeps_the_contracts(environment, tmp_path):
+    done = run(environment, "-c", TRY_IT, str(tmp_path))
+    assert done.stdout.strip().endswith("kept"), done.stderr
+
+
+def test_runs_beside_the_others_and_reports_what_it_does_not_support(environment, tmp_path):
+    what = ["--methods", "head,norm_tuning", "--tasks", "synthetic,digits", "--batches", "4"]
+    where = ["--executor", "serial", "--results", str(tmp_path)]
+    done = run(environment, "-m", "harness", "run", *what, *where)
+    assert done.returncode == 0, done.stderr
+    assert "norm_tuning · digits · seed 0" in done.stdout
+    assert "unsupported: the backbone has no LayerNorm" in done.stdout
+
+
+def test_a_plugin_that_does_not_import_is_named_and_harms_nothing(tmp_path):
+    package = tmp_path / "broken-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[harness.methods]\nbroken = not_there:Method\n")
+    environment = beside(tmp_path)
+    listing = run(environment, "-m", "harness", "list")
+    assert listing.returncode == 0
+    assert "method 'broken' of package broken cannot be imported" in listing.stdout
+    done = run(environment, "-m", "harness", "run", "--methods", "broken", "--tasks", "digits")
+    assert done.returncode == 2
+    assert "No module named 'not_there'" in done.stderr
+
+
+BROKEN = """
+import sys
+from typing import Any
+from harness.method import Method
+
+class Fine(Method):
+    \"\"\"Fine.\"\"\"
+    learning_rate: float = 1e-3
+    def start(self, backbone, train, data, rng): ...
+
+class BlankDocstring(Fine):
+    "  "
+
+class NumberAsDocstring(Fine): ...
+NumberAsDocstring.__doc__ = 5
+
+class Capabilities(Fine):
+    capabilities = (1, None)
+
+class Default(Fine):
+    value: Any = object()
+
+class Details(Fine):
+    @classmethod
+    def details(cls): raise RuntimeError("two\\nlines")
+
+class Unfinished(Method):
+    learning_rate: float = 1e-3
+
+number = 5
+"""
+UNUSABLE = {  # of BROKEN, and why
+    "broken:Capabilities": "TypeError: sequence item 0: expected str instance, int found",
+    "broken:Default": "PydanticSerializationError: Unable to serialize unknown type",
+    "broken:Unfinished": "Unfinished does not define start",
+    "broken:Absent": "has no attribute 'Absent'",
+    "broken:number": "which is not a subclass of harness.method.Method",
+    "exits:Method": "of package broken cannot be imported: SystemExit: go now",
+    "raises:Method": "of package broken cannot be imported: Odd: it is",
+    "!": "of package broken cannot be imported: AttributeError",
+}
+
+
+def installed(site, **names):
+    """A package `broken` in the folder that registers these methods, and the environment with it."""
+    package = site / "broken-1.0.dist-info"
+    package.mkdir(exist_ok=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    lines = [f"{name} = {value}" for name, value in names.items()]
+    (package / "entry_points.txt").write_text("\n".join(["[harness.methods]", *lines, ""]))
+    (site / "broken.py").write_text(BROKEN)
+    (site / "exits.py").write_text("import sys\nsys.exit('go\\nnow')\n")
+    (site / "raises.py").write_text("class Odd(BaseException): ...\nraise Odd('it is')\n")
+    return beside(site)
+
+
+def test_plugins_that_are_broken_in_any_way_are_named_and_end_no_list(tmp_path):
+    names = {f"plugin{n}": value for n, value in enumerate(UNUSABLE)}
+    others = {"blank": "broken:BlankDocstring", "numbered": "broken:NumberAsDocstring", "detailed": "broken:Details"}
+    environment = installed(tmp_path, **names, **others, lora="broken:Fine")
+    listing = run(environment, "-m", "harness", "list")
+    assert listing.returncode == 0, listing.stderr
+    lines = {line.split()[0]: line for line in listing.stdout.splitlines() if line.startswith("  ")}
+    for name, value in names.items():
+        assert "(unavailable: " in lines[name]
+        assert UNUSABLE[value] in lines[name]
+    assert "(no description)" in lines["blank"]
+    assert "cannot be described: AttributeError" in lines["numbered"]
+    assert "claimed twice, by broken:Fine and methods.lora:Lora" in lines["lora"]
+    assert "Full fine-tuning" in lines["full"]
+    assert "synthetic" in lines
+
+
+@pytest.mark.parametrize("value", ["exits:Method", "broken:Default", "broken:Unfinished"])
+def test_a_run_of_a_broken_plugin_is_one_line(value, tmp_path):
+    options = ["run", "--methods", "broken", "--tasks", "synthetic", "--results", str(tmp_path / "results")]
+    done = run(installed(tmp_path, broken=value), "-m", "harness", *options)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert UNUSABLE[value] in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("value", ["broken:NumberAsDocstring", "broken:Details"])
+def test_a_plugin_that_cannot_be_described_is_one_line(value, tmp_path):
+    done = run(installed(tmp_path, broken=value), "-m", "harness", "list", "broken")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "method 'broken' of package broken cannot be described: " in done.stderr
+
+
+def test_a_name_that_is_claimed_twice_is_told_and_leaves_the_others(tmp_path):
+    environment = installed(tmp_path, lora="broken:Fine")
+    done = run(environment, "-m", "harness", "run", "--methods", "lora", "--tasks", "synthetic", "--dry-run")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "the name 'lora' in harness.methods is claimed twice" in done.stderr
+    assert run(environment, "-m", "harness", "list", "head").returncode == 0
+
+
+def test_the_readme_shows_this_very_code():
+    readme = (ROOT / "README.md").read_text()
+    for name in ("norm_tuning.py", "pyproject.toml"):
+        assert (PLUGIN / name).read_text().strip() in readme, f"README.md does not show tests/plugin/{name} as it is"

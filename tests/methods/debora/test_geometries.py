@@ -1,0 +1,277 @@
+"""Every geometry and hypergradient in the real loop: feasible, resumable, recorded, and frozen in time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from harness.contracts.methods import (
+    a_run_interrupted_after_every_update_equals_the_uninterrupted_one,
+    counts_are_right,
+    loss_falls_on_a_batch_that_can_be_memorised,
+    only_the_intended_parameters_train,
+    the_same_seed_gives_the_same_record,
+)
+from harness.contracts.subject import Subject, start
+from harness.errors import Diverged
+from harness.method import Backbone
+from harness.run.streams import TrainingData
+from harness.run.training import Training
+from harness.spec import TrainSpec
+from harness.task import Batch
+from methods.debora import schedule as reach
+from methods.debora.math import manifolds
+from methods.debora.method import Debora
+from tests.methods.debora.bert import tiny_backbone
+from tests.methods.debora.runs import adaptation_of, dense, logits, logits_without_adapter, numbers, started
+
+FAST = "rank=4,T_max=2,step_size=0.5,search_fraction=0.8"
+SETTINGS = {
+    "oblique": f"{FAST},geometry=oblique,n0=1",
+    "oblique-vertex": f"{FAST},geometry=oblique,start_at=vertex,n0=4,budget_scope=global",
+    "stiefel": f"{FAST},geometry=stiefel,n0=4",
+    "backtracking": f"{FAST},n0=1,geometry=oblique,step_rule=backtracking,budget_scope=global",
+    "implicit": f"{FAST},n0=1,hypergradient=implicit,iterations=2",
+    "implicit-stiefel": f"{FAST},geometry=stiefel,hypergradient=implicit,iterations=2,n0=2",
+    "face": f"{FAST},hypergradient=direct,p=10,face_steps=2",
+}
+
+
+@pytest.mark.parametrize(
+    "contract",
+    [
+        a_run_interrupted_after_every_update_equals_the_uninterrupted_one,
+        the_same_seed_gives_the_same_record,
+        counts_are_right,
+        only_the_intended_parameters_train,
+    ],
+    ids=lambda contract: contract.__name__,
+)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_contracts(name, contract, tmp_path):
+    contract(Subject(f"debora[{SETTINGS[name]}]", tmp_path, batches=36))
+
+
+@pytest.mark.parametrize("geometry", ["oblique", "stiefel"])
+def test_the_loss_falls_on_a_manifold(geometry, tmp_path):
+    settings = f"geometry={geometry},rank=4,tau=4,learning_rate=0.01,step_size=0.2,T_max=5"
+    loss_falls_on_a_batch_that_can_be_memorised(Subject(f"debora[{settings}]", tmp_path))
+
+
+@pytest.mark.parametrize("geometry", ["oblique", "stiefel"])
+def test_factors_are_feasible_after_every_update(geometry):
+    run = started(f"geometry={geometry},rank=4,T_max=3,step_size=0.5,n0=4,learning_rate=0.03", batches=150)
+    adaptation, ranks = adaptation_of(run), set()
+    first = numbers(adaptation)
+    while run.training.used < 150:
+        run.training.update()
+        for layer in adaptation.layers.values():
+            ranks.add(layer.r["default"])
+            for factor, manifold in zip(layer.factors("default"), layer.manifolds("default"), strict=True):
+                assert manifold == geometry
+                assert manifolds.distance_to(manifold, factor.detach()) < 5e-6
+    assert len(ranks) > 1
+    moved = [
+        float((numbers(adaptation)[name][0] - U).abs().max())
+        for name, (U, _, _) in first.items()
+        if adaptation.ranks()[name] == 4
+    ]
+    assert not moved or max(moved) > 0.01
+
+
+@pytest.mark.parametrize(("geometry", "bound"), [("oblique", 4.0), ("stiefel", 2.0)])
+def test_at_the_vertex_the_update_is_the_eps_shift(geometry, bound):
+    run = started(f"geometry={geometry},rank=4,eps=0.01,start_at=vertex")
+    for parts in numbers(adaptation_of(run)).values():
+        assert 0 < dense(parts).norm() <= 0.01 * bound * (1 + 1e-5)
+    assert (logits(run) - logits_without_adapter(run)).abs().max() < 0.1
+
+
+def test_oblique_starts_in_the_interior_without_a_change():
+    run = started("geometry=oblique,rank=4,budget_scope=global")
+    assert all(float(s.min()) > 0.3 for _, s, _ in numbers(adaptation_of(run)).values())
+    torch.testing.assert_close(logits(run), logits_without_adapter(run), rtol=0, atol=1e-6)
+
+
+def test_on_a_manifold_every_closed_form_is_the_direct_term():
+    found = {}
+    for kind in ("closed_form", "direct"):
+        run = started(f"geometry=oblique,rank=4,hypergradient={kind},T_max=100", 4)
+        found[kind] = adaptation_of(run)._hypergradient(run.training).value
+    assert torch.equal(found["closed_form"], found["direct"])
+
+
+def test_backtracking_keeps_what_it_promised_and_counts_its_trials():
+    run = started(
+        "geometry=oblique,rank=4,step_rule=backtracking,T_max=4,trials=6,budget_scope=global,search_fraction=1",
+        batches=100,
+    )
+    adaptation, seen = adaptation_of(run), []
+    take = adaptation._take
+
+    def watched(step, direction, upper):
+        before = step.used
+        taken, history = take(step, direction, upper)
+        assert step.used - before == history["trials"]
+        adaptation._write_s(adaptation.weights)
+        step.budget += 2  # for the test
+        start = step.loss(upper.batch).detach()
+        torch.testing.assert_close(start, upper.loss)  # the same random numbers, the same loss
+        adaptation._write_s(taken.weights)
+        end = step.loss(upper.batch).detach()
+        step.used, step.budget = step.used - 2, step.budget - 2
+        promised = 0.25 * (taken.step_size * direction.slope).sum()
+        assert end <= start - promised
+        seen.append(float(promised))
+        return taken, history
+
+    adaptation._take = watched
+    adaptation.model.train()  # with dropout
+    run.training.run(lambda training: None)
+    assert run.training.used == 100
+    assert sum(promised > 0 for promised in seen) > 3
+    assert {row["trials"] for row in run.training.history if "trials" in row} <= set(range(7))
+
+
+@pytest.mark.parametrize("name", ["oblique", "stiefel", "backtracking", "implicit", "implicit-stiefel"])
+def test_a_hypergradient_that_is_not_finite_is_a_divergence(name):
+    run = started(SETTINGS[name], 3, batches=60)
+    nn.init.constant_(next(iter(adaptation_of(run).layers.values())).factors("default")[0], torch.nan)
+    with pytest.raises(Diverged, match="hypergradient is not finite at update 3"):
+        run.training.update()
+
+
+@pytest.mark.parametrize("name", ["oblique", "stiefel", "implicit-stiefel"])
+def test_training_goes_on_where_every_component_is_gone(name, tmp_path):
+    run = started(SETTINGS[name], 3, batches=30)
+    adaptation = adaptation_of(run)
+    adaptation._truncate([True] * 48)
+    run.training.run(lambda training: None)
+    assert set(adaptation.ranks().values()) == {0}
+    assert adaptation.parameter_count().adapter_final == 0
+    adaptation.export(tmp_path)
+
+
+def test_without_a_head_and_with_every_component_gone_a_run_still_ends():
+    module = nn.Sequential(nn.Linear(4, 4))
+    data = TrainingData(8, 4, 0)
+    adaptation = Debora(rank=2, T_max=1).start(Backbone(module, (), ("0",)), None, data, None)
+
+    class Task:
+        def collate(self, encoded, rows, generator):
+            return Batch({"input": torch.ones(len(rows), 4)}, torch.zeros(len(rows)))
+
+        def loss(self, model, batch, generator):
+            return model(**batch.inputs).square().mean()
+
+    training = Training(adaptation, Task(), None, data, TrainSpec(batches=12), torch.device("cpu"), 12)
+    training.update()
+    adaptation._truncate([True] * len(adaptation.live))
+    training.run(lambda training: None)
+    assert adaptation.stream == "all"
+    assert training.used == 12
+
+
+def test_the_face_is_frozen_once_it_is_identified():
+    run = started("rank=4,T_max=2,p=1e9,face_steps=3,n0=100", batches=60)
+    run.training.run(lambda training: None)
+    rows = [row for row in run.training.history if "gap" in row]
+    assert len(rows) == 3  # every gap is small: nothing moves, and three steps are enough
+    assert run.training.data.drawn == {"all": 60 - 9, "lower": 6, "upper": 3}
+    run = started("rank=4,T_max=2,p=0,face_steps=3,n0=100", batches=60)
+    run.training.run(lambda training: None)
+    assert sum("gap" in row for row in run.training.history) == 10
+
+
+def test_the_end_of_the_search_removes_what_never_got_weight():
+    run = started("rank=4,T_max=2,geometry=stiefel,budget_scope=global,step_size=0.3", batches=24)
+    adaptation = adaptation_of(run)
+    while adaptation.stream == "lower":
+        assert sum(adaptation.ranks().values()) == 48
+        run.training.update()
+    assert 0 < sum(adaptation.ranks().values()) <= 4
+    assert all((s > 1e-3).all() for _, s, _ in numbers(adaptation).values())
+    run.training.fetch()
+    last = run.training.history[-1]
+    assert last["rank"] == sum(adaptation.ranks().values()) == sum(last["ranks"]) == len(last["s"])
+    assert last["jump"] > 0
+
+
+def test_the_history_has_ranks_and_s_of_every_layer():
+    run = started("rank=4,T_max=2,n0=0,step_size=0.5", batches=40)
+    run.training.run(lambda training: None)
+    rows = [row for row in run.training.history if "gap" in row]
+    assert rows
+    for row in rows:
+        assert len(row["ranks"]) == 12
+        assert sum(row["ranks"]) == row["rank"] == len(row["s"])
+        assert sum(s > 1e-3 for s in row["s"]) <= row["rank"]
+    s = torch.cat([s for _, s, _ in numbers(adaptation_of(run)).values()])
+    assert rows[-1]["s"] == pytest.approx(s.tolist())
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_a_convolutions_closed_form_has_the_coefficient_that_was_asked_for(paper):
+    """d = 4: G = -d_s f1 / 3 exactly, and with the paper's coefficient 1 it is d_s f1 - 4 d_s f1."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 6, 3))
+    method = Debora(rank=2, hypergradient="closed_form", paper_coefficient=paper)
+    adaptation = method.start(Backbone(module, (), ("0",)), None, TrainingData(8, 4, 0), None)
+    layer = adaptation.layers["0"]
+    for factor in layer.factors("default"):
+        nn.init.normal_(factor)
+
+    class Step:
+        def backward(self, batch):
+            loss = adaptation.model(torch.ones(2, 3, 5, 5)).square().mean()
+            loss.backward()
+            direct.append(layer.debora_s["default"].grad.clone())
+            return loss.detach()
+
+    direct: list[torch.Tensor] = []
+    found = adaptation._hypergradient(Step()).value
+    torch.testing.assert_close(found, direct[0] * (-3 if paper else -1 / 3), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"T_max": 3}, {"T_max": 7, "search_fraction": 1.0}, {"T_max": 4, "search_fraction": 0.3}, {"T_max": 40}, {}],
+    ids=str,
+)
+@pytest.mark.parametrize("batches", [7, 24, 50, 400])
+def test_the_dry_runs_number_of_upper_steps_is_the_runs(settings, batches):
+    method = Debora(rank=2, hypergradient="closed_form", **settings)
+    text = ",".join(f"{name}={value}" for name, value in settings.items())
+    run = start(Subject(f"debora[rank=2,hypergradient=closed_form,{text}]", Path(), batches=batches))
+    run.training.run(lambda training: None)
+    assert reach.upper_steps(method, batches) == run.training.data.drawn["upper"]
+
+
+@pytest.mark.parametrize(("batches", "each"), [(80, 1), (600, 3), (1500, 9), (36000, 239)])
+def test_the_search_has_45_upper_steps_unless_told_otherwise(batches, each):
+    assert Debora().lower_updates(batches) == each
+    assert Debora(T_max=5).lower_updates(batches) == 5
+    assert reach.upper_steps(Debora(), batches) == (12 if batches == 80 else 45)
+
+
+def test_a_manifold_has_defaults_of_its_own():
+    assert (Debora().tau, Debora().learning_rate) == (16.0, 1e-3)
+    assert (Debora(geometry="oblique").tau, Debora(geometry="stiefel").learning_rate) == (8.0, 3e-3)
+    assert (Debora(geometry="oblique", tau=4).tau, Debora.of({"geometry": "oblique"}, "debora").tau) == (4.0, 8.0)
+    targets = Debora.of({"geometry": "oblique", "target_modules": ["query"]}, "debora").target_modules
+    assert targets == ("query",)
+
+
+def test_a_dry_run_says_what_is_reachable():
+    backbone = tiny_backbone("meta")
+    train = TrainSpec(batches=220)
+    interior = Debora(rank=4, budget_scope="global", T_max=10, search_fraction=0.5).notes(backbone, train, 100)
+    assert interior[0] == "at most 10 upper-level steps in 110 of 220 batches"
+    assert interior[1] == "at least 38 of the 48 components of the one simplex of 12 layers stay"
+    vertex = Debora(rank=4, geometry="stiefel").notes(backbone, train, 100)
+    assert vertex[1] == "at most 4 of the 4 components of each of 12 simplices can get weight"
+    late = Debora(rank=4, n0=40).notes(backbone, train, 100)
+    assert late[2] == "n0 = 40: nothing is removed before the search ends"

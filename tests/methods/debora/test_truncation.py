@@ -1,0 +1,183 @@
+"""Components that are removed for good, resuming after that, and the adapter that is left."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from harness.contracts.methods import a_run_interrupted_after_every_update_equals_the_uninterrupted_one
+from harness.contracts.subject import Started, Subject
+from tests.methods.debora.runs import FAST, adaptation_of, dense, logits, logits_without_adapter, numbers, started
+
+
+def test_truncation_takes_the_eps_term_and_nothing_else(monkeypatch):
+    """Values, moments and the function of what is left are bit-equal; the recorded jump is the eps u v^T that went."""
+    run = started(FAST + ",eps=0.25", batches=30)
+    adaptation = adaptation_of(run)
+    truncate, jumps = adaptation._truncate, []
+
+    def moments(parameter):
+        state = adaptation.optimizer.state[parameter]
+        return state["exp_avg"].clone(), state["exp_avg_sq"].clone(), state["step"].clone()
+
+    def watched(emptied):
+        layers = adaptation.layers
+        before, flags = numbers(adaptation), iter(emptied)
+        held = {n: [moments(p["default"]) for p in (m.debora_U, m.debora_V)] for n, m in layers.items()}
+        objects = {n: (m.debora_U["default"], m.debora_V["default"]) for n, m in layers.items()}
+        function = logits(run)
+        jump = truncate(emptied)
+        assert not torch.equal(logits(run), function)
+        square = 0.0
+        for name, parts in numbers(adaptation).items():
+            gone = [next(flags) for _ in before[name][1]]
+            left = [i for i, flag in enumerate(gone) if not flag]
+            assert (before[name][1][gone] == 0.25).all()
+            for old, new in zip(before[name], parts, strict=True):
+                assert torch.equal(old[..., left], new)
+            U, _, V = before[name]
+            difference = sum(
+                (0.25 * torch.outer(U[:, i], V[:, i]) for i, flag in enumerate(gone) if flag), 0 * dense(parts)
+            )
+            torch.testing.assert_close(dense(before[name]) - dense(parts), difference, rtol=0, atol=1e-6)
+            square += float((difference**2).sum())
+            for parameter, old_moments in zip(objects[name], held[name], strict=True):
+                average, squares, count = moments(parameter)
+                assert average.shape == squares.shape == parameter.shape
+                assert torch.equal(average, old_moments[0][:, left])
+                assert torch.equal(squares, old_moments[1][:, left])
+                assert torch.equal(count, old_moments[2])
+            now = layers[name]
+            assert (now.debora_U["default"], now.debora_V["default"]) == objects[name]
+        torch.testing.assert_close(float(jump), square**0.5, rtol=1e-4, atol=1e-7)
+        jumps.append(float(jump))
+        return jump
+
+    monkeypatch.setattr(adaptation, "_truncate", watched)
+    run.training.run(lambda training: None)
+    assert len(jumps) > 1
+    assert [row["jump"] for row in run.training.history if row.get("jump")] == pytest.approx(jumps)
+    held = {id(p) for group in adaptation.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in adaptation.model.parameters() if p.requires_grad}
+
+
+def test_truncation_waits_for_n0():
+    ranks = []
+    run = started("rank=4,T_max=1,n0=3,step_size=0.5,search_fraction=1", batches=24)
+    while run.training.used < 24:
+        run.training.update()
+        ranks.append(sum(run.adaptation.ranks().values()))
+    assert ranks[:3] == [48] * 3
+    assert ranks[3] < 48
+
+
+def test_what_is_truncated_is_gone_from_counts_and_ranks():
+    run = started(FAST, batches=40)
+    run.training.run(lambda training: None)
+    ranks, count = run.adaptation.ranks(), run.adaptation.parameter_count()
+    assert len(set(ranks.values())) > 1
+    shapes = {name: run.before.shape(name) for name in ranks}
+    assert count.adapter_final == sum(rank * (sum(shapes[name]) + 1) for name, rank in ranks.items())
+    assert count.adapter_initial == count.adapter_peak == sum(4 * (sum(shape) + 1) for shape in shapes.values())
+    backbone = sum(p.numel() for p in run.before.module.parameters())
+    assert count.total == backbone + count.adapter_final
+    rows = [row for row in run.training.history if "gap" in row]
+    assert rows[-1]["rank"] == sum(ranks.values()) == rows[-1]["active_components"]
+    assert sum(row["drop"] for row in rows) > 0
+    assert all(row["gap"] >= 0 for row in rows)
+
+
+@pytest.mark.parametrize("settings", ["step_rule=diminishing", "budget_scope=global"])
+def test_resuming_amid_truncations_is_exact(tmp_path, settings):
+    subject = Subject(f"debora[{FAST},search_fraction=0.8,{settings}]", tmp_path, batches=24)
+    a_run_interrupted_after_every_update_equals_the_uninterrupted_one(subject)
+
+
+def test_one_global_simplex_loses_at_most_one_component_a_step():
+    run = started(FAST + ",budget_scope=global,search_fraction=1", batches=30)
+    run.training.run(lambda training: None)
+    totals = [48] + [row["rank"] for row in run.training.history if "rank" in row]
+    steps = [row for row in run.training.history if "rank" in row]
+    for before, after, row in zip(totals, totals[1:], steps, strict=False):
+        assert before - after in (0, row["drop"])
+    assert totals[-1] < 48
+
+
+def test_with_every_component_gone_the_head_still_trains(tmp_path):
+    run = started("rank=4,T_max=2", 5, batches=20)
+    adaptation = adaptation_of(run)
+    whole = torch.stack([dense(parts).norm() for parts in numbers(adaptation).values()]).norm()
+    torch.testing.assert_close(adaptation._truncate([True] * 48), whole, rtol=1e-4, atol=0)
+    assert set(adaptation.ranks().values()) == {0}
+    torch.testing.assert_close(logits(run), logits_without_adapter(run))
+    head = {n: p.detach().clone() for n, p in adaptation.model.named_parameters() if ".modules_to_save." in n}
+    run.training.update()
+    assert adaptation.stream == "all"
+    run.training.run(lambda training: None)
+    assert all(not torch.equal(dict(adaptation.model.named_parameters())[n], p) for n, p in head.items())
+    assert adaptation.parameter_count().adapter_final == 0
+    adaptation.export(tmp_path)
+    expected = logits(run)
+    adaptation.model = PeftModel.from_pretrained(run.before.module, tmp_path).eval()
+    torch.testing.assert_close(logits(run), expected)
+
+
+LOAD = """
+import json, sys
+from importlib.abc import MetaPathFinder
+
+class Refuse(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("harness", "methods", "tasks"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Refuse())
+import torch
+torch.set_num_threads(1)
+from peft import PeftModel
+from transformers import BertForSequenceClassification
+
+base = BertForSequenceClassification.from_pretrained(sys.argv[1])
+model = PeftModel.from_pretrained(base, sys.argv[2]).eval()
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor(json.loads(sys.argv[3]))).logits
+assert not {"harness", "methods", "tasks"} & set(sys.modules)
+print(json.dumps(logits.flatten().tolist()))
+"""
+
+
+def exported_logits(run: Started, adapter: Path) -> list[float]:
+    """What plain PEFT computes with an exported adapter, in a process that cannot import this project."""
+    base = adapter / "base"
+    run.before.module.save_pretrained(base)
+    batch = run.task.collate(run.training.encoded, range(8), None)
+    tokens = json.dumps(batch.inputs["input_ids"].tolist())
+    command = [sys.executable, "-I", "-c", LOAD, str(base), str(adapter), tokens]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_export_is_a_stock_lora_adapter(tmp_path):
+    run = started(FAST + ",learning_rate=0.02", batches=40)
+    run.training.run(lambda training: None)
+    adaptation = adaptation_of(run)
+    first = next(iter(adaptation.layers))
+    flags = [name == first for name, rank in adaptation.ranks().items() for _ in range(rank)]
+    adaptation._truncate(flags)  # one layer at rank 0
+    ranks = adaptation.ranks()
+    assert len(set(ranks.values())) > 2
+    adaptation.export(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert len(config["rank_pattern"]) == len(ranks) - 1
+    expected = logits(run)
+    assert exported_logits(run, tmp_path) == pytest.approx(expected.flatten().tolist(), abs=1e-5)
+    # The adapter's own part is large enough for the comparison to mean something.
+    assert (expected - logits_without_adapter(run)).abs().max() > 1e-2

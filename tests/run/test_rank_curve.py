@@ -1,0 +1,183 @@
+"""One trained adapter at several ranks: the cuts against slow references, and a run that they do not disturb."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harness.cli import main
+from harness.contracts import Subject, spec_of, start
+from harness.record.record import RunRecord
+from harness.record.store import RecordStore
+from harness.run.rank_curve import rank_curve
+from harness.run.run import run_one
+from methods.debora.tuner.config import DeboraConfig
+from methods.debora.tuner.convolution import DeboraConv2d
+from methods.shared.truncation import best_approximation, largest, swapped
+
+ADAPTER = "default"
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def trained(method: str, folder: Path) -> Any:
+    started = start(Subject(method, folder))
+    started.training.run(lambda training: None)
+    return started.adaptation
+
+
+class TestParts:
+    @pytest.mark.parametrize("rank", [1, 2, 3, 5, 9])
+    @pytest.mark.parametrize(("b", "a"), [((7, 5), (5, 11)), ((7, 5, 1, 1), (5, 4, 3, 3)), ((3, 5), (5, 4))])
+    def test_best_approximation(self, b: tuple[int, ...], a: tuple[int, ...], rank: int) -> None:
+        B, A = random(*b), random(*a)
+        found = best_approximation(B, A, rank)
+        assert [factor.shape for factor in found] == [B.shape, A.shape]
+        product = B.flatten(1).double() @ A.flatten(1).double()
+        U, S, Vh = torch.linalg.svd(product, full_matrices=False)
+        expected = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+        cut = found[0].flatten(1).double() @ found[1].flatten(1).double()
+        torch.testing.assert_close(cut, expected, rtol=0, atol=1e-5)
+        error = (product - cut).square().sum()
+        torch.testing.assert_close(error, S[rank:].square().sum(), rtol=1e-5, atol=1e-8)
+
+    def test_of_rank_0_stays(self) -> None:
+        found = best_approximation(random(4, 0), random(0, 6), 2)
+        assert [factor.shape for factor in found] == [(4, 0), (0, 6)]
+
+    def test_largest(self) -> None:
+        values = torch.tensor([0.2, -0.9, 0.5, -0.5, 0.0])
+        assert largest(values, 1).tolist() == pytest.approx([0, -0.9, 0, 0, 0])
+        assert largest(values, 2).tolist() == pytest.approx([0, -0.9, 0.5, 0, 0])
+        assert torch.equal(largest(values[:, None], 7), values[:, None])
+
+    def test_swapped_undoes_itself_after_an_error(self) -> None:
+        weight = nn.Parameter(torch.tensor([0.1, 0.2]))
+        with contextlib.suppress(KeyError), swapped({weight: torch.zeros(2)}):
+            assert weight.tolist() == [0, 0]
+            raise KeyError
+        assert torch.equal(weight, torch.tensor([0.1, 0.2]))
+
+
+class TestMethods:
+    @pytest.mark.parametrize(
+        "method",
+        [
+            "debora[rank=4,T_max=2,n0=0,step_size=0.5]",
+            "debora[rank=4,T_max=2,n0=0,step_size=0.5,geometry=oblique]",
+            "debora[rank=4,T_max=2,n0=0,step_size=0.5,geometry=stiefel]",
+        ],
+    )
+    def test_debora_keeps_the_largest_s(self, method: str, tmp_path: Path) -> None:
+        adaptation = trained(method, tmp_path)
+        assert len(set(adaptation.ranks().values())) > 1, "some layers have to be below the rank asked for"
+        for rank in (1, 2):
+            with adaptation.at_rank(rank):
+                found = {name: layer.get_delta_weight(ADAPTER) for name, layer in adaptation.layers.items()}
+            for name, layer in adaptation.layers.items():
+                s, (U, V) = layer.debora_s[ADAPTER].tolist(), layer.factors(ADAPTER)
+                kept = sorted(range(len(s)), key=lambda i: -abs(s[i]))[:rank]
+                expected = torch.zeros_like(found[name])
+                for i in kept:
+                    expected += s[i] * torch.outer(U[:, i], V[:, i])
+                torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-7)
+
+    def test_debora_kernel(self) -> None:
+        layer = DeboraConv2d(nn.Conv2d(5, 4, 3), ADAPTER, 4, DeboraConfig(r=4))
+        for factor in layer.factors(ADAPTER):
+            factor.data = random(*factor.shape)
+        s = layer.debora_s[ADAPTER]
+        s.copy_(torch.tensor([0.3, 0.1, 0.7, 0.2]))
+        with swapped({s: largest(s, 2)}):
+            found = layer.get_delta_weight(ADAPTER)
+        expected = torch.zeros_like(found)
+        for i in (0, 2):
+            for o, c, h, w in torch.cartesian_prod(*(torch.arange(size) for size in found.shape)).tolist():
+                place = zip(layer.factors(ADAPTER), (o, c, h, w), strict=True)
+                value = s[i].clone()
+                for factor, row in place:
+                    value *= factor[row, i]
+                expected[o, c, h, w] += value
+        torch.testing.assert_close(found, expected)
+
+    def test_adalora_keeps_the_largest_e(self, tmp_path: Path) -> None:
+        adaptation = trained("adalora[init_rank=6,target_rank=3]", tmp_path)
+        for layer in adaptation.layers.values():
+            E, Q, P = layer.lora_E[ADAPTER][:, 0], layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+            scaling = layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER] + 1e-5)
+            kept = E.abs().argsort(descending=True)[:2]
+            expected = sum(scaling * E[i] * torch.outer(P[:, i], Q[i]) for i in kept)
+            with adaptation.at_rank(2):
+                torch.testing.assert_close(layer.get_delta_weight(ADAPTER), expected, rtol=1e-5, atol=1e-8)
+
+    @pytest.mark.parametrize("method", ["lora[rank=4]", "lora[rank=4,rslora=true]", "pruned_lora[rank=4,keep=0.4]"])
+    def test_lora_is_cut_by_its_singular_values(self, method: str, tmp_path: Path) -> None:
+        adaptation = trained(method, tmp_path)
+        whole = {name: (B @ A).double() for name, (B, A) in adaptation.scaled_pairs().items()}
+        with adaptation.at_rank(2):
+            found = {name: (B @ A).double() for name, (B, A) in adaptation.scaled_pairs().items()}
+        for name, update in whole.items():
+            U, S, Vh = torch.linalg.svd(update, full_matrices=False)
+            torch.testing.assert_close(found[name], (U[:, :2] * S[:2]) @ Vh[:2], rtol=1e-4, atol=1e-7)
+
+    @pytest.mark.parametrize("method", ["head", "full", "lora[init=pissa]", "peft[type=ia3]"])
+    def test_methods_without_a_cut(self, method: str, tmp_path: Path) -> None:
+        assert rank_curve(start(Subject(method, tmp_path)).adaptation, [1], lambda: 0.5) == {}
+
+
+class TestRun:
+    def run(self, method: str, folder: Path, ranks: tuple[int, ...]) -> tuple[RunRecord, RecordStore]:
+        store = RecordStore(folder)
+        store.make_ready()
+        spec = spec_of(Subject(method, folder))
+        place = spec.place.model_copy(update={"rank_curve": ranks, "save_adapter": True})
+        return run_one(spec.model_copy(update={"place": place}), store), store
+
+    @pytest.mark.parametrize("method", ["lora[rank=4]", "debora[rank=4,T_max=2,n0=0,step_size=0.5]"])
+    def test_nothing_else_of_a_run_changes(self, method: str, tmp_path: Path) -> None:
+        (plain, there), (curved, here) = (self.run(method, tmp_path / str(len(r)), r) for r in ((), (8, 1, 2)))
+        assert list(curved.rank_curve) == [1, 2, 8]
+        assert curved.rank_curve[8] == curved.score, "no layer has a higher rank"
+        assert plain.rank_curve == {}
+        assert plain.result() == curved.model_copy(update={"rank_curve": {}}).result()
+        assert plain.run_id == curved.run_id
+        assert here.read(curved.run_id) == curved
+        for path in there.folder(plain.run_id).rglob("*.safetensors"):
+            again = here.folder(curved.run_id) / path.relative_to(there.folder(plain.run_id))
+            assert path.read_bytes() == again.read_bytes()
+
+    def test_a_score_that_is_not_finite_is_left_out(self, tmp_path: Path) -> None:
+        scores = iter([float("nan"), 0.5])
+        adaptation = start(Subject("lora[rank=4]", tmp_path)).adaptation
+        assert rank_curve(adaptation, [2, 1], lambda: next(scores)) == {2: 0.5}
+
+    def test_finished_runs_without_it_are_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        what = ["run", "--methods", "head", "--tasks", "synthetic", "--batches", "2", "--executor", "serial"]
+        assert main([*what, "--results", str(tmp_path), "--rank-curve", "1,2"]) == 0
+        assert main([*what, "--results", str(tmp_path), "--rank-curve", "1,2"]) == 0
+        assert "no such rank curve" not in capsys.readouterr().out
+        assert main([*what, "--results", str(tmp_path), "--rank-curve", "1,4"]) == 0
+        assert "1 of the finished runs have kept no such rank curve; delete their folders" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            ("0", "--rank-curve.0 = 0 is not allowed: it should be greater than or equal to 1"),
+            ("1,two", "--rank-curve.1 = 'two' is not allowed: it should be a valid integer"),
+            ("1.5", "--rank-curve.0 = 1.5 is not allowed"),
+        ],
+    )
+    def test_bad_ranks(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str, message: str) -> None:
+        what = ["--methods", "lora", "--tasks", "synthetic", "--results", str(tmp_path / "results")]
+        assert main(["run", *what, "--rank-curve", value]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "results").exists()
