@@ -13,7 +13,7 @@ from harness.contracts.subject import method_of
 from harness.parameters import Range
 from harness.plan import tuning
 from harness.record.store import RecordStore
-from tests.test_contracts import PARAMETERS
+from tests.end_to_end.test_contracts import PARAMETERS
 
 
 def tuned(results, *extra, trials=6, seeds=2):
