@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from harness.spec import RunSpec
 
 METHODS, TASKS = "harness.methods", "harness.tasks"
-KINDS = {METHODS: "method", TASKS: "task"}
+COLUMNS, PICTURES = "harness.columns", "harness.pictures"  # of packages, beside the report's own
+KINDS = {METHODS: "method", TASKS: "task", COLUMNS: "column", PICTURES: "picture"}
 
 
 @functools.cache
@@ -137,6 +138,18 @@ def task_name(name: str) -> str:
 def task_parameters(task: Task) -> dict[str, Any]:
     """A task's parameters with defaults, as JSON values; `make_task` takes them back."""
     return task.model_dump(mode="json", exclude={"member", "path"})
+
+
+def extensions(group: str) -> tuple[dict[str, object], list[str]]:
+    """What packages add to the report, by name, and a line for each that cannot be imported: it costs no report."""
+    found: dict[str, object] = {}
+    told = []
+    for name in registered(group):
+        try:
+            found[name] = _load(group, name)
+        except InputError as error:
+            told.append(str(error))
+    return found, told
 
 
 @functools.cache
