@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 
-from harness.report.board.leaderboard import Cell, score_text
+from harness.report.board.rows import Cell
 from harness.report.statistics import Summary
 
 NOTHING = "-"
+DECIMALS = 3  # of a score, in tables; scores that are equal when printed are equally good
+TIE = "not significantly different from the best"
+
+
+def legend(words: Mapping[str, str], over: str = "n runs (seeds)", nothing: str = NOTHING) -> str:
+    """How to read a leaderboard. `words`: what its columns beside the scores are, by their headings; `over`: what a
+    mean is over; `nothing`: the sign for a cell without runs."""
+    columns = "; ".join(f"{heading}: {text}" for heading, text in words.items())
+    return (
+        f"Scores: mean ± half-width of the 95 % confidence interval (Student's t) over {over}; n/a: one run has no "
+        f"interval; {nothing}: not run. Bold: the best mean of the cells in which every run gave a score; underlined: "
+        f"the second best; ≈: {TIE} (paired test over seeds and examples, Holm-corrected over the column). Rows are "
+        f"ordered by their mean score, those with a missing score last. Other columns are means over runs. {columns}."
+    )
+
+
+def score_text(score: float) -> str:
+    """A score as tables print it."""
+    return f"{round(score, DECIMALS) + 0.0:.{DECIMALS}f}"  # + 0.0: no "-0.000"
 
 
 def human(number: float | None, unit: str = "") -> str:

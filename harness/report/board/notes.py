@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from harness.report.board.leaderboard import Column, Row, Run, is_present, status_text
+from harness.report.board.leaderboard import Board
+from harness.report.board.rows import Column, Row, status_text
+from harness.report.board.runs import Run
 from harness.report.redact import cut, one_line
 
 
-def notes_on(runs: Sequence[Run], rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
-    """Failures with their reasons; seeds, data, devices and versions that differ."""
+def with_notes(board: Board) -> Board:
+    """The board with notes on failures and their reasons, and on seeds, data, devices and versions that differ."""
+    runs = [run for row in board.rows for run in row.runs]
     notes = [
-        *_failure_notes(rows),
-        *_seed_notes(rows, columns),
-        *_data_notes(rows, columns),
+        *_failure_notes(board.rows, board.tasks),
+        *_seed_notes(board.rows, board.tasks),
+        *_data_notes(board.rows, board.tasks),
         *_device_notes(runs),
         *_version_notes(runs),
     ]
-    return [cut(note) for note in notes]
+    return dataclasses.replace(board, notes=(*map(cut, notes), *board.notes))
 
 
-def _failure_notes(rows: Iterable[Row]) -> list[str]:
+def _failure_notes(rows: Iterable[Row], columns: Sequence[Column]) -> list[str]:
     """One line for each reason why runs of a cell gave no score."""
     notes = []
     for row in rows:
-        for title, cell in row.cells.items():
+        for title, cell in ((column.title, row.cells[column.title]) for column in columns if column.title in row.cells):
             seeds: dict[tuple[str, str], list[int]] = defaultdict(list)
             for run in cell.runs:
-                if not is_present(run["score"]):
-                    reason = one_line(run["error"]) if is_present(run["error"]) else "no reason recorded"
-                    seeds[status_text(run), reason].append(run["seed"])
+                if run.score is None:
+                    reason = one_line(run.error) if run.error is not None else "no reason recorded"
+                    seeds[status_text(run), reason].append(run.seed)
             for (status, reason), which in seeds.items():
                 notes.append(f"{row.label} on {title}: {status} (seed {_listed(which)}): {reason}")
     return notes
@@ -43,7 +47,7 @@ def _seed_notes(rows: Iterable[Row], columns: Iterable[Column]) -> list[str]:
         labels: dict[str, list[str]] = defaultdict(list)
         for row in rows:
             if column.title in row.cells and row.cells[column.title].score.n:
-                labels[_listed(run["seed"] for run in row.cells[column.title].scored)].append(row.label)
+                labels[_listed(run.seed for run in row.cells[column.title].scored)].append(row.label)
         if len(labels) > 1:
             groups = "; ".join(f"{seeds}: {_few(names)}" for seeds, names in sorted(labels.items()))
             notes.append(f"Scores on {column.title} are over different seeds: {groups}.")
@@ -57,7 +61,7 @@ def _data_notes(rows: Sequence[Row], columns: Iterable[Column]) -> list[str]:
         for row in rows:
             if column.title in row.cells:
                 run = row.cells[column.title].runs[0]
-                titles[run["task"]][run["data_fingerprint"]].append(row.label)
+                titles[run.task][run.spec.data_fingerprint].append(row.label)
     notes = []
     for task, prints in titles.items():
         if len(prints) > 1:
@@ -67,12 +71,12 @@ def _data_notes(rows: Sequence[Row], columns: Iterable[Column]) -> list[str]:
 
 
 def _version_notes(runs: Iterable[Run]) -> list[str]:
-    versions = sorted({run["versions"] for run in runs})
+    versions = sorted({run.versions for run in runs})
     return [f"Runs were made with different versions ({'; '.join(versions)})."] if len(versions) > 1 else []
 
 
 def _device_notes(runs: Iterable[Run]) -> list[str]:
-    devices = sorted({run["device"] for run in runs})
+    devices = sorted({run.record.environment.device for run in runs})
     if len(devices) == 1:
         return []
     return [f"Runs were made on different devices ({', '.join(devices)}): do not compare their seconds and memory."]

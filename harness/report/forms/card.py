@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from harness.record.record import RunRecord
-from harness.report.board.leaderboard import Board, Cell
+from harness.report.board.leaderboard import Board
+from harness.report.board.rows import Cell
 from harness.report.forms.text import escape
 from harness.report.redact import handed_on, one_line
 from harness.report.wording import human, summary_text
@@ -30,7 +31,7 @@ from safetensors.torch import load_file
 model.load_state_dict(load_file("PATH/TO/THIS/FOLDER/trained.safetensors"), strict=False)
 ```
 
-The file holds the trained numbers under the names they have in the model above."""
+The file holds the trained weights under the names they have in the model above."""
 BOTTLENECK = """```python
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str])
         f"- model: {model}, fingerprint {_code(spec.model_fingerprint)}\n"
         f"- rows: {escape(', '.join(f'{name} {rows:,}' for name, rows in record.rows.items()))}",
         "## Method",
-        f"{_code(spec.method)} (version {spec.method_version}), parameters:\n\n{_json_block(spec.method_parameters)}",
+        f"{_code(spec.method)} (version {spec.method_version}), hyperparameters:\n\n{_json_block(spec.method_parameters)}",
         *tuned,
         f"Training: {_code(json.dumps(spec.train.model_dump(mode='json', exclude_none=True)))}; "
         f"{record.batches} batches.",
@@ -75,7 +76,7 @@ def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str])
     ]
     if count is not None:
         sections.append(
-            f"Adapter: {count.adapter_final:,} numbers ({human(count.adapter_final)}), at most {count.adapter_peak:,} "
+            f"Adapter: {count.adapter_final:,} parameters ({human(count.adapter_final)}), at most {count.adapter_peak:,} "
             f"while training; head: {count.head:,}; {count.stored_bytes:,} bytes to store."
         )
     if record.ranks:
@@ -115,7 +116,7 @@ def _json_block(values: Mapping[str, Any]) -> str:
 
 def _cell(record: RunRecord, boards: Iterable[Board]) -> Cell | None:
     cells = (cell for board in boards for row in board.rows for cell in row.cells.values())
-    return next((cell for cell in cells if record.run_id in {run["run_id"] for run in cell.runs}), None)
+    return next((cell for cell in cells if record.run_id in {run.run_id for run in cell.runs}), None)
 
 
 def _scores(record: RunRecord, cell: Cell | None) -> str:

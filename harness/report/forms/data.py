@@ -8,7 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from harness.report.board.leaderboard import Board, Column, Row, over, peak_bytes, whole, with_search
+from harness.report.board.columns import Value
+from harness.report.board.leaderboard import Board
+from harness.report.board.rows import Column, Row, whole
 from harness.report.redact import cut
 
 FAILURES = ("unsupported", "diverged", "out_of_memory", "failed")
@@ -20,9 +22,9 @@ FORMULA = tuple(
 def tidy(boards: Iterable[Board]) -> pd.DataFrame:
     """One row per cell and metric (`is_headline`: the score), numbers unrounded, for the CSV file.
 
-    `ties_with_best`: a paired test does not tell the cell from the column's best. `interval_95` is the half-width of
-    the Student t interval. Runs that gave no score are counted by status; costs are means over the scored runs
-    (peak_bytes: the largest), the search for hyperparameters included; run_ids holds all of the cell's runs.
+    `ties_with_best`: not significantly different from the column's best by a paired test. `interval_95` is the
+    half-width of the Student t interval. Runs that gave no score are counted by status; the columns after these are the
+    table's own, of the cell's runs; run_ids holds all of them.
     """
     rows: list[dict[str, Any]] = []
     for board in boards:
@@ -60,15 +62,7 @@ def _setting(board: Board) -> dict[str, Any]:
         "rows": [
             {
                 "label": row.label,
-                "settings": row.tuning,
-                "parameters": row.parameters,
-                "rank": row.rank,
-                "average": row.average,
-                "batches": row.batches,
-                "seconds": row.seconds,
-                "peak_bytes": row.peak_bytes,
-                "search_batches": row.search_batches,
-                "search_seconds": row.search_seconds,
+                **{column.key("json"): column.value(row) for column in board.table if "json" in column.forms},
                 "cells": {
                     column.title: _structured_cell(board, row, column)
                     for column in board.columns
@@ -82,7 +76,7 @@ def _setting(board: Board) -> dict[str, Any]:
 
 def _structured_cell(board: Board, row: Row, column: Column) -> dict[str, Any]:
     cell = row.cells[column.title]
-    scores = {run["run_id"]: run["score"] for run in cell.scored}
+    scores = {run.run_id: run.score for run in cell.scored}
     return {
         "n": cell.score.n,
         "mean": cell.score.mean,
@@ -92,7 +86,7 @@ def _structured_cell(board: Board, row: Row, column: Column) -> dict[str, Any]:
         "is_second": board.is_second(row, column),
         "ties_with_best": board.is_tie(row, column),
         "runs": [
-            {"run_id": run["run_id"], "seed": run["seed"], "status": run["status"], "score": scores.get(run["run_id"])}
+            {"run_id": run.run_id, "seed": run.seed, "status": run.status, "score": scores.get(run.run_id)}
             for run in cell.runs
         ],
     }
@@ -109,33 +103,28 @@ def _shown(value: Any) -> Any:
     return value
 
 
-def _cut_json(text: str) -> str:
-    return json.dumps(cut(json.loads(text)), sort_keys=True)
+def _whole(value: Value) -> Value:
+    return value if isinstance(value, str) else whole(value)
+
+
+def _cut_json(values: dict[str, Any]) -> str:
+    return json.dumps(cut(values), sort_keys=True)
 
 
 def _tidy_cell(board: Board, row: Row, column: Column) -> Iterable[dict[str, Any]]:
     cell = row.cells[column.title]
-    first = cell.runs[0]
+    spec = cell.runs[0].spec
     identity = {"setting": board.key, "setting_text": board.caption, "label": row.label}
-    names = ("method", "method_version", "method_parameters", "task", "task_version", "task_parameters")
-    identity |= {name: first[name] for name in (*names, "data_fingerprint", "model_fingerprint")}
-    identity |= {name: cut(first[name]) for name in ("method", "task")}
-    identity |= {name: _cut_json(first[name]) for name in ("method_parameters", "task_parameters")}
-    counts = {"runs": len(cell.runs), "done": sum(run["status"] == "done" for run in cell.runs)}
-    counts |= {status: sum(run["status"] == status for run in cell.runs) for status in FAILURES}
-    costs = {
-        name: whole(over(cell.scored, name)) for name in ("parameters_initial", "parameters_peak", "parameters_final")
-    }
-    costs |= {
-        name: whole(over(cell.scored, name))
-        for name in ("head", "stored_bytes", "rank", "search_batches", "search_seconds")
-    }
-    costs |= {name: whole(with_search(cell.scored, name)) for name in ("batches", "seconds_training")}
-    costs |= {"peak_bytes": whole(peak_bytes(cell.scored))}
-    trace = {
-        "seeds": json.dumps([run["seed"] for run in cell.runs]),
-        "run_ids": " ".join(run["run_id"] for run in cell.runs),
-    }
+    identity |= {"method": cut(spec.method), "method_version": spec.method_version}
+    identity |= {"method_parameters": _cut_json(spec.method_parameters)}
+    identity |= {"task": cut(spec.task), "task_version": spec.task_version}
+    identity |= {"task_parameters": _cut_json(spec.task_parameters)}
+    identity |= {"data_fingerprint": spec.data_fingerprint, "model_fingerprint": spec.model_fingerprint}
+    counts = {"runs": len(cell.runs), "done": sum(run.status == "done" for run in cell.runs)}
+    counts |= {status: sum(run.status == status for run in cell.runs) for status in FAILURES}
+    alone = row.on(column.title)
+    beside = {each.key("csv"): _whole(each.value(alone)) for each in board.table if "csv" in each.forms}
+    trace = {"seeds": json.dumps([run.seed for run in cell.runs]), "run_ids": " ".join(run.run_id for run in cell.runs)}
     for metric, summary in {column.headline: cell.score, **cell.others}.items():
         numbers = {"n": summary.n, "mean": summary.mean, "standard_deviation": summary.standard_deviation}
         numbers |= {"interval_95": summary.half_width}
@@ -143,4 +132,4 @@ def _tidy_cell(board: Board, row: Row, column: Column) -> Iterable[dict[str, Any
         named = {"column": column.title, "metric": metric, "is_headline": is_headline}
         if is_headline:
             named |= {"is_best": board.is_best(row, column), "ties_with_best": board.is_tie(row, column)}
-        yield identity | named | numbers | {"settings": row.tuning} | counts | costs | trace
+        yield identity | named | numbers | {"settings": row.tuning} | counts | beside | trace

@@ -6,24 +6,18 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from harness.report.board.leaderboard import Board, Column, Row, score_text
+from harness.report.board.leaderboard import Board, words_of
+from harness.report.board.rows import Column, Row
 from harness.report.forms.latex_signs import escape
 from harness.report.names import StandIns, lines_of
 from harness.report.redact import cut, one_line
-from harness.report.wording import decimal, human, spread_text
+from harness.report.wording import legend, score_text, spread_text
 
 NOTHING = "--"
 LINE_WIDTH = 345.0  # points: the narrowest of the usual classes (article); a wider table becomes several blocks
 SIGN, SMALL_SIGN, GAP = 4.6, 3.9, 6.0  # points: a sign of \footnotesize and of \scriptsize, the space between columns
 LABEL_SIGNS = 24
 TITLE_SIGNS = 32
-SPREAD = (
-    r"Scores: mean $\pm$ half-width of the 95\,\% interval (Student's t) over {n} seeds, or as many as are given in "
-    r"brackets; n/a: no interval from one run; --: not run. Bold: the best mean of those cells in which every run gave "
-    r"a score; underlined: the second; $\approx$: not told from the best by a paired, Holm-corrected test. Parameters: "
-    "adapter numbers in effect after training, without the head. Seconds: of training, with the search for "
-    "hyperparameters where there was one."
-)
 
 
 def latex(boards: Iterable[Board], damaged: Iterable[str] = ()) -> str:
@@ -49,7 +43,7 @@ def _table(board: Board) -> str:
     lines = [
         r"\begin{table}[tbp]",
         r"\centering",
-        rf"\caption{{{escape(board.caption)} {_metrics(board)} {SPREAD.replace('{n}', str(board.n or 'no'))}}}",
+        rf"\caption{{{escape(board.caption)} {_metrics(board)} {escape(_legend(board))}}}",
         rf"\label{{tab:leaderboard-{board.key}}}",
         rf"\medskip\footnotesize\setlength{{\tabcolsep}}{{{GAP / 2:g}pt}}",
         "\n\\par\\medskip\n".join(_tabular(block) for block in _blocks(_columns(board))),
@@ -84,22 +78,19 @@ def _blocks(columns: list[list[_Text]]) -> list[list[list[_Text]]]:
     return blocks
 
 
+def _legend(board: Board) -> str:
+    over = f"{board.n or 'no'} seeds, or as many as are given in brackets"
+    return legend(words_of([board], "latex"), over, nothing="\u2013")
+
+
 def _columns(board: Board) -> list[list[_Text]]:
     """The whole table by columns, each begun by its header."""
-    rows = board.rows
-    columns = [
-        [_plain("Method"), *(_label(row.label) for row in rows)],
-        [_plain("Parameters"), *(_plain(human(row.parameters)) for row in rows)],
-    ]
-    if board.has_ranks:
-        columns.append([_plain("Rank"), *(_plain(decimal(row.rank)) for row in rows)])
-    for column in board.columns:
-        columns.append([_title(column, board.columns), *(_score(board, row, column) for row in rows)])
-    if len(board.columns) > 1:
-        averages = ("-" if row.average is None else score_text(row.average) for row in rows)
-        columns.append([_plain("Average"), *(_plain(average) for average in averages)])
-    columns.append([_plain("Settings"), *(_plain(row.tuning) for row in rows)])
-    columns.append([_plain("Seconds"), *(_plain(decimal(row.seconds)) for row in rows)])
+    columns = [[_plain("Method"), *(_label(row.label) for row in board.rows)]]
+    for column in board.across("latex"):
+        if isinstance(column, Column):
+            columns.append([_title(column, board.columns), *(_score(board, row, column) for row in board.rows)])
+        else:
+            columns.append([_plain(column.heading.capitalize()), *(_plain(column.text_of(row)) for row in board.rows)])
     return columns
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, StrictUndefined, Template
 
-from harness.report.board.leaderboard import Board, Cell, Column, Row, is_present, score_text
-from harness.report.forms.text import LEGEND
+from harness.report.board.columns import TableColumn
+from harness.report.board.leaderboard import Board, words_of
+from harness.report.board.rows import Cell, Column, Row
 from harness.report.redact import cut, one_line
-from harness.report.wording import cell_text, decimal, human
+from harness.report.wording import TIE, cell_text, human, legend, score_text
 
 PICTURES = {  # by name: what a picture shows
     "score_vs_parameters": "Score against adapter parameters",
@@ -43,7 +44,8 @@ def page(
     taken into the page but for links to others. Hyperlinks lead to runs/<run_id>/record.json beside it. Scripts and
     styles are in it: it loads nothing."""
     sections = [_section(board, tables.get(board.key, {}), pictures.get(board.key, ())) for board in boards]
-    return _template().render(sections=sections, legend=LEGEND, damaged=[one_line(cut(name)) for name in damaged])
+    left_out = [one_line(cut(name)) for name in damaged]
+    return _template().render(sections=sections, legend=legend(words_of(boards, "page")), tie=TIE, damaged=left_out)
 
 
 @functools.cache
@@ -55,12 +57,10 @@ def _template() -> Template:
 
 
 def _section(board: Board, tables: Mapping[str, pd.DataFrame], pictures: Sequence[Path]) -> dict[str, Any]:
-    headings = [("method", ""), ("parameters", "")]
-    headings += [("rank", "")] if board.has_ranks else []
-    headings += [(column.title, column.metric.replace("_", " ")) for column in board.columns]
-    headings += [("average", "")] if len(board.columns) > 1 else []
-    headings += [("settings", ""), ("batches", ""), ("seconds", ""), ("memory", "")]
-    headings += [("search", "batches")] if board.has_search else []
+    headings = [("method", "")]
+    for column in board.across("page"):
+        is_score = isinstance(column, Column)
+        headings.append((column.title, column.metric.replace("_", " ")) if is_score else (column.heading, ""))
     return {
         "key": board.key,
         "caption": f"{board.caption} Intervals are over n = {board.n or 0} runs, or n as given.",
@@ -83,20 +83,18 @@ def _title(picture: Path) -> str:
 
 def _row(board: Board, row: Row, place: int) -> list[dict[str, Any]]:
     """The row's cells: text, the number it sorts by, and what it is."""
-    cells: list[dict[str, Any]] = [_text(row.label.replace(",", ", ")), _number(human(row.parameters), row.parameters)]
-    if board.has_ranks:
-        cells.append(_number(decimal(row.rank), row.rank))
-    for across, column in enumerate(board.columns):
-        cells.append(_score(board, row, column, f"{board.key}-{place}-{across}"))
-    if len(board.columns) > 1:
-        cells.append(_number("-" if row.average is None else score_text(row.average), row.average))
-    cells += [
-        _text(row.tuning),
-        _number(decimal(row.batches), row.batches),
-        _number(decimal(row.seconds), row.seconds),
-        _number(human(row.peak_bytes, "B"), row.peak_bytes),
-    ]
-    return [*cells, _number(decimal(row.search_batches), row.search_batches)] if board.has_search else cells
+    cells = [_text(row.label.replace(",", ", "))]
+    for across, column in enumerate(board.across("page")):
+        if isinstance(column, Column):
+            cells.append(_score(board, row, column, f"{board.key}-{place}-{across}"))
+        else:
+            cells.append(_beside(column, row))
+    return cells
+
+
+def _beside(column: TableColumn, row: Row) -> dict[str, Any]:
+    value = column.value(row)
+    return _text(value) if isinstance(value, str) else _number(column.text_of(row), value)
 
 
 def _score(board: Board, row: Row, column: Column, anchor: str) -> dict[str, Any]:
@@ -114,15 +112,15 @@ def _details(board: Board) -> list[dict[str, Any]]:
     return [
         {"anchor": f"{board.key}-{place}-{across}", "title": f"{row.label} on {column.title}", "runs": _runs(cell)}
         for place, row in enumerate(board.rows)
-        for across, column in enumerate(board.columns)
-        if (cell := row.cells.get(column.title)) is not None
+        for across, column in enumerate(board.across("page"))
+        if isinstance(column, Column) and (cell := row.cells.get(column.title)) is not None
     ]
 
 
 def _runs(cell: Cell) -> list[dict[str, Any]]:
-    scores = {run["run_id"]: score_text(run["score"]) for run in cell.scored}
+    scores = {run.run_id: score_text(run.score) for run in cell.scored if run.score is not None}
     return [
-        {"run_id": run["run_id"], "seed": run["seed"], "result": scores.get(run["run_id"], run["status"])}
+        {"run_id": run.run_id, "seed": run.seed, "result": scores.get(run.run_id, run.status)}
         for run in cell.runs
     ]
 
@@ -140,7 +138,7 @@ def _plain(table: pd.DataFrame) -> dict[str, Any]:
 def _value(name: str, value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         return _text(value)
-    if not is_present(value):
+    if pd.isna(value):
         return _number("-", None)
     if name.endswith("_bytes"):
         return _number(human(value, "B"), value)

@@ -6,29 +6,22 @@ import re
 import textwrap
 from collections.abc import Iterable
 
-import pandas as pd
 from tabulate import tabulate
 
-from harness.report.board.leaderboard import Board, Column, Row, score_text
+from harness.report.board.columns import TableColumn
+from harness.report.board.leaderboard import Board, words_of
+from harness.report.board.rows import Column, Row
 from harness.report.redact import cut, one_line
-from harness.report.wording import NOTHING, cell_text, decimal, folded_label, human, summary_text
+from harness.report.wording import NOTHING, TIE, cell_text, folded_label, legend, summary_text
 
 CONSOLE_WIDTH = 110
-LEGEND = (
-    "Scores: mean ± half-width of the 95 % interval (Student's t) over the n runs (seeds) that gave one; n/a: no "
-    "interval from one run; -: not run. Bold: the best mean of those cells in which every run gave a score; "
-    "underlined: the second; ≈: a paired test over seeds and examples, Holm-corrected over the column, does not "
-    "tell it from the best. parameters: adapter numbers in effect after training, without the head. settings: tuned "
-    "K: the best of K trials on the holdout; default; as given. parameters, rank (live, over the adapted layers), "
-    "batches (forward and backward) and seconds (of training) are means over the row's scored runs, memory is their "
-    "peak; all three include the search for hyperparameters, whose part is under search. Rows are ordered by the mean "
-    "of their scores, those that lack a run's score last. average: of a row that lacks none."
-)
+Texts = list[str]  # a column of a table, its heading first
 
 
 def markdown(boards: Iterable[Board], damaged: Iterable[str] = ()) -> str:
     """Every board as a section: table, other metrics, notes, run ids. `damaged`: run folders that were left out."""
-    sections = ["# Leaderboard", LEGEND, *map(escape, _damaged_note(damaged))]
+    boards = list(boards)
+    sections = ["# Leaderboard", legend(words_of(boards, "markdown")), *map(escape, _damaged_note(damaged))]
     for board in boards:
         sections += [f"## Setting {board.key}", escape(board.caption), _pipes(_main_table(board))]
         if any(column.others for column in board.columns):
@@ -40,43 +33,37 @@ def markdown(boards: Iterable[Board], damaged: Iterable[str] = ()) -> str:
 
 
 def console(board: Board, damaged: Iterable[str] = (), width: int = CONSOLE_WIDTH) -> str:
-    """Method, parameters, rank, scores and seconds, in as many blocks as it takes to stay within `width` signs."""
-    frame = pd.DataFrame([_console_row(board, row) for row in board.rows])
-    blocks, names = [], ["method"]
-    for name in [str(name) for name in frame if name != "method"]:
-        if len(names) > 1 and _width(_plain(frame[[*names, name]])) > width:
-            blocks.append(names)
-            names = ["method"]
-        names.append(name)
-    tables = [_plain(frame[names]) for names in [*blocks, names]]
+    """The table in as many blocks as it takes to stay within `width` signs, each begun by the rows' labels."""
+    first = ["method", *(folded_label(row.label) for row in board.rows)]
+    blocks = [[first]]
+    for column in board.across("console"):
+        texts = _console_scores(board, column) if isinstance(column, Column) else _beside(board, column)
+        if len(blocks[-1]) > 1 and _width(_plain([*blocks[-1], texts])) > width:
+            blocks.append([first])
+        blocks[-1].append(texts)
     spread = (
-        f"± is half the 95 % interval (Student's t) over n = {board.n or 0} runs, or n as given; * best; + second; "
+        f"± is half the 95 % confidence interval (Student's t) over n = {board.n or 0} runs, or n as given; * best; "
+        f"+ second; ≈ {TIE} by a paired test."
     )
-    spread += "≈ a paired test does not tell it from the best."
     notes = [board.caption, *board.notes, spread, *_damaged_note(damaged)]
     lines = [textwrap.fill(note, width, subsequent_indent="  ", break_on_hyphens=False) for note in notes]
-    return "\n".join([lines[0], "", "\n\n".join(tables), "", *lines[1:]])
+    return "\n".join([lines[0], "", "\n\n".join(map(_plain, blocks)), "", *lines[1:]])
 
 
-def _main_table(board: Board) -> pd.DataFrame:
-    rows = []
-    for row in board.rows:
-        texts = {"method": escape(row.label), "parameters": human(row.parameters)}
-        if board.has_ranks:
-            texts["rank"] = decimal(row.rank)
-        for column in board.columns:
-            text = cell_text(row.cells.get(column.title))
-            name = escape(f"{column.title} ({column.metric})")
-            texts[name] = _marked(board, row, column, text)
-        if len(board.columns) > 1:
-            texts["average"] = NOTHING if row.average is None else score_text(row.average)
-        texts |= {"settings": row.tuning, "batches": decimal(row.batches), "seconds": decimal(row.seconds)}
-        texts["memory"] = human(row.peak_bytes, "B")
-        if board.has_search:
-            searched = f"{decimal(row.search_batches)} batches, {decimal(row.search_seconds)} s"
-            texts["search"] = searched if row.search_batches else NOTHING
-        rows.append(texts)
-    return pd.DataFrame(rows)
+def _beside(board: Board, column: TableColumn) -> Texts:
+    """A column beside the scores."""
+    return [column.heading, *(column.text_of(row) for row in board.rows)]
+
+
+def _main_table(board: Board) -> list[Texts]:
+    columns = [["method", *(escape(row.label) for row in board.rows)]]
+    for column in board.across("markdown"):
+        if isinstance(column, Column):
+            cells = (_marked(board, row, column, cell_text(row.cells.get(column.title))) for row in board.rows)
+            columns.append([escape(f"{column.title} ({column.metric})"), *cells])
+        else:
+            columns.append([escape(text) for text in _beside(board, column)])
+    return columns
 
 
 def _marked(board: Board, row: Row, column: Column, text: str) -> str:
@@ -87,53 +74,47 @@ def _marked(board: Board, row: Row, column: Column, text: str) -> str:
     return f"<u>{text}</u>" if board.is_second(row, column) else text
 
 
-def _other_metrics(board: Board) -> pd.DataFrame:
-    rows = []
-    for row in board.rows:
-        texts = {"method": escape(row.label)}
-        for column in board.columns:
-            cell = row.cells.get(column.title)
-            for name in column.others:
-                texts[escape(f"{column.title} ({name})")] = summary_text(cell.others[name]) if cell else NOTHING
-        rows.append(texts)
-    return pd.DataFrame(rows)
+def _other_metrics(board: Board) -> list[Texts]:
+    columns = [["method", *(escape(row.label) for row in board.rows)]]
+    for column in board.columns:
+        cells = [row.cells.get(column.title) for row in board.rows]
+        for name in column.others:
+            texts = (summary_text(cell.others[name]) if cell else NOTHING for cell in cells)
+            columns.append([escape(f"{column.title} ({name})"), *texts])
+    return columns
 
 
 def _run_lines(board: Board) -> Iterable[str]:
     for row in board.rows:
         for title, cell in row.cells.items():
-            runs = ", ".join(f"seed {run['seed']} `{run['run_id']}`" for run in cell.runs)
+            runs = ", ".join(f"seed {run.seed} `{run.run_id}`" for run in cell.runs)
             yield f"- {escape(row.label)} on {escape(title)}: {runs}"
 
 
-def _console_row(board: Board, row: Row) -> dict[str, str]:
-    texts = {"method": folded_label(row.label), "parameters": human(row.parameters)}
-    if board.has_ranks:
-        texts["rank"] = decimal(row.rank)
-    for column in board.columns:
+def _console_scores(board: Board, column: Column) -> Texts:
+    metric = column.metric.replace(", ", "\n")
+    texts = [f"{column.title}\n{metric}"]
+    for row in board.rows:
         cell = row.cells.get(column.title)
         text = cell_text(cell, with_n=cell is not None and cell.score.n != board.n)
         mark = "*" if board.is_best(row, column) else "+" if board.is_second(row, column) else ""
         mark += "≈" if board.is_tie(row, column) else ""
-        metric = column.metric.replace(", ", "\n")
-        texts[f"{column.title}\n{metric}"] = text.replace("; ", "\n") + (f" {mark}" if mark else "")
-    if len(board.columns) > 1:
-        texts["average"] = NOTHING if row.average is None else score_text(row.average)
-    return texts | {"settings": row.tuning, "seconds": decimal(row.seconds)}
+        texts.append(text.replace("; ", "\n") + (f" {mark}" if mark else ""))
+    return texts
 
 
-def _pipes(table: pd.DataFrame) -> str:
-    return _aligned(table, "github")
+def _pipes(columns: list[Texts]) -> str:
+    return _aligned(columns, "github")
 
 
-def _plain(table: pd.DataFrame) -> str:
-    return _aligned(table, "simple")
+def _plain(columns: list[Texts]) -> str:
+    return _aligned(columns, "simple")
 
 
-def _aligned(table: pd.DataFrame, form: str) -> str:
-    alignment = ["left"] + ["right"] * (table.shape[1] - 1)
-    rows = table.to_numpy().tolist()
-    return tabulate(rows, list(table.columns), tablefmt=form, disable_numparse=True, colalign=alignment)
+def _aligned(columns: list[Texts], form: str) -> str:
+    alignment = ["left"] + ["right"] * (len(columns) - 1)
+    headings, *rows = zip(*columns, strict=True)
+    return tabulate(rows, headings, tablefmt=form, disable_numparse=True, colalign=alignment)
 
 
 def _width(text: str) -> int:

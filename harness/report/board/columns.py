@@ -1,0 +1,169 @@
+"""The columns of a leaderboard beside its scores, each declared once, for all forms of the table and for `--sort`.
+
+A package adds one through the entry-point group `harness.columns`, whose entry is a TableColumn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from harness.report.board.rows import Row, over, peak_bytes, with_search
+from harness.report.wording import decimal, human, score_text
+
+Value = float | str | None  # None: not known
+Form = Literal["console", "markdown", "latex", "page", "csv", "json"]
+FORMS: tuple[Form, ...] = ("console", "markdown", "latex", "page", "csv", "json")
+TABLES: tuple[Form, ...] = ("console", "markdown", "latex", "page")
+
+
+@dataclass(frozen=True)
+class TableColumn:
+    """One column: what it is called, what it holds, and where it is shown."""
+
+    name: str  # for `--sort` and, with spaces, as a heading
+    value: Callable[[Row], Value]  # of a row; a CSV has it for each task, with a row of that task alone
+    words: str = ""  # what it is, for the legend
+    text: Callable[[Any], str] = decimal  # of a value that is known
+    rises: bool = True  # sorted by it, the smallest comes first
+    forms: Collection[Form] = FORMS
+    shown: Callable[[Sequence[Row]], bool] = lambda rows: True  # whether a table of these rows has it
+    before_scores: bool = False
+    keys: dict[Form, str] = field(default_factory=dict)  # its name in CSV and JSON, where it is not `name`
+
+    @property
+    def heading(self) -> str:
+        return self.name.replace("_", " ")
+
+    def key(self, form: Form) -> str:
+        """Its name in data."""
+        return self.keys.get(form, self.name)
+
+    def text_of(self, row: Row) -> str:
+        """Its text in a table; "-" where the value is not known."""
+        value = self.value(row)
+        return "-" if value is None else self.text(value)
+
+
+def of_runs(name: str) -> Callable[[Row], float | None]:
+    """The mean of an attribute of the row's scored runs, see `harness.report.board.runs.Run`."""
+    return lambda row: over(row.scored, name)
+
+
+def _any(name: str) -> Callable[[Sequence[Row]], bool]:
+    """Whether a run has this attribute, and not 0."""
+    return lambda rows: any(getattr(run, name) for row in rows for run in row.scored)
+
+
+def _several_tasks(rows: Sequence[Row]) -> bool:
+    return len({title for row in rows for title, cell in row.cells.items() if cell.runs[0].counts}) > 1
+
+
+COLUMNS = (
+    TableColumn("parameters_initial", of_runs("parameters_initial"), forms=["csv"]),
+    TableColumn("parameters_peak", of_runs("parameters_peak"), forms=["csv"]),
+    TableColumn(
+        "parameters",
+        of_runs("parameters_final"),
+        "adapter parameters after training, without the head",
+        human,
+        before_scores=True,
+        keys={"csv": "parameters_final"},
+    ),
+    TableColumn("head", of_runs("head"), forms=["csv"]),
+    TableColumn("stored_bytes", of_runs("stored_bytes"), forms=["csv"]),
+    TableColumn(
+        "rank",
+        of_runs("rank"),
+        "mean rank of the adapted layers after training",
+        shown=lambda rows: any(run.rank is not None for row in rows for run in row.scored),
+        before_scores=True,
+    ),
+    TableColumn(
+        "average",
+        lambda row: row.average,
+        "mean over the tasks, where no score is missing",
+        score_text,
+        rises=False,
+        forms=[*TABLES, "json"],
+        shown=_several_tasks,
+    ),
+    TableColumn(
+        "settings",
+        lambda row: row.tuning,
+        "hyperparameters at their defaults, as given, or the best of K trials on the holdout (tuned K)",
+        str,
+        forms=[*TABLES, "json"],
+    ),
+    TableColumn(
+        "search_batches",
+        of_runs("search_batches"),
+        "batches of the hyperparameter search",
+        forms=["markdown", "page", "csv", "json"],
+        shown=_any("search_batches"),
+    ),
+    TableColumn(
+        "search_seconds",
+        of_runs("search_seconds"),
+        "its training time",
+        forms=["markdown", "page", "csv", "json"],
+        shown=_any("search_batches"),
+    ),
+    TableColumn(
+        "batches",
+        lambda row: with_search(row.scored, "batches"),
+        "batches through forward and backward, with the search",
+        forms=["markdown", "page", "csv", "json"],
+    ),
+    TableColumn(
+        "seconds",
+        lambda row: with_search(row.scored, "seconds_training"),
+        "training time, with the search",
+        keys={"csv": "seconds_training"},
+    ),
+    TableColumn(
+        "memory",
+        lambda row: peak_bytes(row.scored),
+        "peak memory, with the search",
+        lambda peak: human(peak, "B"),
+        forms=["markdown", "page", "csv", "json"],
+        keys={"csv": "peak_bytes", "json": "peak_bytes"},
+    ),
+)
+
+
+def with_added(added: Mapping[str, object]) -> tuple[tuple[TableColumn, ...], list[str]]:
+    """The report's own columns with those that packages add, by the names of their entries, and a line for each of
+    these that is none or has the name of another."""
+    columns, told = list(COLUMNS), []
+    for name, column in added.items():
+        if not isinstance(column, TableColumn):
+            told.append(f"column '{name}' is {column!r}, which is no harness.report.board.columns.TableColumn")
+        elif any(column.name == other.name for other in columns):
+            told.append(f"column '{name}' is left out: there is a column '{column.name}' already")
+        else:
+            columns.append(column)
+    return tuple(columns), told
+
+
+def usable(columns: Iterable[TableColumn], rows: Sequence[Row]) -> tuple[tuple[TableColumn, ...], list[str]]:
+    """The columns that can be made of these rows, and a line for each that cannot: a package's fault costs no table."""
+    kept, told = [], []
+    for column in columns:
+        try:
+            if column not in COLUMNS:
+                for row in rows:
+                    _check(column, row)
+        except Exception as error:
+            told.append(f"The column '{column.name}' is left out ({type(error).__name__}: {error}).")
+        else:
+            kept.append(column)
+    return tuple(kept), told
+
+
+def _check(column: TableColumn, row: Row) -> None:
+    for each in (row, *map(row.on, row.cells)):
+        value = column.value(each)
+        if not isinstance(value, float | int | str | None) or not isinstance(column.text_of(each), str):
+            raise TypeError(f"its value is {value!r}")

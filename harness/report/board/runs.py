@@ -1,0 +1,237 @@
+"""The runs of a report: each record with its place in the tables.
+
+Runs of one `setting` share everything but method, seed and task; within it, runs with one `label` are one configuration
+of a method, and runs with one `column` one task on one data set. Nothing else may stand together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.notation import value_text
+from harness.record.record import RunRecord
+from harness.report.board.labels import Naming, columns_of, labels_of
+from harness.report.redact import error_text, model_name
+from harness.spec import NOT_SETTING, RunSpec, TrainSpec
+
+VERSIONED = ("torch", "peft", "transformers")  # packages whose versions the tables tell apart in a note
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run as the tables see it. None: not known, or there is none."""
+
+    record: RunRecord
+    label: str  # of its row
+    column: str  # title of its column
+    setting: str  # 8 hexadecimal digits
+    setting_text: str  # the setting in words
+    metric: str  # what the score is
+    score: float | None  # of a run that is done
+    metrics: Mapping[str, float]  # of the score's split
+    split: str | None  # the evaluation split of the score
+    tuning: str  # "tuned K" after K trials, "default" where every hyperparameter is at its default, else "as given"
+    search_batches: int | None  # of the search's trials together: 0 without one, None where a trial's record is gone
+    search_seconds: float | None  # of training
+    search_peak_bytes: int | None
+    is_further: bool = False  # whether the split is not the first one, so that the task has a column before this one
+    counts: bool = True  # in averages, mean ranks and the order of rows
+
+    @property
+    def run_id(self) -> str:
+        return self.record.run_id
+
+    @property
+    def spec(self) -> RunSpec:
+        return self.record.spec
+
+    @property
+    def seed(self) -> int:
+        return self.spec.seed
+
+    @property
+    def method(self) -> str:
+        return self.spec.method
+
+    @property
+    def task(self) -> str:
+        return self.spec.task
+
+    @property
+    def model(self) -> str | None:
+        """A Hub id, or the last part of a folder."""
+        return model_name(self.spec.place.model)
+
+    @property
+    def status(self) -> str:
+        return self.record.status
+
+    @property
+    def error(self) -> str | None:
+        return error_text(self.record)
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a higher score is the better one."""
+        return self.record.higher_is_better
+
+    @property
+    def batches(self) -> int:
+        return self.record.batches
+
+    @property
+    def seconds_training(self) -> float:
+        return self.record.seconds.training
+
+    @property
+    def peak_bytes(self) -> int | None:
+        return self.record.peak_bytes
+
+    @property
+    def parameters_initial(self) -> int | None:
+        """Of the adapter, at the start."""
+        return self.record.parameters and self.record.parameters.adapter_initial
+
+    @property
+    def parameters_peak(self) -> int | None:
+        """Of the adapter, at most."""
+        return self.record.parameters and self.record.parameters.adapter_peak
+
+    @property
+    def parameters_final(self) -> int | None:
+        """Of the adapter, after training."""
+        return self.record.parameters and self.record.parameters.adapter_final
+
+    @property
+    def head(self) -> int | None:
+        """Parameters of the head."""
+        return self.record.parameters and self.record.parameters.head
+
+    @property
+    def stored_bytes(self) -> int | None:
+        return self.record.parameters and self.record.parameters.stored_bytes
+
+    @property
+    def rank(self) -> float | None:
+        """Mean live rank over the adapted layers."""
+        ranks = self.record.ranks
+        return sum(ranks.values()) / len(ranks) if ranks else None
+
+    @property
+    def versions(self) -> str:
+        """Of the packages that results depend on."""
+        packages = self.record.environment.packages
+        named = [f"{name} {packages[name]}" for name in VERSIONED if name in packages]
+        return ", ".join([f"harness {self.record.environment.harness}", *named])
+
+
+def runs_of(records: Iterable[RunRecord], naming: Naming | None = None) -> list[Run]:
+    """One for each run_id (of a run given twice, the last); trials of a search have none of their own.
+
+    `naming`: see `labels_of`.
+    """
+    every = {record.run_id: record for record in records}
+    unique = {run_id: record for run_id, record in every.items() if not record.spec.is_trial}
+    labels, columns = labels_of(unique.values(), naming), columns_of(every.values())
+    settings: dict[tuple[Any, ...], tuple[str, str]] = {}  # worked out once each: thousands of runs share a few
+    defaults: dict[tuple[str, str], bool] = {}
+    runs = []
+    for run_id, record in unique.items():
+        spec = record.spec
+        setting = tuple(getattr(spec, name) for name in RunSpec.model_fields if name not in NOT_SETTING)
+        if setting not in settings:
+            settings[setting] = spec.setting_key, _setting_text(spec)
+        method = spec.method, json.dumps(spec.method_parameters, sort_keys=True)
+        if method not in defaults:
+            named = (naming or {}).get(spec.method)
+            defaults[method] = named is not None and not named(spec.method_parameters)
+        runs.append(
+            Run(
+                record,
+                labels[run_id],
+                columns[run_id],
+                *settings[setting],
+                record.headline,
+                record.score if record.status == "done" else None,
+                record.metrics,
+                next(iter(_splits(record)), None),
+                _tuning(spec, defaults[method]),
+                *_search_cost(spec, every),
+            )
+        )
+    return runs
+
+
+def every_split(runs: Sequence[Run], counted: Mapping[str, str] | None = None) -> list[Run]:
+    """The runs, and each once more for every further evaluation split of its task, in a column of that split's own.
+
+    A task counts once in averages and in the order of rows: by its first split, or by the one that `counted` names for
+    it ({"glue/mnli": "validation_mismatched"}).
+    """
+    splits: dict[str, list[str]] = {}  # of a run that failed early nothing is known but by the others of its column
+    for run in runs:
+        splits[run.column] = max(splits.get(run.column, []), _splits(run.record), key=len)
+    return [
+        each for run in runs for each in _by_split(run, splits[run.column], (counted or {}).get(run.task, run.split))
+    ]
+
+
+def _by_split(run: Run, splits: Sequence[str], counted: str | None) -> list[Run]:
+    further = {name: f"{name}_" for name in splits[1:]}
+    own = {name: value for name, value in run.metrics.items() if not name.startswith(tuple(further.values()))}
+    found = [dataclasses.replace(run, metrics=own, counts=counted not in further)]
+    for split, prefix in further.items():
+        metrics = {
+            name.removeprefix(prefix): value for name, value in run.metrics.items() if name.startswith(prefix)
+        }
+        changes = {"column": f"{run.column}, {split}", "split": split, "metrics": metrics}
+        score = None if run.score is None else metrics.get(run.metric)
+        found.append(
+            dataclasses.replace(run, **changes, score=score, is_further=True, counts=counted == split)  # type: ignore[arg-type]
+        )
+    return found
+
+
+def _splits(record: RunRecord) -> list[str]:
+    """The evaluation splits, the score's first."""
+    return [name for name in record.rows if name not in ("train", "holdout")]
+
+
+def _tuning(spec: RunSpec, is_default: bool) -> str:
+    """How the hyperparameters came about."""
+    if spec.search is not None:
+        return f"tuned {len(spec.search.trials)}"
+    return "default" if is_default else "as given"
+
+
+def _search_cost(spec: RunSpec, every: Mapping[str, RunRecord]) -> tuple[int | None, float | None, int | None]:
+    """(batches, seconds, peak bytes) that the trials took by which a run's setting was chosen."""
+    trials = [every.get(run_id) for run_id in (spec.search.trials if spec.search else ())]
+    known = [trial for trial in trials if trial is not None]
+    if len(known) < len(trials):
+        return None, None, None
+    seconds = math.fsum(trial.seconds.training for trial in known)
+    return sum(trial.batches for trial in known), seconds, max((trial.peak_bytes or 0 for trial in known), default=0)
+
+
+def _setting_text(spec: RunSpec) -> str:
+    """The setting in words, the model left out; every value that is not a default is named."""
+    train, limit, threads = spec.train, spec.limit, spec.threads
+    words = [
+        f"{train.batches} batches" if train.batches is not None else f"{train.epochs:g} epochs",
+        f"batch size {train.batch_size}",
+        "all rows" if limit is None else f"at most {limit} rows of each split",
+        "1 thread" if threads == 1 else f"{threads} threads",
+    ]
+    for name, field in TrainSpec.model_fields.items():
+        value = getattr(train, name)
+        if name not in ("batches", "epochs", "batch_size") and value != field.default:
+            words.append(f"{name} {value_text(value)}")
+    known = {"limit", "threads", "train", "model_fingerprint"}
+    words += [f"{name} {value_text(value)}" for name, value in spec.setting.items() if name not in known]
+    return ", ".join(words)
