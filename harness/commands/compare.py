@@ -18,14 +18,14 @@ def command(results: Path, first: str, second: str, tasks: Sequence[str] | None)
     `first`, `second`: rows of the leaderboard, "debora[tau=8]", or a method that has one row. Raises InputError for an
     unknown one, and where no setting has both.
     """
-    from harness.report.board.frame import to_frame
     from harness.report.board.leaderboard import leaderboards
+    from harness.report.board.runs import runs_of
     from harness.report.evidence.compare import ExampleReader, compare, in_words, row_of, unused
     from harness.report.forms.text import CONSOLE_WIDTH
 
     store, found = chosen(results, None, tasks)
     with uncollected():
-        boards = leaderboards(to_frame(found.records, naming_of(found.records)))
+        boards = leaderboards(runs_of(found.records, naming_of(found.records)))
     if not boards:
         raise InputError(f"no records in {store.runs}: run `python -m harness run ...` first")
     known, failure, read = 0, None, ExampleReader(store)

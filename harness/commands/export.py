@@ -26,15 +26,15 @@ def command(results: Path, run_id: str, to: Path) -> int:
     unknown run, one that kept no adapter, an adapter with something in it that is no plain file or cannot be handed on,
     or a folder that is there already or cannot be made.
     """
-    from harness.report.board.frame import to_frame
     from harness.report.board.leaderboard import leaderboards
+    from harness.report.board.runs import runs_of
     from harness.report.forms.card import model_card
 
     target.check_new(to)
     store, found = chosen(results, None, None)
     record = store.find(run_id)
     names = _files(store, record)
-    boards = leaderboards(to_frame(found.records, naming_of(found.records)))
+    boards = leaderboards(runs_of(found.records, naming_of(found.records)))
     card = model_card(record, boards, names)
     with target.made(to) as draft:
         for name in names:

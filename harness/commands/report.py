@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness import registry
 from harness.commands.tracking import log
@@ -16,6 +17,10 @@ from harness.errors import InputError, unknown
 from harness.record.record import RunRecord
 from harness.record.store import Found, RecordStore
 from harness.report.garbage import uncollected
+
+if TYPE_CHECKING:
+    from harness.report.board.columns import TableColumn
+    from harness.report.board.leaderboard import Board
 
 FAILED = ("failed", "diverged", "out_of_memory")
 MOST_SHOWN = 1000  # runs of a sweep that ran nothing new whose report is made again, unasked
@@ -32,6 +37,7 @@ class Wanted:
     to_mlflow: bool = False
     tracking_uri: str | None = None  # None: the results folder's own
     forms: tuple[str, ...] = ("png", "pdf")  # of the pictures
+    every_split: bool = False  # a task's further evaluation splits are columns, too
 
 
 def command(
@@ -103,18 +109,21 @@ def brief(store: RecordStore, statuses: Mapping[str, str]) -> int:
 
 def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wanted) -> None:
     """Print the boards of `shown`; the files are made of `written`. Raises Unwritten where some could not be."""
-    from harness.report.board.frame import to_frame
     from harness.report.board.leaderboard import sorted_by
+    from harness.report.board.runs import every_split, runs_of
     from harness.report.build import Unwritten, boards_of, build_report
     from harness.report.forms.text import console
     from harness.report.pictures import critical
 
-    naming = naming_of(written.records)
+    naming, table = naming_of(written.records), _columns()
+
+    def boards_with(records: Sequence[RunRecord]) -> list[Board]:
+        runs = runs_of(records, naming)
+        return boards_of(store, every_split(runs) if wanted.every_split else runs, family_average, table)
+
     with uncollected():
-        every = boards_of(store, to_frame(written.records, naming), family_average) if written.records else []
-        boards = every
-        if shown is not written.records:
-            boards = boards_of(store, to_frame(shown, naming), family_average) if shown else []
+        every = boards_with(written.records)
+        boards = every if shown is written.records else boards_with(shown)
     if wanted.sort is not None:
         boards = sorted_by(boards, wanted.sort)
     unwritten = None
@@ -137,6 +146,17 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
         print(f"{KINDS.get(path.parent.name, 'page'):<10}{path}")
     if unwritten is not None:
         raise unwritten
+
+
+def _columns() -> tuple[TableColumn, ...]:
+    """The columns beside the scores, with those of packages; what is wrong with these is a line on stderr."""
+    from harness.report.board.columns import with_added
+
+    added, told = registry.extensions(registry.COLUMNS)
+    columns, refused = with_added(added)
+    for line in (*told, *refused):
+        print(line, file=sys.stderr)
+    return columns
 
 
 def naming_of(records: Iterable[RunRecord]) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:

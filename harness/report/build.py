@@ -15,8 +15,11 @@ import pandas as pd
 from harness.errors import InputError
 from harness.record.record import RunRecord
 from harness.record.store import Found, RecordStore
-from harness.report.board.frame import Naming, to_frame
+from harness.report.board.columns import COLUMNS, TableColumn
+from harness.report.board.labels import Naming
 from harness.report.board.leaderboard import Board, FamilyAverage, leaderboards
+from harness.report.board.notes import with_notes
+from harness.report.board.runs import Run, runs_of
 from harness.report.evidence.compare import ExampleReader, with_ties
 from harness.report.forms.data import csv_text, structured, tidy
 from harness.report.forms.latex import latex
@@ -60,7 +63,7 @@ def build_report(
     """Write tables/leaderboard.{md,tex,csv,json}, tables/trials.csv and those of `_tables` that have rows,
     pictures/*.{png,pdf} and report.html, all below `store.results`.
 
-    `found`: what to report on; None for all of the store. `naming`: see `to_frame`. `boards`: those of the
+    `found`: what to report on; None for all of the store. `naming`: see `labels_of`. `boards`: those of the
     records, where they are made already (see `boards_of`).
     `forms`: of the pictures, "png" among them, which the page takes in; a PDF takes as long again, for its fonts.
     `tell`: gets a line about each file of a run that is damaged, and about each picture that cannot be made.
@@ -77,16 +80,16 @@ def build_report(
     if all(record.spec.is_trial for record in chosen):
         left_out = f" (unreadable: {', '.join(damaged)})" if damaged else ""
         raise InputError(f"no records in {store.runs}{left_out}: run `python -m harness run ...` first")
-    frame, trials = to_frame(chosen, naming), trials_frame(chosen, naming)
+    trials = trials_frame(chosen, naming)
     records = {record.run_id: record for record in chosen}
-    boards = boards_of(store, frame) if boards is None else boards
+    boards = boards_of(store, runs_of(chosen, naming)) if boards is None else boards
     with _draft(store) as folder:
         drawing, tables = _Drawing(folder, forms, tell), {}
         for place, board in enumerate(boards):  # one after the other: histories are large
             of_board, histories = _of(board, trials), _histories(board, store, tell)
             tables[board.key] = _tables(board, of_board, histories, records)
             if place < MOST_ILLUSTRATED:
-                drawn = pictures(board, _of(board, frame), of_board, store, records, histories)
+                drawn = pictures(board, of_board, store, records, histories)
                 drawing.draw(board.key, drawn, f"_{board.key}" if len(boards) > 1 else "")
         whole = {name: _by_setting(name, tables) for name in tables[boards[0].key]} | {"trials": trials}
         texts = _texts(boards, whole, damaged)
@@ -98,10 +101,15 @@ def build_report(
         return _put(folder, store.results, names)
 
 
-def boards_of(store: RecordStore, frame: pd.DataFrame, average: FamilyAverage | None = None) -> list[Board]:
-    """The leaderboards of a frame (see `to_frame`) with their ties; `average`: see `leaderboards`."""
+def boards_of(
+    store: RecordStore,
+    runs: Iterable[Run],
+    average: FamilyAverage | None = None,
+    table: Sequence[TableColumn] = COLUMNS,
+) -> list[Board]:
+    """The leaderboards of runs (see `runs_of`) with their notes and ties; `average`, `table`: see `leaderboards`."""
     read = ExampleReader(store)
-    return [with_ties(board, read) for board in leaderboards(frame, average)]
+    return [with_ties(with_notes(board), read) for board in leaderboards(runs, average, table)]
 
 
 def _histories(board: Board, store: RecordStore, tell: Tell) -> list[Traced]:

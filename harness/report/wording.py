@@ -16,12 +16,12 @@ TIE = "not significantly different from the best"
 def legend(words: Mapping[str, str], over: str = "n runs (seeds)", nothing: str = NOTHING) -> str:
     """How to read a leaderboard. `words`: what its columns beside the scores are, by their headings; `over`: what a
     mean is over; `nothing`: the sign for a cell without runs."""
-    columns = "; ".join(f"{heading}: {text}" for heading, text in words.items())
+    columns = "; ".join(f"{heading} ({text})" for heading, text in words.items())
     return (
         f"Scores: mean ± half-width of the 95 % confidence interval (Student's t) over {over}; n/a: one run has no "
         f"interval; {nothing}: not run. Bold: the best mean of the cells in which every run gave a score; underlined: "
         f"the second best; ≈: {TIE} (paired test over seeds and examples, Holm-corrected over the column). Rows are "
-        f"ordered by their mean score, those with a missing score last. Other columns are means over runs. {columns}."
+        f"ordered by their mean score, those with a missing score last. Other columns, means over runs: {columns}."
     )
 
 

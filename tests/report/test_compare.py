@@ -12,8 +12,8 @@ from harness import cli
 from harness.errors import InputError
 from harness.record.record import PREDICTIONS, RunRecord
 from harness.record.store import RecordStore
-from harness.report.board.frame import to_frame
 from harness.report.board.leaderboard import Board, leaderboards, sorted_by
+from harness.report.board.runs import runs_of
 from harness.report.evidence.compare import Comparison, ExampleReader, compare, in_words, row_of, with_ties
 from harness.report.forms.text import markdown
 from harness.report.statistics import over_tasks
@@ -52,7 +52,7 @@ def two_methods(folder: Path, shares: tuple[float, float], seeds: int = 3, task:
 
 
 def board_of(store: RecordStore) -> Board:
-    (only,) = leaderboards(to_frame(store.records(), NAMING))
+    (only,) = leaderboards(runs_of(store.records(), NAMING))
     return only
 
 

@@ -13,8 +13,8 @@ import scipy.stats
 
 from harness.commands.report import family_average
 from harness.record.record import RunRecord
-from harness.report.board.frame import to_frame
 from harness.report.board.leaderboard import Board, leaderboards
+from harness.report.board.runs import runs_of
 from harness.report.forms.data import tidy
 from harness.report.forms.latex import latex
 from harness.report.forms.text import console, markdown
@@ -57,7 +57,7 @@ class TestStatistics:
 
 class TestLabels:
     def label(self, *records: RunRecord) -> list[str]:
-        return list(to_frame(records, NAMING)["label"])
+        return [run.label for run in runs_of(records, NAMING)]
 
     def test_names_what_is_not_default(self) -> None:
         changed = record("debora", method_parameters={"rank": 4, "tau": 8.0})
@@ -85,11 +85,11 @@ class TestLabels:
         assert all(label.startswith("lora #") for label in labels)
 
     def test_run_given_twice_counts_once(self) -> None:
-        assert len(to_frame([record(), record()])) == 1
+        assert len(runs_of([record(), record()])) == 1
 
     def test_folder_of_the_model_is_not_shown(self) -> None:
-        frame = to_frame([record(place=Place(model="/home/somebody/models/minilm/"))])
-        assert frame["model"].tolist() == ["minilm"]
+        (run,) = runs_of([record(place=Place(model="/home/somebody/models/minilm/"))])
+        assert run.model == "minilm"
 
 
 class TestLeaderboard:
@@ -165,7 +165,7 @@ class TestLeaderboard:
                 record(task=f"glue/{name}", score=0.8, headline=TABLE[name].metrics[0], others={"f1": 0.4})
                 for name in tasks
             ]
-            return leaderboards(to_frame([*scored], NAMING), family_average)
+            return leaderboards(runs_of([*scored], NAMING), family_average)
 
         (whole,), (part,) = boards_of(list(TABLE)), boards_of(["qqp", "rte"])
         assert whole.rows[0].average == pytest.approx((7 * 0.8 + 0.6) / 8)

@@ -18,8 +18,8 @@ from harness import cli
 from harness.commands.report import brief
 from harness.errors import InputError
 from harness.record.store import RecordStore
-from harness.report.board.frame import to_frame
 from harness.report.board.leaderboard import leaderboards
+from harness.report.board.runs import runs_of
 from harness.report.build import Unwritten, build_report
 from harness.report.forms.data import tidy
 from harness.report.forms.latex import latex
@@ -140,7 +140,7 @@ class TestBuild:
         build_report(store)
         stored(tmp_path, record(limit=50))
         pictures = [path.name for path in build_report(store) if path.suffix == ".png"]
-        keys = sorted(found.key for found in leaderboards(to_frame(store.records())))
+        keys = sorted(found.key for found in leaderboards(runs_of(store.records())))
         assert sorted(pictures) == [f"score_vs_parameters_{key}.png" for key in keys]
         assert sorted(path.name for path in (tmp_path / "pictures").glob("*.png")) == sorted(pictures)
         assert (tmp_path / "tables" / "leaderboard.md").read_text(encoding="utf-8").count("## Setting") == 2

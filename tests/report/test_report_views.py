@@ -19,9 +19,10 @@ from safetensors.numpy import save_file
 from harness import cli
 from harness.record.record import HISTORY, SCHEMA, RunRecord
 from harness.record.store import RecordStore
-from harness.report.board.frame import to_frame
 from harness.report.board.leaderboard import leaderboards, sorted_by
+from harness.report.board.runs import runs_of
 from harness.report.build import build_report
+from harness.report.forms.data import structured
 from harness.report.pictures import critical, curves, layers, lines, scatter
 from harness.report.pictures.figures import COLOURS
 from harness.report.pictures.histories import History, mean_series, traced
@@ -146,10 +147,12 @@ class TestBudget:
         (row,) = budget.costs(board(*trials, *runs)).to_dict("records")
         assert (row["settings"], row["runs"], row["batches"], row["seconds"]) == ("tuned 2", 2, 200, 120.0)
         assert (row["search_batches"], row["search_seconds"], row["peak_bytes"]) == (130, 120.0, 2e9)
-        (shown,) = board(*trials, *runs).rows
-        assert (shown.batches, shown.seconds, shown.peak_bytes) == (230, 180.0, 2e9)
+        (setting,) = structured([board(*trials, *runs)])["settings"]
+        (shown,) = setting["rows"]
+        assert (shown["batches"], shown["seconds"], shown["peak_bytes"]) == (230, 180.0, 2e9)
         lacking = board(trials[0], *runs)
-        assert (lacking.rows[0].batches, lacking.rows[0].search_batches) == (None, None), "a trial's record is gone"
+        (shown,) = structured([lacking])["settings"][0]["rows"]
+        assert (shown["batches"], shown["search_batches"]) == (None, None), "a trial's record is gone"
         assert math.isnan(budget.costs(lacking)["search_batches"][0])
 
     def test_time_to_score(self, tmp_path: Path) -> None:
@@ -158,7 +161,7 @@ class TestBudget:
         assert budget.time_to(one, "holdout_accuracy", 0.95) is None
         assert budget.time_to(one, "loss", 0.5, higher_is_better=False) == 15
         store = with_histories(tmp_path, record(), record(seed=1))
-        (only,) = leaderboards(to_frame(store.records()))
+        (only,) = leaderboards(runs_of(store.records()))
         table = budget.time_to_score(only, traced(only, store))
         assert table["batches"].tolist() == [40, 40]
         assert table["target"].tolist() == [pytest.approx(0.89)] * 2
@@ -186,7 +189,7 @@ class TestPictures:
         ranks = {f"encoder.layer.{i}.attention.{name}": 4 - i for i in (0, 1) for name in ("query", "value")}
         runs = [record(m, seed=s, ranks=ranks, numbers=n) for m, n in (("debora", 50), ("lora", 90)) for s in (0, 1)]
         store = with_histories(tmp_path, *runs)
-        (only,) = leaderboards(to_frame(store.records(), NAMING))
+        (only,) = leaderboards(runs_of(store.records(), NAMING))
         found = traced(only, store)
         learning, over_time = curves.learning_curves(only, found), curves.over_time(only, found)
         heat = layers.rank_heat_map(only, {run.run_id: run for run in runs})
@@ -198,7 +201,7 @@ class TestPictures:
         assert image is not None
         assert image.tolist() == [[4, 4], [3, 3]]
         assert [text.get_text() for text in axes(heat)[0].get_xticklabels()] == ["attention.query", "attention.value"]
-        points = axes(scatter.draw(to_frame(runs, NAMING), only))[0]
+        points = axes(scatter.draw(only))[0]
         assert points.get_xlabel() == "adapter parameters"
         assert layers.singular_values(only, store) is None
         assert critical.draw(only) is None
@@ -234,7 +237,7 @@ class TestPictures:
         assert damaged in line
         assert "\n" not in line
         assert {"learning_curves.png", "over_time.png", "time_to_score.csv"} <= names
-        (only,) = leaderboards(to_frame(store.records()))
+        (only,) = leaderboards(runs_of(store.records()))
         assert [len(each.histories) for each in traced(only, store)] == [1]
 
     @pytest.mark.parametrize("value", ['"0.5"', "[]", "null", "true", "NaN", "Infinity", "1e300", '{"a": 1}'])
@@ -273,8 +276,8 @@ class TestPictures:
 
     def test_nothing_to_draw(self, tmp_path: Path) -> None:
         store = stored(tmp_path, record(score=None, parameters=None))
-        (only,) = leaderboards(to_frame(store.records()))
-        assert scatter.draw(to_frame(store.records()), only) is None
+        (only,) = leaderboards(runs_of(store.records()))
+        assert scatter.draw(only) is None
         assert curves.learning_curves(only, traced(only, store)) is None
         assert curves.over_time(only, traced(only, store)) is None
         assert layers.rank_heat_map(only, {run.run_id: run for run in store.records()}) is None

@@ -16,8 +16,9 @@ from harness.parameters import ParameterCount
 from harness.record.environment import Environment
 from harness.record.record import RunRecord, Seconds
 from harness.record.store import RecordStore
-from harness.report.board.frame import to_frame
 from harness.report.board.leaderboard import Board, leaderboards
+from harness.report.board.notes import with_notes
+from harness.report.board.runs import runs_of
 from harness.spec import RunSpec, Search, TrainSpec
 
 ENVIRONMENT = Environment(
@@ -82,7 +83,7 @@ def record(
 
 
 def boards(*records: RunRecord) -> list[Board]:
-    return leaderboards(to_frame(records, NAMING))
+    return [with_notes(each) for each in leaderboards(runs_of(records, NAMING))]
 
 
 def board(*records: RunRecord) -> Board:

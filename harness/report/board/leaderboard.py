@@ -197,10 +197,7 @@ def _row(label: str, runs: Mapping[str, list[Run]], columns: Sequence[Column]) -
 
 
 def _cell(runs: list[Run], column: Column) -> Cell:
-    others = {
-        name: summarize(run.metrics[name] for run in runs if name in run.metrics)
-        for name in column.others
-    }
+    others = {name: summarize(run.metrics[name] for run in runs if name in run.metrics) for name in column.others}
     return Cell(tuple(runs), summarize(run.score for run in runs if run.score is not None), others)
 
 

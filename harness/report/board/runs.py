@@ -7,6 +7,7 @@ of a method, and runs with one `column` one task on one data set. Nothing else m
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -95,28 +96,31 @@ class Run:
     @property
     def parameters_initial(self) -> int | None:
         """Of the adapter, at the start."""
-        return self.record.parameters and self.record.parameters.adapter_initial
+        return self._count("adapter_initial")
 
     @property
     def parameters_peak(self) -> int | None:
         """Of the adapter, at most."""
-        return self.record.parameters and self.record.parameters.adapter_peak
+        return self._count("adapter_peak")
 
     @property
     def parameters_final(self) -> int | None:
         """Of the adapter, after training."""
-        return self.record.parameters and self.record.parameters.adapter_final
+        return self._count("adapter_final")
 
     @property
     def head(self) -> int | None:
         """Parameters of the head."""
-        return self.record.parameters and self.record.parameters.head
+        return self._count("head")
 
     @property
     def stored_bytes(self) -> int | None:
-        return self.record.parameters and self.record.parameters.stored_bytes
+        return self._count("stored_bytes")
 
-    @property
+    def _count(self, name: str) -> int | None:
+        return getattr(self.record.parameters, name, None)
+
+    @functools.cached_property
     def rank(self) -> float | None:
         """Mean live rank over the adapted layers."""
         ranks = self.record.ranks
@@ -161,7 +165,7 @@ def runs_of(records: Iterable[RunRecord], naming: Naming | None = None) -> list[
                 record.metrics,
                 next(iter(_splits(record)), None),
                 _tuning(spec, defaults[method]),
-                *_search_cost(spec, every),
+                **_search_cost(spec, every),
             )
         )
     return runs
@@ -182,18 +186,21 @@ def every_split(runs: Sequence[Run], counted: Mapping[str, str] | None = None) -
 
 
 def _by_split(run: Run, splits: Sequence[str], counted: str | None) -> list[Run]:
-    further = {name: f"{name}_" for name in splits[1:]}
-    own = {name: value for name, value in run.metrics.items() if not name.startswith(tuple(further.values()))}
-    found = [dataclasses.replace(run, metrics=own, counts=counted not in further)]
-    for split, prefix in further.items():
-        metrics = {
-            name.removeprefix(prefix): value for name, value in run.metrics.items() if name.startswith(prefix)
-        }
-        changes = {"column": f"{run.column}, {split}", "split": split, "metrics": metrics}
-        score = None if run.score is None else metrics.get(run.metric)
-        found.append(
-            dataclasses.replace(run, **changes, score=score, is_further=True, counts=counted == split)  # type: ignore[arg-type]
+    prefixes = {name: f"{name}_" for name in splits[1:]}  # of the metrics of further splits
+    own = {name: value for name, value in run.metrics.items() if not name.startswith(tuple(prefixes.values()))}
+    found = [dataclasses.replace(run, metrics=own, counts=counted not in prefixes)]
+    for split, prefix in prefixes.items():
+        metrics = {name.removeprefix(prefix): value for name, value in run.metrics.items() if name.startswith(prefix)}
+        further = dataclasses.replace(
+            run,
+            column=f"{run.column}, {split}",
+            split=split,
+            metrics=metrics,
+            score=None if run.score is None else metrics.get(run.metric),
+            is_further=True,
+            counts=counted == split,
         )
+        found.append(further)
     return found
 
 
@@ -209,14 +216,16 @@ def _tuning(spec: RunSpec, is_default: bool) -> str:
     return "default" if is_default else "as given"
 
 
-def _search_cost(spec: RunSpec, every: Mapping[str, RunRecord]) -> tuple[int | None, float | None, int | None]:
-    """(batches, seconds, peak bytes) that the trials took by which a run's setting was chosen."""
+def _search_cost(spec: RunSpec, every: Mapping[str, RunRecord]) -> dict[str, Any]:
+    """What the trials took by which a run's setting was chosen."""
     trials = [every.get(run_id) for run_id in (spec.search.trials if spec.search else ())]
     known = [trial for trial in trials if trial is not None]
+    names = ("search_batches", "search_seconds", "search_peak_bytes")
     if len(known) < len(trials):
-        return None, None, None
+        return dict.fromkeys(names)
     seconds = math.fsum(trial.seconds.training for trial in known)
-    return sum(trial.batches for trial in known), seconds, max((trial.peak_bytes or 0 for trial in known), default=0)
+    peak = max((trial.peak_bytes or 0 for trial in known), default=0)
+    return dict(zip(names, (sum(trial.batches for trial in known), seconds, peak), strict=True))
 
 
 def _setting_text(spec: RunSpec) -> str:

@@ -11,7 +11,9 @@ import numpy as np
 from harness.errors import unknown
 from harness.record.record import PREDICTIONS
 from harness.record.store import RecordStore
-from harness.report.board.leaderboard import Board, Cell, Column, Row, Run, is_present, score_text
+from harness.report.board.leaderboard import Board
+from harness.report.board.rows import Cell, Column, Row
+from harness.report.board.runs import Run
 from harness.report.evidence.examples import METRICS, example_scores
 from harness.report.pictures.histories import one_line
 from harness.report.statistics import (
@@ -26,6 +28,7 @@ from harness.report.statistics import (
     paired,
     probability_of_improvement,
 )
+from harness.report.wording import score_text
 
 LEAST_TASKS = 3  # for an interquartile mean over tasks
 
@@ -41,22 +44,22 @@ class ExampleReader:
 
     def __call__(self, run: Run, column: Column) -> np.ndarray | None:
         """See `example_scores`; None also where no predictions were kept, or they are damaged."""
-        if column.headline not in METRICS or not is_present(run["split"]):
+        if column.headline not in METRICS or run.split is None:
             return None
-        key = run["run_id"], run["split"]
+        key = run.run_id, run.split
         if key not in self._known:
-            self._known[key] = self._read(run, column.headline)
+            self._known[key] = self._read(run, run.split, column.headline)
         return self._known[key]
 
-    def _read(self, run: Run, metric: str) -> np.ndarray | None:
-        split = run["split"]
+    def _read(self, run: Run, split: str, metric: str) -> np.ndarray | None:
+        assert run.score is not None
         try:
-            path = self._store.verified(run["run_id"], PREDICTIONS)
-            return example_scores(path, split, metric, run["score"], run["rows"].get(split))
+            path = self._store.verified(run.run_id, PREDICTIONS)
+            return example_scores(path, split, metric, run.score, run.record.rows.get(split))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            self.damaged[run["run_id"]] = one_line(error)
+            self.damaged[run.run_id] = one_line(error)
             return None
 
     def forget(self) -> None:
@@ -95,7 +98,7 @@ def row_of(board: Board, name: str) -> Row:
     name = name.replace(", ", ",")  # as the console folds labels
     if name in labels:
         return labels[name]
-    of_method = [row for row in board.rows if any(cell.runs[0]["method"] == name for cell in row.cells.values())]
+    of_method = [row for row in board.rows if any(cell.runs[0].method == name for cell in row.cells.values())]
     if len(of_method) == 1:
         return of_method[0]
     raise unknown("row" if not of_method else "row (several are of this method)", name, labels)
@@ -120,15 +123,15 @@ def corrected(found: Sequence[Comparison]) -> list[Comparison]:
 
 def compare_cells(first: Cell, second: Cell, column: Column, read: ExampleReader) -> Comparison:
     """One comparison, not corrected: from examples and seeds where predictions were kept, else from seeds alone."""
-    by_seed = [{run["seed"]: run for run in cell.scored} for cell in (first, second)]
+    by_seed = [{run.seed: run for run in cell.scored} for cell in (first, second)]
     seeds = tuple(sorted(by_seed[0].keys() & by_seed[1].keys()))
     runs = [[of_seed[seed] for seed in seeds] for of_seed in by_seed]
-    scores = [np.array([run["score"] for run in of_row], dtype=float) for of_row in runs]
+    scores = [np.array([run.score for run in of_row], dtype=float) for of_row in runs]
     differences = _by_example(runs[0], runs[1], column, read)
     within = tuple(_mcnemar(row) for row in differences) if differences is not None else ()
     return Comparison(
         column,
-        first.runs[0]["task"],
+        first.runs[0].task,
         seeds,
         (scores[0], scores[1]),
         difference=paired(scores[0] - scores[1]) if differences is None else crossed(differences),
@@ -138,8 +141,9 @@ def compare_cells(first: Cell, second: Cell, column: Column, read: ExampleReader
 
 
 def with_ties(board: Board, read: ExampleReader) -> Board:
-    """The board with the cells marked that the paired test, Holm-corrected over a task, cannot tell from its best, and
-    with notes of those that could not be tested and of predictions that could not be used."""
+    """The board with the cells marked that are not significantly different from its best by the paired test,
+    Holm-corrected over a task, and with notes of those that could not be tested and of predictions that could not be
+    used."""
     ties, notes, before = {}, list(board.notes), set(read.damaged)
     for column in board.columns:
         best = [row for row in board.rows if board.is_best(row, column)]
@@ -162,7 +166,7 @@ def unused(run_id: str, reason: str) -> str:
 
 
 def _tied(board: Board, best: Row, column: Column, read: ExampleReader) -> tuple[frozenset[str], list[str]]:
-    """(labels that are not told from the best, labels with a score that no test was possible on)."""
+    """(labels not significantly different from the best, labels with a score that no test was possible on)."""
     others = [row for row in board.rows if column.title in row.cells and row is not best]
     found = [compare_cells(best.cells[column.title], row.cells[column.title], column, read) for row in others]
     by_label = dict(zip((row.label for row in others), corrected(found), strict=True))

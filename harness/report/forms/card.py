@@ -67,7 +67,8 @@ def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str])
         f"- model: {model}, fingerprint {_code(spec.model_fingerprint)}\n"
         f"- rows: {escape(', '.join(f'{name} {rows:,}' for name, rows in record.rows.items()))}",
         "## Method",
-        f"{_code(spec.method)} (version {spec.method_version}), hyperparameters:\n\n{_json_block(spec.method_parameters)}",
+        f"{_code(spec.method)} (version {spec.method_version}), hyperparameters:",
+        _json_block(spec.method_parameters),
         *tuned,
         f"Training: {_code(json.dumps(spec.train.model_dump(mode='json', exclude_none=True)))}; "
         f"{record.batches} batches.",
@@ -76,8 +77,8 @@ def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str])
     ]
     if count is not None:
         sections.append(
-            f"Adapter: {count.adapter_final:,} parameters ({human(count.adapter_final)}), at most {count.adapter_peak:,} "
-            f"while training; head: {count.head:,}; {count.stored_bytes:,} bytes to store."
+            f"Adapter: {count.adapter_final:,} parameters ({human(count.adapter_final)}), at most "
+            f"{count.adapter_peak:,} while training; head: {count.head:,}; {count.stored_bytes:,} bytes to store."
         )
     if record.ranks:
         ranks = "\n".join(f"| {_code(layer)} | {rank} |" for layer, rank in record.ranks.items())

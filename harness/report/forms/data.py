@@ -114,12 +114,19 @@ def _cut_json(values: dict[str, Any]) -> str:
 def _tidy_cell(board: Board, row: Row, column: Column) -> Iterable[dict[str, Any]]:
     cell = row.cells[column.title]
     spec = cell.runs[0].spec
-    identity = {"setting": board.key, "setting_text": board.caption, "label": row.label}
-    identity |= {"method": cut(spec.method), "method_version": spec.method_version}
-    identity |= {"method_parameters": _cut_json(spec.method_parameters)}
-    identity |= {"task": cut(spec.task), "task_version": spec.task_version}
-    identity |= {"task_parameters": _cut_json(spec.task_parameters)}
-    identity |= {"data_fingerprint": spec.data_fingerprint, "model_fingerprint": spec.model_fingerprint}
+    identity = {
+        "setting": board.key,
+        "setting_text": board.caption,
+        "label": row.label,
+        "method": cut(spec.method),
+        "method_version": spec.method_version,
+        "method_parameters": _cut_json(spec.method_parameters),
+        "task": cut(spec.task),
+        "task_version": spec.task_version,
+        "task_parameters": _cut_json(spec.task_parameters),
+        "data_fingerprint": spec.data_fingerprint,
+        "model_fingerprint": spec.model_fingerprint,
+    }
     counts = {"runs": len(cell.runs), "done": sum(run.status == "done" for run in cell.runs)}
     counts |= {status: sum(run.status == status for run in cell.runs) for status in FAILURES}
     alone = row.on(column.title)

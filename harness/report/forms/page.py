@@ -59,8 +59,10 @@ def _template() -> Template:
 def _section(board: Board, tables: Mapping[str, pd.DataFrame], pictures: Sequence[Path]) -> dict[str, Any]:
     headings = [("method", "")]
     for column in board.across("page"):
-        is_score = isinstance(column, Column)
-        headings.append((column.title, column.metric.replace("_", " ")) if is_score else (column.heading, ""))
+        if isinstance(column, Column):
+            headings.append((column.title, column.metric.replace("_", " ")))
+        else:
+            headings.append((column.heading, ""))
     return {
         "key": board.key,
         "caption": f"{board.caption} Intervals are over n = {board.n or 0} runs, or n as given.",
@@ -119,10 +121,7 @@ def _details(board: Board) -> list[dict[str, Any]]:
 
 def _runs(cell: Cell) -> list[dict[str, Any]]:
     scores = {run.run_id: score_text(run.score) for run in cell.scored if run.score is not None}
-    return [
-        {"run_id": run.run_id, "seed": run.seed, "result": scores.get(run.run_id, run.status)}
-        for run in cell.runs
-    ]
+    return [{"run_id": run.run_id, "seed": run.seed, "result": scores.get(run.run_id, run.status)} for run in cell.runs]
 
 
 def _plain(table: pd.DataFrame) -> dict[str, Any]:

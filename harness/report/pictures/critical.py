@@ -31,7 +31,7 @@ class MeanRanks:
 
 def refusal(board: Board) -> str | None:
     """Why there is no diagram of this board, or None."""
-    tasks = len(board.columns)
+    tasks = len(board.counted)
     if tasks < LEAST_TASKS:
         return f"a critical-difference diagram needs {LEAST_TASKS} tasks or more, here are {tasks}"
     whole = len(_whole(board))
@@ -120,9 +120,9 @@ def _whole(board: Board) -> dict[str, list[float]]:
     """Merits on every task, of the rows that lack no score."""
     found = {}
     for row in board.rows:
-        cells = [row.cells.get(column.title) for column in board.columns]
+        cells = [row.cells.get(column.title) for column in board.counted]
         means = [cell.score.mean if cell is not None and not cell.failures else None for cell in cells]
         if None not in means:
-            pairs = zip(board.columns, means, strict=True)
+            pairs = zip(board.counted, means, strict=True)
             found[row.label] = [column.merit(mean) for column, mean in pairs if mean is not None]
     return found

@@ -9,7 +9,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from harness.report.board.leaderboard import Board, Column
+from harness.report.board.leaderboard import Board
+from harness.report.board.rows import Column
 from harness.report.pictures.figures import STYLE, Style, line_handles, log_if_wide, panels, plain, styles, widths
 from harness.report.pictures.histories import History, Traced, excerpt, mean_series
 

@@ -16,16 +16,15 @@ from harness.report.pictures.histories import Traced
 
 def pictures(
     board: Board,
-    frame: pd.DataFrame,
     trials: pd.DataFrame,
     store: RecordStore,
     records: Mapping[str, RunRecord],
     found: Sequence[Traced],
 ) -> dict[str, Callable[[], Figure | None]]:
-    """What draws each picture, by name; it gives None where the board's runs have nothing for it. `frame` and `trials`
-    hold the runs and the searches' trials of the board's setting, `found` its histories."""
+    """What draws each picture, by name; it gives None where the board's runs have nothing for it. `trials`
+    holds the searches' trials of the board's setting, `found` its histories."""
     return {
-        "score_vs_parameters": lambda: scatter.draw(frame, board),
+        "score_vs_parameters": lambda: scatter.draw(board),
         "learning_rate_sensitivity": lambda: lines.learning_rates(board, trials),
         "rank_curves": lambda: lines.rank_curves(board, records),
         "learning_curves": lambda: curves.learning_curves(board, found),

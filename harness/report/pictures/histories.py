@@ -11,7 +11,8 @@ from pydantic_core import from_json
 
 from harness.record.record import HISTORY
 from harness.record.store import RecordStore
-from harness.report.board.leaderboard import Board, Run
+from harness.report.board.leaderboard import Board
+from harness.report.board.runs import Run
 from harness.storage import Damaged
 
 MOST_ROWS, MOST_COLUMNS, MOST_SEEDS = 6, 3, 5  # of a board: its first ones
@@ -81,11 +82,11 @@ def traced(board: Board, store: RecordStore, damaged: dict[str, str] | None = No
     is damaged: `damaged` gets the reasons, by run_id."""
     found = []
     damaged = {} if damaged is None else damaged
-    for column in board.columns[:MOST_COLUMNS]:
+    for column in board.tasks[:MOST_COLUMNS]:
         for row in board.rows[:MOST_ROWS]:
             cell = row.cells.get(column.title)
             runs = [] if cell is None else cell.scored[:MOST_SEEDS]
-            read = [(run, history) for run in runs if (history := _read(store, run["run_id"], damaged))]
+            read = [(run, history) for run in runs if (history := _read(store, run.run_id, damaged))]
             if read:
                 found.append(Traced(row.label, column.title, *zip(*read, strict=True)))
     return found
@@ -93,7 +94,7 @@ def traced(board: Board, store: RecordStore, damaged: dict[str, str] | None = No
 
 def excerpt(board: Board) -> str:
     """What the pictures leave out, in words; empty where they leave out nothing."""
-    if len(board.rows) <= MOST_ROWS and len(board.columns) <= MOST_COLUMNS:
+    if len(board.rows) <= MOST_ROWS and len(board.tasks) <= MOST_COLUMNS:
         return ""
     return f" The first {MOST_ROWS} rows and {MOST_COLUMNS} tasks of the leaderboard."
 

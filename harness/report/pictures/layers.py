@@ -52,7 +52,7 @@ def rank_heat_map(board: Board, records: Mapping[str, RunRecord]) -> Figure | No
         found = {}
         for row in board.rows[:MOST_ROWS]:
             cell = row.cells.get(column.title)
-            ranks = [] if cell is None else [records[run["run_id"]].ranks for run in cell.scored]
+            ranks = [] if cell is None else [records[run.run_id].ranks for run in cell.scored]
             if any(ranks):
                 found[row.label] = _table([each for each in ranks if each])
         if found:
@@ -137,7 +137,7 @@ def singular_values(board: Board, store: RecordStore) -> Figure | None:
     found = {}
     for row in board.rows[:MOST_ROWS]:
         runs = (run for cell in row.cells.values() for run in cell.scored)
-        tried = (spectrum(store.folder(run["run_id"]) / "adapter") for run in runs)
+        tried = (spectrum(store.folder(run.run_id) / "adapter") for run in runs)
         first = next((each for each in tried if each), None)
         if first:
             found[row.label] = first

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from harness.record.record import RunRecord
-from harness.report.board.leaderboard import Board, Column
+from harness.report.board.leaderboard import Board
+from harness.report.board.rows import Column
 from harness.report.pictures.figures import STYLE, Style, line_handles, log_ticks, panels_for, plain, styles
 from harness.report.pictures.histories import MOST_COLUMNS, MOST_ROWS, excerpt
 from harness.report.tables.rank_curves import Curves, curves_of

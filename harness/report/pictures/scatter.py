@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import cast
 
-import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from harness.report.board.leaderboard import Board, Run, over
+from harness.report.board.leaderboard import Board
+from harness.report.board.rows import over
+from harness.report.board.runs import Run
 from harness.report.pictures.figures import (
     PANELS_ACROSS,
     STYLE,
@@ -33,13 +33,15 @@ MOST_LABELS = 16  # above this the legend names methods, and a method's configur
 FRONT = "#555555"
 
 
-def draw(frame: pd.DataFrame, board: Board) -> Figure | None:
-    """One setting's runs (rows of `to_frame`); None where no run has both a score and a parameter count."""
-    runs = frame[frame["score"].notna() & frame["parameters_final"].notna()]
-    if runs.empty:
+def draw(board: Board) -> Figure | None:
+    """The board's runs; None where none has both a score and a parameter count."""
+    scored = [run for row in board.rows for cell in row.cells.values() for run in cell.scored]
+    runs = [run for run in scored if run.parameters_final is not None]
+    by_task = _grouped(runs, lambda run: run.column)
+    columns = [column for column in board.columns if column.title in by_task]
+    if not columns:
         return None
-    columns = [column for column in board.columns if (runs["column"] == column.title).any()]
-    labels = dict(zip(runs["label"], runs["method"], strict=True))
+    labels = {run.label: run.method for column in columns for run in by_task[column.title]}
     few = len(labels) <= MOST_LABELS
     names = {label: label if few else method for label, method in labels.items()}
     by_name = styles([row.label for row in board.rows] if few else labels.values())
@@ -50,16 +52,14 @@ def draw(frame: pd.DataFrame, board: Board) -> Figure | None:
     )
     with rc_context(STYLE):
         figure, axes = panels_for(len(columns), caption, handles)
-        rows = cast(list[Run], runs.to_dict("records"))
-        by_task = _grouped(rows, lambda run: run["column"])  # lists: pandas would take longer than matplotlib
         for panel, column in zip(axes, columns, strict=True):
-            by_label = _grouped(by_task[column.title], lambda run: run["label"])
+            by_label = _grouped(by_task[column.title], lambda run: run.label)
             _draw(panel, by_task[column.title], by_name, names)
             _connect(panel, by_label, by_name, names)
             _front(panel, by_label, column.higher_is_better)
             panel.set_title(column.title, fontsize=8)
             panel.set_ylabel(column.metric.replace("_", " "))
-            _scale(panel, runs["parameters_final"])
+            _scale(panel, [run.parameters_final or 0 for run in runs])
         for panel in axes[-PANELS_ACROSS:]:  # the lowest of each column
             panel.set_xlabel("adapter parameters")
     return figure
@@ -75,12 +75,12 @@ def _grouped(runs: Iterable[Run], name: Callable[[Run], str]) -> dict[str, list[
 
 def _draw(panel: Axes, runs: Sequence[Run], styles: Mapping[str, Style], names: Mapping[str, str]) -> None:
     """One task: a small mark for each run, a large one with its spread for each configuration."""
-    for name, of_name in _grouped(runs, lambda run: names[run["label"]]).items():
+    for name, of_name in _grouped(runs, lambda run: names[run.label]).items():
         colour, marker = styles[name]  # few calls for each: matplotlib takes milliseconds
-        parameters, scores = ([run[value] for run in of_name] for value in ("parameters_final", "score"))
+        parameters, scores = [run.parameters_final or 0 for run in of_name], _scores(of_name)
         panel.plot(parameters, scores, marker, color=colour, markersize=3, alpha=0.45, markeredgewidth=0, zorder=2)
-        configurations = _grouped(of_name, lambda run: run["label"]).values()
-        summaries = [summarize(run["score"] for run in group) for group in configurations]
+        configurations = _grouped(of_name, lambda run: run.label).values()
+        summaries = [summarize(_scores(group)) for group in configurations]
         panel.errorbar(
             [_mean(group)[0] for group in configurations],
             [math.nan if summary.mean is None else summary.mean for summary in summaries],
@@ -96,11 +96,15 @@ def _draw(panel: Axes, runs: Sequence[Run], styles: Mapping[str, Style], names: 
         )
     panel.margins(y=0.12)
     plain(panel)
-    scores = [run["score"] for run in runs]
+    scores = _scores(runs)
     low, high = min(scores), max(scores)
     margin = 0.6 * max(high - low, 0.01)
     bottom, top = panel.get_ylim()  # intervals of two seeds are long: the scores must stay readable beside them
     panel.set_ylim(max(bottom, low - margin), min(top, high + margin))
+
+
+def _scores(runs: Iterable[Run]) -> list[float]:
+    return [run.score for run in runs if run.score is not None]
 
 
 def _mean(runs: list[Run]) -> Point:
@@ -125,14 +129,14 @@ def _front(panel: Axes, by_label: Mapping[str, list[Run]], higher_is_better: boo
         panel.step(x, y, where="post", color=FRONT, linewidth=0.8, linestyle="--", zorder=1)
 
 
-def _scale(panel: Axes, parameters: pd.Series[float]) -> None:
+def _scale(panel: Axes, parameters: Sequence[float]) -> None:
     """A logarithmic axis; linear from 0 to the decade of the smallest count where a method has no parameters."""
-    positive = parameters[parameters > 0]
-    if positive.empty:
+    positive = [count for count in parameters if count > 0]
+    if not positive:
         panel.set_xticks([0], ["0"])
         return
-    low, high = float(positive.min()), float(positive.max())
-    if (parameters == 0).any():
+    low, high = float(min(positive)), float(max(positive))
+    if len(positive) < len(parameters):
         start = 10.0 ** math.floor(math.log10(low))
         panel.set_xscale("symlog", linthresh=start, linscale=0.5)
         panel.set_xlim(-0.4 * start, high * 2.5)

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from harness.report.board.leaderboard import Board, Column, Row, Run, over, peak_bytes, whole
+from harness.report.board.leaderboard import Board
+from harness.report.board.rows import Column, Row, over, peak_bytes, whole
+from harness.report.board.runs import Run
 from harness.report.pictures.histories import History, Traced
 
 Point = tuple[float, float]  # adapter parameters, score
@@ -87,16 +89,16 @@ def costs(board: Board) -> pd.DataFrame:
 
 
 def _cost(row: Row) -> dict[str, Any]:
-    runs = [run for cell in row.cells.values() for run in cell.runs]
-    searched = [cell.runs[0] for cell in row.cells.values()]
+    runs = row.runs
+    searched = {cell.runs[0].run_id: cell.runs[0] for cell in row.cells.values()}.values()
     return {
         "method": row.label,
         "settings": row.tuning,
         "runs": len(runs),
-        "batches": sum(run["batches"] for run in runs),
-        "seconds": math.fsum(run["seconds_training"] for run in runs),
-        "search_batches": whole(math.fsum(_number(run["search_batches"]) for run in searched)),
-        "search_seconds": math.fsum(_number(run["search_seconds"]) for run in searched),
+        "batches": sum(run.batches for run in runs),
+        "seconds": math.fsum(run.seconds_training for run in runs),
+        "search_batches": whole(math.fsum(_number(run.search_batches) for run in searched)),
+        "search_seconds": math.fsum(_number(run.search_seconds) for run in searched),
         "peak_bytes": whole(peak_bytes(runs)),
     }
 
@@ -118,13 +120,13 @@ def varied(configurations: Iterable[Run]) -> list[Sweep]:
     """The sweeps among configurations, a run of each, of one version of a method and one kind of tuning."""
     groups: dict[tuple[str, str, str], list[tuple[float, str]]] = defaultdict(list)
     for run in configurations:
-        values = json.loads(run["method_parameters"])
-        tuned = run["tuning"] if run["tuning"].startswith("tuned") else None
+        values = run.spec.method_parameters
+        tuned = run.tuning if run.tuning.startswith("tuned") else None
         for name, value in values.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 others = {key: other for key, other in values.items() if key != name}
-                same = json.dumps([run["method_version"], tuned, others], sort_keys=True)
-                groups[run["method"], name, same].append((value, run["label"]))
+                same = json.dumps([run.spec.method_version, tuned, others], sort_keys=True)
+                groups[run.method, name, same].append((value, run.label))
     return [
         Sweep(method, name, tuple(sorted(values))) for (method, name, _), values in groups.items() if len(values) > 1
     ]
@@ -147,7 +149,7 @@ def sweeps(board: Board) -> pd.DataFrame:
             for column in board.columns:
                 if column.title in row.cells:
                     score = row.cells[column.title].score
-                    numbers = (score.n, score.mean, score.half_width, row.parameters)
+                    numbers = (score.n, score.mean, score.half_width, over(row.scored, "parameters_final"))
                     rows.append((sweep.method, sweep.parameter, value, label, column.title, column.headline, *numbers))
     names = ["method", "parameter", "value", "label", "task", "metric", "n", "mean", "interval_95", "parameters_final"]
     return pd.DataFrame(rows, columns=names)
@@ -169,8 +171,8 @@ def time_to_score(board: Board, found: Sequence[Traced]) -> pd.DataFrame:
             for each in of_task:
                 for run, history in zip(each.runs, each.histories, strict=True):
                     batches = time_to(history, name, target, column.higher_is_better)
-                    seconds = None if batches is None else run["seconds_training"] * batches / run["batches"]
-                    rows.append((column.title, column.headline, target, each.label, run["seed"], batches, seconds))
+                    seconds = None if batches is None else run.seconds_training * batches / run.batches
+                    rows.append((column.title, column.headline, target, each.label, run.seed, batches, seconds))
     return pd.DataFrame(rows, columns=["task", "metric", "target", "method", "seed", "batches", "seconds"])
 
 

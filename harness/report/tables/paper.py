@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from harness.report.board.frame import METRICS
-from harness.report.board.leaderboard import Board, Cell, Run, is_present, over
+from harness.report.board.leaderboard import Board
+from harness.report.board.rows import Cell, over
+from harness.report.board.runs import Run
 from harness.report.forms.text import CONSOLE_WIDTH
 from harness.report.statistics import Summary, summarize
 from harness.report.wording import NOTHING, folded_label, human
@@ -57,8 +58,8 @@ def against_paper(board: Board) -> str:
     lines, remarks, sources = [], set(), set()
     for figure in reported():
         for row in board.rows:
-            for title, cell in row.cells.items():
-                if _is_counterpart(figure, cell):
+            for title, cell in ((column.title, row.cells.get(column.title)) for column in board.tasks):
+                if cell is not None and _is_counterpart(figure, cell):
                     apart = ",\n".join(_apart(figure, cell.runs[0])) or NOTHING
                     remarks |= {f"{title} ({figure.metric}): {figure.note}."} if figure.note else set()
                     sources.add(figure.source)
@@ -83,9 +84,9 @@ def against_paper(board: Board) -> str:
 
 def _is_counterpart(figure: Reported, cell: Cell) -> bool:
     run = cell.runs[0]
-    if (run["method"], run["task"].partition(":")[0]) != (figure.method, figure.task):
+    if (run.method, run.task.partition(":")[0]) != (figure.method, figure.task):
         return False
-    parameters = json.loads(run["method_parameters"])
+    parameters = run.spec.method_parameters
     return all(parameters.get(name) == value for name, value in figure.settings.items())
 
 
@@ -105,21 +106,20 @@ def _numbers(figure: Reported, cell: Cell) -> list[str]:
 
 def _score(figure: Reported, cell: Cell) -> Summary:
     """Our runs' values of the reported metric."""
-    name = METRICS + figure.metric
-    values = [run[name] for run in cell.scored if is_present(run.get(name))]
-    return summarize(values)
+    metrics = (run.record.metrics.get(figure.metric) for run in cell.scored)
+    return summarize(value for value in metrics if value is not None)
 
 
 def _apart(figure: Reported, run: Run) -> list[str]:
     """What is certainly not the paper's."""
     apart = []
-    model = run["model"] if is_present(run["model"]) else "built-in"
+    model = run.model or "built-in"
     if _plain(model.rsplit("/", 1)[-1]) != _plain(figure.model.rsplit("/", 1)[-1]):
         apart.append("model")
-    if ":" in run["task"]:
+    if ":" in run.task:
         apart.append("data (your own)")
-    if is_present(run["limit"]):
-        apart.append(f"data (at most {run['limit']:.0f} rows)")
+    if run.spec.limit is not None:
+        apart.append(f"data (at most {run.spec.limit} rows)")
     return apart
 
 

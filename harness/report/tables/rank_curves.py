@@ -11,7 +11,8 @@ from typing import NamedTuple
 import pandas as pd
 
 from harness.record.record import RunRecord
-from harness.report.board.leaderboard import Board, Column
+from harness.report.board.leaderboard import Board
+from harness.report.board.rows import Column
 from harness.report.statistics import Summary, summarize
 
 Curve = dict[int, float]  # rank -> score, by rising rank
@@ -60,12 +61,12 @@ def _trapezoid(points: Sequence[tuple[float, float]]) -> float:
 
 def curves_of(board: Board, records: Mapping[str, RunRecord]) -> Iterator[Curves]:
     """The rank curves of the board's scored runs; runs of one cell at different ranks are apart."""
-    for column in board.columns:
+    for column in board.tasks:
         for row in board.rows:
             cell = row.cells.get(column.title)
             found: dict[tuple[int, ...], list[Curve]] = defaultdict(list)
             for run in cell.scored if cell is not None else ():
-                curve = dict(sorted(records[run["run_id"]].rank_curve.items()))
+                curve = dict(sorted(records[run.run_id].rank_curve.items()))
                 if curve:
                     found[tuple(curve)].append(curve)
             for ranks, runs in found.items():

@@ -10,7 +10,7 @@ import pandas as pd
 
 from harness.notation import value_text
 from harness.record.record import RunRecord
-from harness.report.board.frame import Naming, columns_of, labels_of
+from harness.report.board.labels import Naming, columns_of, labels_of
 from harness.report.board.leaderboard import Board
 from harness.report.redact import cut
 
@@ -18,7 +18,7 @@ LEARNING_RATE = "learning_rate"
 
 
 def trials_frame(records: Iterable[RunRecord], naming: Naming | None = None) -> pd.DataFrame:
-    """One row per trial and hyperparameter searched over; `naming`: see `to_frame`.
+    """One row per trial and hyperparameter searched over; `naming`: see `labels_of`.
 
     Columns: setting, label (the method without the hyperparameters searched over), column, method, method_version,
     task, data_fingerprint, parameter, value, headline, holdout (None where the trial gave no score), chosen (whether
