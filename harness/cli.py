@@ -157,6 +157,11 @@ def _add_report(commands: Any) -> None:
     report.add_argument(
         "--sort", metavar="COLUMN", help="order the printed rows by a task, or by parameters, rank, seconds and so on"
     )
+    report.add_argument(
+        "--every-split",
+        action="store_true",
+        help="give a task's further evaluation splits (MNLI's mismatched one) columns of their own",
+    )
     report.add_argument("--against", metavar="paper", help="print what the paper reports beside ours")
     report.add_argument("--to-mlflow", action="store_true", help="log every record that MLflow does not have yet")
     _add_tracking(report)
@@ -285,7 +290,9 @@ def _glue(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from harness.commands import report
 
-    wanted = report.Wanted(options.sort, options.against, options.to_mlflow, options.tracking_uri)
+    wanted = report.Wanted(
+        options.sort, options.against, options.to_mlflow, options.tracking_uri, every_split=options.every_split
+    )
     return report.command(options.results, options.methods, options.tasks, wanted)
 
 

@@ -6,15 +6,15 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import pandas as pd
 from safetensors.numpy import load_file
 from tabulate import tabulate
 
 from harness.commands.report import naming_of
 from harness.record.record import RunRecord
 from harness.record.store import RecordStore
-from harness.report.board.frame import METRICS, to_frame
-from harness.report.board.leaderboard import Board, Cell, Column, Row, leaderboards
+from harness.report.board.leaderboard import Board
+from harness.report.board.rows import Cell, Column, Row, over
+from harness.report.board.runs import every_split, runs_of
 from harness.report.build import boards_of
 from harness.report.evidence.compare import Comparison, ExampleReader, compare_cells, corrected
 from harness.report.statistics import Difference, over_tasks
@@ -47,15 +47,13 @@ class Part:
         self._read = ExampleReader(store)
         self._compared: dict[tuple[str, str, str], Comparison] = {}  # by both rows and the task
         self.records = {record.run_id: record for record in records}
-        frame = to_frame(records, naming_of(records))
-        frame["label"] = [
-            relabel(self.records[run_id]) or label
-            for run_id, label in zip(frame["run_id"], frame["label"], strict=True)
-        ]
-        self.frame = _with_reserved(frame)
-        boards = boards_of(store, self.frame)
+        runs = runs_of(records, naming_of(records))
+        if any("reserved" in run.record.rows for run in runs):
+            runs = every_split(runs, counted={"glue/sst2": "reserved"})
+        runs = [dataclasses.replace(run, label=relabel(run.record) or run.label) for run in runs]
+        boards = boards_of(store, runs)
         assert len(boards) == 1, f"{store.results.name} has {len(boards)} settings"
-        self.board = boards[0] if self.frame is frame else _with_task_once(boards[0], self.frame)
+        self.board = boards[0]
         self.rows = {row.label: row for row in self.board.rows}
         self.columns = {_task(column.title): column for column in self.board.columns}
 
@@ -79,9 +77,8 @@ class Part:
         return summary_text(self.cell(label, task).score, with_n=False)
 
     def count(self, label: str, task: str) -> float:
-        """Adapter numbers after training, mean over seeds."""
-        runs = self.cell(label, task).scored
-        return sum(run["parameters_final"] for run in runs) / len(runs)
+        """Adapter parameters after training, mean over seeds."""
+        return over(self.cell(label, task).scored, "parameters_final") or 0.0
 
     def numbers(self, label: str, task: str) -> str:
         """The same, for people."""
@@ -89,10 +86,10 @@ class Part:
 
     def ranks(self, label: str, task: str) -> dict[int, dict[str, int]]:
         """Final ranks by layer of each seed's run."""
-        return {run["seed"]: self.records[run["run_id"]].ranks for run in self.cell(label, task).scored}
+        return {run.seed: self.records[run.run_id].ranks for run in self.cell(label, task).scored}
 
     def ratio(self, label: str, other: str, task: str) -> str:
-        """Adapter numbers of one row over those of another."""
+        """Adapter parameters of one row over those of another."""
         return f"{self.count(label, task) / self.count(other, task):.2f}"
 
     def mean_ratio(self, label: str, other: str) -> str:
@@ -100,8 +97,8 @@ class Part:
         return f"{self.mean(label, self.count) / self.mean(other, self.count):.2f}"
 
     def ratio_with_head(self, label: str, other: str, task: str) -> str:
-        """The same of all trained numbers, the head among them."""
-        head = self.cell(label, task).scored[0]["head"]
+        """The same of all trained parameters, the head among them."""
+        head = self.cell(label, task).scored[0].head or 0
         return f"{(self.count(label, task) + head) / (self.count(other, task) + head):.2f}"
 
     def changed(self) -> list[str]:
@@ -111,13 +108,13 @@ class Part:
     def largest_class(self, task: str) -> str:
         """0.684: share of the largest class in the evaluation split, the accuracy of who always answers it."""
         run = self.cell("lora", task).scored[0]
-        kept = load_file(self.store.folder(run["run_id"]) / "predictions.safetensors")
-        references = kept[f"{run['split']}/references"]
+        kept = load_file(self.store.folder(run.run_id) / "predictions.safetensors")
+        references = kept[f"{run.split}/references"]
         return f"{np.unique(references, return_counts=True)[1].max() / len(references):.3f}"
 
     def rows_of(self, task: str) -> str:
         """56,349: rows of the training split that a run draws from."""
-        return f"{self.records[self.cell('lora', task).scored[0]['run_id']].rows['train']:,}"
+        return f"{self.records[self.cell('lora', task).scored[0].run_id].rows['train']:,}"
 
     def others(self, label: str) -> list[str]:
         """All rows but one."""
@@ -126,7 +123,7 @@ class Part:
     def upper_share(self, label: str, task: str) -> str:
         """Share of the budget's batches that no optimizer step was made on: the upper level's."""
         runs = self.cell(label, task).scored
-        return f"{1 - sum(run['updates'] for run in runs) / sum(run['batches'] for run in runs):.0%}"
+        return f"{1 - sum(run.record.updates for run in runs) / sum(run.batches for run in runs):.0%}"
 
     def compare(self, label: str, others: Sequence[str], task: str) -> dict[str, Comparison]:
         """One row against others on a task: the report's paired test, Holm-corrected over `others`."""
@@ -185,7 +182,7 @@ class Part:
         for row in self.board.rows:
             line = {"method": f"`{row.label}`"}
             for task in (each for each in self.tasks if each != RESERVED):
-                spec = self.records[self.cell(row.label, task).runs[0]["run_id"]].spec
+                spec = self.records[self.cell(row.label, task).runs[0].run_id].spec
                 assert spec.search is not None
                 chosen = spec.method_parameters["learning_rate"]
                 tried = [self.records[trial].spec.method_parameters["learning_rate"] for trial in spec.search.trials]
@@ -218,42 +215,24 @@ class Part:
         return ""
 
     def table(self) -> str:
-        """Scores against numbers, as Markdown; the number of seeds in a heading where tasks differ in it."""
+        """Scores against parameters, as Markdown; the number of seeds in a heading where tasks differ in it."""
         seeds = {task: max(self.cell(label, task).score.n for label in self.rows) for task in self.tasks}
         differ = len(set(seeds.values())) > 1
         lines = []
         for row in self.board.rows:
-            line = {"method": f"`{row.label}`", "numbers": human(self.mean(row.label, self.count))}
+            line = {"method": f"`{row.label}`", "parameters": human(self.mean(row.label, self.count))}
             for task in self.tasks:
                 column = self.columns[task]
                 heading = f"{TITLES[task]} ({column.headline}{f', {seeds[task]} seeds' if differ else ''})"
                 line[heading] = _marked(self.board, row, column, seeds[task])
-            if self.board.has_search:
-                line["search, batches"] = f"{row.search_batches:.0f}"
+            if searched := over(row.scored, "search_batches"):
+                line["search, batches"] = f"{searched:.0f}"
             lines.append(line)
         return pipes(lines)
 
 
 def _task(title: str) -> str:
     return title if title == RESERVED else title.partition("[")[0].partition(" (")[0]
-
-
-def _with_reserved(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with SST-2's reserved sentences as a task of their own."""
-    name = METRICS + "reserved_accuracy"
-    if name not in frame:
-        return frame
-    copied = frame[frame["task"] == "glue/sst2"].assign(column=RESERVED, split="reserved")
-    copied = copied.assign(**{"score": copied[name], METRICS + "accuracy": copied[name]})
-    return pd.concat([frame, copied], ignore_index=True).drop(columns=name)
-
-
-def _with_task_once(board: Board, frame: pd.DataFrame) -> Board:
-    """The board with order, averages and costs in which SST-2 counts once, by its reserved sentences."""
-    (once,) = leaderboards(frame[(frame["task"] != "glue/sst2") | (frame["column"] == RESERVED)])
-    cells = {row.label: row.cells for row in board.rows}
-    rows = tuple(dataclasses.replace(row, cells=cells[row.label]) for row in once.rows)
-    return dataclasses.replace(board, rows=rows, notes=(*board.notes, "SST-2 counts in averages by its reserved rows."))
 
 
 def _marked(board: Board, row: Row, column: Column, seeds: int) -> str:

@@ -18,7 +18,7 @@ from harness.report.wording import human
 CONTROLS = {  # by kind: what it is
     "same ranks": "LoRA retrained at the ranks that dEBORA found",
     "shuffled": "LoRA at those ranks, shuffled among layers of one shape",
-    "uniform": "LoRA of one rank, nearest in numbers",
+    "uniform": "LoRA of one rank, nearest in parameters",
     "magnitude": "LoRA 8 pruned once to as many components, by magnitude",
     "random": "LoRA 8 pruned once to as many components, at random",
 }
@@ -37,10 +37,10 @@ def kind_of(record: RunRecord) -> str | None:
 
 
 def differences_table(part: Part, pairs: Iterable[tuple[str, str]]) -> str:
-    """The first's score less the second's on each task and over all of them, with the share of numbers."""
+    """The first's score less the second's on each task and over all of them, with the share of parameters."""
     lines = []
     for label, other in pairs:
-        line = {"difference": f"`{label}` less `{other}`", "numbers": part.mean_ratio(label, other)}
+        line = {"difference": f"`{label}` less `{other}`", "parameters": part.mean_ratio(label, other)}
         lines.append(line | _by_task(part, label, other))
     return pipes(lines)
 
@@ -61,7 +61,7 @@ def controls_table(controls: Part) -> str:
                 alike.append(shared([ranks, own[seed]]))
                 of_shape = [rank for layer, rank in ranks.items() if shape_of(layer) != "attention"]
                 wide.append(sum(of_shape) / sum(ranks.values()))
-        line = {"control": name, "numbers": human(controls.mean(kind, controls.count))}
+        line = {"control": name, "parameters": human(controls.mean(kind, controls.count))}
         line["shared"] = f"{sum(alike) / len(alike):.2f}"
         line["in feed-forward"] = f"{sum(wide) / len(wide):.0%}"
         if kind != "debora":
@@ -77,7 +77,7 @@ def shape_of(layer: str) -> str:
 
 
 def parts_table(parts: Part, differences: bool) -> str:
-    """Every change to dEBORA, and LoRA by rank: numbers and scores, or the score less that of dEBORA's defaults."""
+    """Every change to dEBORA, and LoRA by rank: parameters and scores, or the score less that of dEBORA's defaults."""
     others = [*parts.changed(), *(f"lora[rank={rank}]" for rank in (1, 2, 4)), "lora"]
     found = {task: parts.compare("debora", others, task) if differences else {} for task in parts.tasks}
     lines = []
@@ -89,7 +89,10 @@ def parts_table(parts: Part, differences: bool) -> str:
                 each = found[task].get(label)
                 line[f"{name}: difference to `debora`"] = "" if each is None else difference_text(each.difference, -1)
             else:
-                line |= {f"{name}: numbers": parts.numbers(label, task), f"{name}: accuracy": parts.score(label, task)}
+                line |= {
+                    f"{name}: parameters": parts.numbers(label, task),
+                    f"{name}: accuracy": parts.score(label, task),
+                }
         lines.append(line)
     return pipes(lines)
 
@@ -106,7 +109,7 @@ PAPERS_ROWS = (
 
 
 def paper_table(main: Part) -> str:
-    """Reported and ours: score less that of LoRA of rank 8, and numbers over LoRA's. The models differ."""
+    """Reported and ours: score less that of LoRA of rank 8, and parameters over LoRA's. The models differ."""
     figures, lines = _figures(), []
     for label in PAPERS_ROWS:
         line = {"method": f"`{label}`"}
@@ -115,7 +118,7 @@ def paper_table(main: Part) -> str:
             line[f"{TITLES[_published(task)]}, reported / ours"] = f"{theirs:+.3f} / {ours:+.3f}"
         both = [(figures[label, _published(task)], figures["lora", _published(task)]) for task in main.claimed]
         share = sum(figure.parameters / lora.parameters for figure, lora in both) / len(both)
-        line["numbers over LoRA 8's, reported / ours"] = f"{share:.2f} / {main.mean_ratio(label, 'lora')}"
+        line["parameters over LoRA 8's, reported / ours"] = f"{share:.2f} / {main.mean_ratio(label, 'lora')}"
         lines.append(line)
     return pipes(lines)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import tarfile
 import tempfile
 import tomllib
@@ -114,7 +115,7 @@ def _texts(known: dict[str, object]) -> None:
 def _pictures(main: Part, parts: Part, convolutions: Part) -> None:
     folder = STUDY / "pictures"
     folder.mkdir(exist_ok=True)
-    sweep = parts.frame[parts.frame["label"].str.match(r"debora$|debora\[(tau|T_max)=|lora")]
+    sweep = {label for label in parts.rows if re.match(r"debora$|debora\[(tau|T_max)=|lora", label)}
     tasks = tuple(main.columns[task] for task in main.tasks if task != RESERVED)
     search = dataclasses.replace(
         _only(main.board, {label for label in main.rows if label.startswith("debora")}), columns=tasks
@@ -122,9 +123,9 @@ def _pictures(main: Part, parts: Part, convolutions: Part) -> None:
     both = dataclasses.replace(_only(main.board, {"debora", "adalora"}), columns=tasks)
     claimed = dataclasses.replace(main.board, columns=tuple(main.columns[task] for task in main.claimed))
     figures = {
-        "main": scatter.draw(main.frame, claimed),
-        "sweeps": scatter.draw(sweep, _only(parts.board, set(sweep["label"]))),
-        "convolutions": scatter.draw(convolutions.frame, convolutions.board),
+        "main": scatter.draw(claimed),
+        "sweeps": scatter.draw(_only(parts.board, sweep)),
+        "convolutions": scatter.draw(convolutions.board),
         "active_set": curves.over_time(search, traced(search, main.store)),
         "ranks": layers.rank_heat_map(both, main.records),
     }

@@ -1,6 +1,9 @@
 """A third-party package is found through its entry point and kept to the contracts; the README shows its code."""
 
+import csv
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +60,29 @@ def test_runs_beside_the_others_and_reports_what_it_does_not_support(environment
     assert done.returncode == 0, done.stderr
     assert "norm_tuning · digits · seed 0" in done.stdout
     assert "unsupported: the backbone has no LayerNorm" in done.stdout
+
+
+def test_a_column_of_a_package_is_in_every_table(environment, tmp_path):
+    where = ["--results", str(tmp_path)]
+    what = ["--methods", "head,full", "--tasks", "synthetic", "--seeds", "1", "--batches", "4", "--executor", "serial"]
+    assert run(environment, "-m", "harness", "run", *what, *where).returncode == 0
+    done = run(environment, "-m", "harness", "report", "--sort", "watt_hours", *where)
+    assert (done.returncode, done.stderr) == (0, "")
+    tables = tmp_path / "tables"
+    assert "watt hours" in done.stdout
+    assert "| watt hours |" in re.sub(" +", " ", (tables / "leaderboard.md").read_text())
+    assert "& Watt hours \\\\" in (tables / "leaderboard.tex").read_text()
+    assert "watt hours</button>" in (tmp_path / "report.html").read_text()
+    for form in ("leaderboard.md", "leaderboard.tex"):
+        assert "watt hours (of training, at 65 W)" in (tables / form).read_text()
+    rows = list(csv.DictReader((tables / "leaderboard.csv").read_text().splitlines()))
+    energy = {row["label"]: float(row["watt_hours"]) for row in rows}
+    seconds = {row["label"]: float(row["seconds_training"]) for row in rows}
+    assert energy == pytest.approx({label: value * 65 / 3600 for label, value in seconds.items()})
+    (setting,) = json.loads((tables / "leaderboard.json").read_text())["settings"]
+    assert {row["label"]: row["watt_hours"] for row in setting["rows"]} == pytest.approx(energy)
+    printed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith(("head", "full"))]
+    assert printed[:2] == sorted(energy, key=energy.__getitem__)
 
 
 def test_a_plugin_that_does_not_import_is_named_and_harms_nothing(tmp_path):
@@ -172,5 +198,8 @@ def test_a_name_that_is_claimed_twice_is_told_and_leaves_the_others(tmp_path):
 
 def test_the_readme_shows_this_very_code():
     readme = (ROOT / "README.md").read_text()
-    for name in ("norm_tuning.py", "pyproject.toml"):
-        assert (PLUGIN / name).read_text().strip() in readme, f"README.md does not show tests/plugin/{name} as it is"
+    assert (PLUGIN / "norm_tuning.py").read_text().strip() in readme
+    shown = readme.partition("```toml\n[build-system]")[2].partition("```")[0]
+    there = (PLUGIN / "pyproject.toml").read_text().splitlines()
+    assert len(shown.splitlines()) > 10
+    assert [line for line in shown.splitlines() if line not in there] == [], "more is added there, and nothing else"

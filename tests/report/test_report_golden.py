@@ -1,6 +1,7 @@
 """Tables of committed sample records, compared to the last sign with committed ones.
 
-After a change that is meant: `python -m tests.report.test_report_golden` writes the tables again; read what `git diff` shows.
+After a change that is meant: `python -m tests.report.test_report_golden` writes the tables again; read what `git diff`
+shows.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ A package adds one through the entry-point group `harness.columns`, whose entry 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -165,5 +166,6 @@ def usable(columns: Iterable[TableColumn], rows: Sequence[Row]) -> tuple[tuple[T
 def _check(column: TableColumn, row: Row) -> None:
     for each in (row, *map(row.on, row.cells)):
         value = column.value(each)
-        if not isinstance(value, float | int | str | None) or not isinstance(column.text_of(each), str):
-            raise TypeError(f"its value is {value!r}")
+        known = value is None or isinstance(value, str) or math.isfinite(value)
+        if not known or not isinstance(column.text_of(each), str):
+            raise ValueError(f"its value is {value!r}")

@@ -19,6 +19,7 @@ def with_notes(board: Board) -> Board:
         *_failure_notes(board.rows, board.tasks),
         *_seed_notes(board.rows, board.tasks),
         *_data_notes(board.rows, board.tasks),
+        *_split_notes(board.columns),
         *_device_notes(runs),
         *_version_notes(runs),
     ]
@@ -68,6 +69,14 @@ def _data_notes(rows: Sequence[Row], columns: Iterable[Column]) -> list[str]:
             groups = "; ".join(f"{data[:8]}: {_few(names)}" for data, names in sorted(prints.items()))
             notes.append(f"Runs on {task} are on different data ({groups}); they are not averaged together.")
     return notes
+
+
+def _split_notes(columns: Iterable[Column]) -> list[str]:
+    """A line about the columns of splits that do not count."""
+    titles = [column.title for column in columns if not column.counts]
+    if not titles:
+        return []
+    return [f"Left out of averages and of the order of rows, where each task counts once: {'; '.join(titles)}."]
 
 
 def _version_notes(runs: Iterable[Run]) -> list[str]:
