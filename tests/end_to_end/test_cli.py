@@ -72,7 +72,7 @@ def test_dry_run_tells_the_time_from_finished_runs_or_else_from_a_timing(tmp_pat
     capsys.readouterr()
     timed = []
     with monkeypatch.context() as clock:
-        clock.setattr("harness.plan.estimate._seconds_a_batch", lambda spec: timed.append(spec.method) or 30.0)
+        clock.setattr("harness.plan.estimate.seconds_a_batch", lambda spec: timed.append(spec.method) or 30.0)
         assert main(sweep(tmp_path, "--methods", "full,lora", "--seeds", "3", "--tune", "5", "--dry-run")) == 0
     assert timed == ["full", "lora"]
     output = capsys.readouterr().out
@@ -81,7 +81,7 @@ def test_dry_run_tells_the_time_from_finished_runs_or_else_from_a_timing(tmp_pat
     assert "s a batch (finished runs: 1)" in capsys.readouterr().out
     assert main(sweep(tmp_path, "--methods", "full", "--dry-run")) == 0
     assert "s a batch (timed: 3 updates)" in capsys.readouterr().out
-    monkeypatch.setattr("harness.plan.estimate._seconds_a_batch", lambda spec: 1 / 0)
+    monkeypatch.setattr("harness.plan.estimate.seconds_a_batch", lambda spec: 1 / 0)
     assert main(sweep(tmp_path, "--methods", "lora", "--dry-run")) == 0
     output = capsys.readouterr().out
     assert "time: lora on synthetic: unknown (not timed: division by zero)" in output

@@ -5,7 +5,7 @@ import pytest
 from harness import registry
 from harness.errors import InputError
 from harness.notation import parse_choice, parse_value, split_list, split_tasks
-from harness.plan.plan import Fingerprints, Sweep, method_cells, plan, task_cells
+from harness.plan.sweep import Fingerprints, Sweep, method_cells, spec_of, task_cells
 from harness.spec import Place, RunSpec, TrainSpec
 
 SAME = Fingerprints("data", "model")
@@ -13,7 +13,8 @@ SAME = Fingerprints("data", "model")
 
 def specs_of(place=None, **sweep):
     made = Sweep.of({"methods": ["lora"], "tasks": ["digits"], **sweep}, "sweep")
-    return plan(made, [SAME] * len(task_cells(made)), place or Place())
+    first = [spec_of(made, place or Place(), m, t, SAME) for t in task_cells(made) for m in method_cells(made)]
+    return [spec.model_copy(update={"seed": seed}) for seed in made.seeds for spec in first]
 
 
 def test_lists_and_brackets():
