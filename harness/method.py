@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import Field
 
@@ -29,12 +29,20 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from harness.record.record import RunRecord
     from harness.spec import TrainSpec
 
 Stream = Literal["all", "lower", "upper"]
 Indices = tuple[int, ...]  # one batch: positions in the training split
-FinishedRun = Callable[[str], "RunRecord"]  # by run_id; raises InputError, with the nearest match, where there is none
+
+
+class Finished(NamedTuple):
+    """What an earlier run ended with: the live rank of each adapted layer ({} where there is none), and the counts."""
+
+    ranks: dict[str, int]
+    parameters: ParameterCount | None
+
+
+FinishedRun = Callable[[str], Finished]  # by run_id; raises InputError, with the nearest match, where there is none
 
 
 class TrainData(Protocol):

@@ -31,17 +31,36 @@ class AdaLora(Method):
     sensitivity times uncertainty), and the E of the least important is set to 0, so that their number falls along a
     cubic (equation 12) to target_rank times the number of layers. The last tfinal updates train what is left.
     The update is scaled by alpha / init_rank throughout.
+
+    Parameters may be given by PEFT's names: adalora[init_r=12,target_r=8] is adalora[init_rank=12,target_rank=8].
     """
 
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
-    init_rank: int = Field(12, ge=1, description="rank of every layer at the start, at most its smaller side")
-    target_rank: int = Field(8, ge=1, description="mean rank of the layers at the end, below init_rank")
-    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / init_rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    init_rank: int = Field(
+        12,
+        ge=1,
+        description="rank of every layer at the start, at most its smaller side",
+        json_schema_extra={"peft": "init_r"},
+    )
+    target_rank: int = Field(
+        8,
+        ge=1,
+        description="mean rank of the layers at the end, below init_rank",
+        json_schema_extra={"peft": "target_r"},
+    )
+    alpha: float = Field(
+        32.0, gt=0, description="the update is scaled by alpha / init_rank", json_schema_extra={"peft": "lora_alpha"}
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout on the adapter's input", json_schema_extra={"peft": "lora_dropout"}
+    )
     orthogonality: float = Field(
-        0.1, ge=0, description="weight of the mean of ||P^T P - I||_F and ||Q Q^T - I||_F over the layers"
+        0.1,
+        ge=0,
+        description="weight of the mean of ||P^T P - I||_F and ||Q Q^T - I||_F over the layers",
+        json_schema_extra={"peft": "orth_reg_weight"},
     )
     beta1: float = Field(0.85, gt=0, lt=1, description="smoothing of the sensitivity")
     beta2: float = Field(0.85, gt=0, lt=1, description="smoothing of the uncertainty")

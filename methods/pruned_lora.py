@@ -43,9 +43,21 @@ class PrunedLora(Method):
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(1e-3, ge=0, description="AdamW's decoupled weight decay, on matrices only")
-    rank: int = Field(8, ge=1, description="rank of every adapted layer before the pruning, at most its smaller side")
-    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank, before and after the pruning")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    rank: int = Field(
+        8,
+        ge=1,
+        description="rank of every adapted layer before the pruning, at most its smaller side",
+        json_schema_extra={"peft": "r"},
+    )
+    alpha: float = Field(
+        16.0,
+        gt=0,
+        description="the update is scaled by alpha / rank, before and after the pruning",
+        json_schema_extra={"peft": "lora_alpha"},
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout on the adapter's input", json_schema_extra={"peft": "lora_dropout"}
+    )
     selection: Literal["magnitude", "random"] = Field("magnitude", description="which components stay")
     components: int | None = Field(None, ge=1, description="components that stay, over all layers; or give keep")
     keep: float | None = Field(None, gt=0, le=1, description=f"share that stays; {KEEP} where neither is given")

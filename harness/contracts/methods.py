@@ -10,13 +10,12 @@ import torch
 
 from harness.contracts.subject import Started, Subject, spec_of, start
 from harness.method import in_modules
-from harness.plan.plan import Fingerprints, Sweep
-from harness.plan.preflight import CheckedTask, preview
+from harness.plan.preflight import preview
 from harness.record.store import RecordStore
 from harness.run import checkpoint
-from harness.run.data import Data
 from harness.run.run import run_one
 from harness.run.training import Training
+from harness.spec import TrainSpec
 from harness.splits import make_splits
 
 
@@ -74,9 +73,8 @@ def counts_are_right(subject: Subject) -> None:
         assert count.adapter_final <= backbone - head
     place = subject.place
     model = place.model or started.task.default_model
-    splits = make_splits(started.task, place.data_root, None)
-    checked = CheckedTask(subject.task, started.task, model, Data(started.task, splits, model), Fingerprints("", ""))
-    assert preview(started.method, checked, Sweep(), place) == count
+    rows = make_splits(started.task, place.data_root, None).train
+    assert preview(started.method, started.task.backbone(model, meta=True), TrainSpec(), len(rows)) == count
     started.training.run(lambda training: None)
     count = started.adaptation.parameter_count()
     assert 0 <= count.adapter_final <= count.adapter_peak

@@ -311,7 +311,7 @@ def test_the_dry_run_says_which_ranks(tmp_path, capsys):
     run(tmp_path, f"lora[rank=4,{PATTERN}]", "--dry-run")
     output = capsys.readouterr().out
     assert f"lora[rank=4,{PATTERN}] on synthetic: {4 * 8 - 2 + 2 * 3} components in 10 of 12 layers" in output
-    assert f"each scaled by {16 / 4:g}" in output
+    assert f"each scaled by {16 / 4:g}; PEFT's rank_pattern would divide alpha by each layer's own rank" in output
 
 
 def test_an_unresolved_method_does_not_start():

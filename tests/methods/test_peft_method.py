@@ -15,7 +15,7 @@ from harness.contracts import METHOD_CONTRACTS, Subject
 from harness.contracts.subject import Started, method_of, start, task_of
 from harness.errors import InputError
 from harness.method import Backbone
-from harness.plan.plan import Sweep, method_cells
+from harness.plan.sweep import Sweep, method_cells
 from harness.run import checkpoint
 from harness.spec import Place
 from methods.peft_tuners.adaptation import ADAPTER, PeftAdaptation
