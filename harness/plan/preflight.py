@@ -17,6 +17,7 @@ from harness.plan.plan import Fingerprints, Sweep, method_cells, model_of, plan,
 from harness.plan.trial import check_rows
 from harness.record.environment import device_of
 from harness.run.data import Data, data_of
+from harness.run.sizes import Sizes
 from harness.spec import Place, RunSpec, TrainSpec
 from harness.task import Splits, Task
 
@@ -131,7 +132,8 @@ def preview(method: Method, checked: CheckedTask, sweep: Sweep, place: Place) ->
     """The counts at the start of a run, from shapes alone: the backbone is on the meta device."""
     backbone = checked.task.backbone(checked.model, meta=True, trust_remote_code=place.trust_remote_code)
     data = _Undrawn(len(checked.splits.train))
-    return method.start(backbone, sweep.train, data, torch.Generator().manual_seed(0)).parameter_count()
+    adaptation = method.start(backbone, sweep.train, data, torch.Generator().manual_seed(0))
+    return Sizes(adaptation).parameters()
 
 
 class _Undrawn:

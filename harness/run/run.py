@@ -220,7 +220,11 @@ class _Run:
             self._tell(training)
 
         training.run(after_update)
-        self.known |= {"ranks": adaptation.ranks(), "parameters": adaptation.parameter_count()}
+        self.known |= {
+            "ranks": adaptation.ranks(),
+            "parameters": training.sizes.parameters(),
+            "trajectory": tuple(training.sizes.trajectory),
+        }
 
     def _take_up(self, training: Training, newest: checkpoint.Newest) -> None:
         """Go on from a checkpoint, where there is one. Raises Unusable for one that does not fit."""
@@ -290,7 +294,7 @@ class _Run:
         if training.index % 10 and training.used < training.budget:
             return
         last = training.history[-1] if training.history else {}
-        ranks = training.adaptation.ranks()
+        size = training.sizes.trajectory[-1]
         self.watch(
             Progress(
                 run_id=self.spec.run_id,
@@ -298,8 +302,8 @@ class _Run:
                 budget=training.budget,
                 loss=last.get("loss"),
                 holdout=self.known.get("holdout", {}).get(self.task.headline),
-                rank=sum(ranks.values()) if ranks else None,
-                adapter_numbers=training.adaptation.adapter_numbers(),
+                rank=size.rank,
+                adapter_parameters=size.adapter_parameters,
             )
         )
 
