@@ -137,6 +137,7 @@ class _Run:
             higher_is_better=self.task.higher_is_better,
             batches=training.used if training else 0,
             updates=training.index if training else 0,
+            trajectory=tuple(training.sizes.trajectory) if training else (),
             seconds=Seconds(
                 training=training.seconds if training else 0.0,
                 evaluation=self.evaluation_seconds,
@@ -220,11 +221,7 @@ class _Run:
             self._tell(training)
 
         training.run(after_update)
-        self.known |= {
-            "ranks": adaptation.ranks(),
-            "parameters": training.sizes.parameters(),
-            "trajectory": tuple(training.sizes.trajectory),
-        }
+        self.known |= {"ranks": adaptation.ranks(), "parameters": training.sizes.parameters()}
 
     def _take_up(self, training: Training, newest: checkpoint.Newest) -> None:
         """Go on from a checkpoint, where there is one. Raises Unusable for one that does not fit."""

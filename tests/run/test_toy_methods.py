@@ -119,9 +119,8 @@ class TestForBatch:
         adaptation, seen = training.adaptation, []
         layer = next(iter(adaptation.layers.values()))
         layer.register_forward_hook(lambda layer, args, output: seen.append(layer.scaling["default"]))
-        Training(adaptation, training.task, training.encoded, training.data, spec, training.device, 6).run(
-            lambda t: None
-        )
+        parts = (adaptation, training.task, training.encoded, training.data)
+        Training(*parts, spec, training.device, 6).run(lambda training: None)
         assert len(set(adaptation.drawn)) == 6
         assert seen == [scale for scale in adaptation.drawn for _ in range(4)]
 
