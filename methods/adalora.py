@@ -156,6 +156,7 @@ class AdaLoraAdaptation(Adaptation):
         targets: tuple[str, ...],
         orthogonality: float,
     ) -> None:
+        super().__init__(model, optimizer, backbone)
         tuner: Any = model.base_model
         self.tuner = tuner
         self.config = tuner.peft_config[ADAPTER]
@@ -163,8 +164,6 @@ class AdaLoraAdaptation(Adaptation):
         self.orthogonality = orthogonality
         for layer in self.layers.values():
             layer.ranknum[ADAPTER].requires_grad_(False)  # which PEFT forgets on the meta device
-        super().__init__(model, optimizer, backbone)
-        self._others -= len(self.layers)  # their ranknum, init_rank kept as a parameter, is no part of the model
 
     def penalty(self) -> Tensor | None:
         """See `Adaptation.penalty`. Equation 4, averaged over the factors as PEFT does."""
@@ -184,6 +183,7 @@ class AdaLoraAdaptation(Adaptation):
         self.tuner.update_and_allocate(step.index + 1)
         if self.config.rank_pattern is before:
             return {}
+        step.resized()
         ranks = list(self.ranks().values())
         return {"rank": sum(ranks), "ranks": ranks}
 
@@ -198,12 +198,16 @@ class AdaLoraAdaptation(Adaptation):
 
         return swapped({E: largest(E, rank) for E in (layer.lora_E[ADAPTER] for layer in self.layers.values())})
 
-    def adapter_numbers(self) -> int:
-        """Numbers of the triplets that are left: outputs + inputs + 1 each."""
+    def adapter_parameters(self) -> int:
+        """Parameters of the triplets that are left: outputs + inputs + 1 each."""
         sizes = {
             name: len(layer.lora_B[ADAPTER]) + layer.lora_A[ADAPTER].shape[1] for name, layer in self.layers.items()
         }
         return sum(rank * (sizes[name] + 1) for name, rank in self.ranks().items())
+
+    def other_parameters(self) -> int:
+        """See `Adaptation.other_parameters`. A layer's ranknum, a parameter for PEFT, is no part of the model."""
+        return super().other_parameters() - len(self.layers)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Adaptation.state_dict`."""
