@@ -43,10 +43,12 @@ class Training:
         self.budget = budget
         self.index = 0
         self.used = 0
+        self.prepared = False
         self.seconds = 0.0
         self.schedule_start = 0
         self.history: list[dict[str, Any]] = []
         self._random: tuple[int, Tensor, Tensor | None]  # of the last backward: its number, and torch's random states
+        self._kept = 0  # batches of the budget that are not for the preparation
         self._waiting: list[dict[str, Any]] = []  # history rows whose values may still be on the device
 
     def run(self, after_update: Callable[[Training], None]) -> None:
@@ -66,8 +68,20 @@ class Training:
             self.seconds += time.perf_counter() - started
             after_update(self)
 
+    def prepare(self) -> None:
+        """Let the method prepare, before the first update; nothing where that is done."""
+        if self.prepared:
+            return
+        self._kept = 1
+        self.adaptation.prepare(self)
+        self._kept = 0
+        self.adaptation.optimizer.zero_grad(set_to_none=True)
+        self.restart_schedule()
+        self.prepared = True
+
     def update(self) -> None:
         """One update: draw, forward, backward, clip, step, and the method's hooks around them."""
+        self.prepare()
         adaptation, optimizer = self.adaptation, self.adaptation.optimizer
         adaptation.before_forward(self)
         factor = self._schedule_factor()
@@ -115,6 +129,11 @@ class Training:
         """See `harness.method.Step`."""
         if self.used + batches > self.budget:
             raise RuntimeError(f"the budget of {self.budget} batches is used up: look at step.used before asking")
+        if self.used + batches > self.budget - self._kept:
+            raise RuntimeError(
+                f"the preparation must leave one of the budget's {self.budget} batches to train with: "
+                "raise the budget, or let it read fewer"
+            )
         self.used += batches
 
     def _losses(self, batch: Indices) -> Iterator[Tensor]:
@@ -164,6 +183,7 @@ class Training:
         return {
             "index": self.index,
             "used": self.used,
+            "prepared": self.prepared,
             "seconds": self.seconds,
             "schedule_start": self.schedule_start,
             "history": self.history,
@@ -184,7 +204,7 @@ class Training:
         if state["device"] != self.device.type:
             raise InputError(f"the checkpoint was made on {state['device']}, this is {self.device.type}: delete it")
         self.adaptation.load_state_dict(state["adaptation"])
-        for name in ("index", "used", "seconds", "schedule_start", "history"):
+        for name in ("index", "used", "prepared", "seconds", "schedule_start", "history"):
             setattr(self, name, state[name])
         self.data.drawn = state["drawn"]
         version, internal, gauss = state["python"]
