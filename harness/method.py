@@ -161,11 +161,13 @@ class Adaptation:
 
         What it needs it reads with `harness.passes`: gradients of the backbone's weights, inputs of its layers. Every
         batch counts; the last one of the budget is kept for training, so that asking for it raises RuntimeError.
-        The optimizer has no state yet: its parameter groups may be replaced. Afterwards the loop clears the gradients
-        and begins the learning-rate schedule, over what is left of the budget.
+        The optimizer has no state yet: it may be replaced, or its parameter groups. Afterwards the loop clears the
+        gradients and begins the learning-rate schedule, over what is left of the budget.
 
-        A resumed run does not prepare again. So where sizes or groups are changed here, `load_state_dict` has to build
-        them from the state before it calls its parent, which restores the values.
+        A resumed run does not prepare again. So where sizes or groups change here, `load_state_dict` has to build them
+        from the state before it calls its parent, which restores the values; frozen weights that change here belong to
+        `state_dict`. A checkpoint keeps values and not their order in memory: make new parameters contiguous (a factor
+        of an SVD is not), since sums of floats depend on it.
         """
 
     def penalty(self) -> Tensor | None:
