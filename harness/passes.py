@@ -31,20 +31,23 @@ from harness.method import Indices, Step
 Layers = Mapping[str, nn.Module]
 
 
-def weight_gradients(
-    step: Step, model: nn.Module, layers: Layers, batches: Iterable[Indices], take: Callable[[str, Tensor], None]
-) -> int:
-    """Hand over the gradients of the layers' weights, one after the other as the backward pass finishes them.
+Take = Callable[[str, Tensor], None]
 
-    `take(name, gradient)`: called for every batch and every layer that its loss reaches, the last layer first. The
-    gradient is that of the batch's mean loss, exact, as a matrix (outputs, inputs) like `Backbone.shape`, in the
-    weight's dtype. It is the caller's, to keep, change or reduce to what is needed (a norm, a projection, a sum).
-    Nothing else refers to it, so that one gradient is in memory at a time. With micro batches, `take` gets a part for
-    each of them, and the parts of a batch sum to its gradient.
 
-    Returns the number of batches. No other gradient is computed, and none that is there changes. Afterwards every
-    parameter requires a gradient or not as before. Raises RuntimeError where the budget has no batch left, ValueError
-    where two layers share a weight.
+@contextmanager
+def taking_weight_gradients(layers: Layers, take: Take) -> Iterator[None]:
+    """Within it every backward pass hands over the gradients of the layers' weights, one after the other as it finishes
+    them. No batch is used: entered in `before_forward` and left in `before_step`, it serves a method that follows the
+    gradient of every training batch.
+
+    `take(name, gradient)`: called for every layer that the loss reaches, the last one first. The gradient is exact, a
+    matrix (outputs, inputs) like `Backbone.shape`, in the weight's dtype. It is the caller's, to keep, change or reduce
+    to what is needed (a norm, a projection, a sum). Nothing else refers to it, so that one gradient is in memory at a
+    time. With micro batches, `take` gets a part for each of them, and the parts sum to the gradient of the batch's mean
+    loss.
+
+    The weights are frozen ones: what a backward pass gives one that trains is taken from its optimizer too. Afterwards
+    they require gradients, and have them, as before. Raises ValueError where two layers share a weight.
     """
     weights = {layer.get_parameter("weight"): (name, layer) for name, layer in layers.items()}
     if len(weights) < len(layers):
@@ -56,12 +59,27 @@ def weight_gradients(
         name, layer = weights[weight]  # type: ignore[index]
         take(name, as_matrix(layer, gradient))
 
+    before = [(weight, weight.requires_grad, weight.grad) for weight in weights]
+    with ExitStack() as hooks:
+        try:
+            for weight in weights:
+                weight.requires_grad_(True).grad = None
+                hooks.enter_context(weight.register_post_accumulate_grad_hook(hand_over))
+            yield
+        finally:
+            for weight, required, gradient in before:
+                weight.requires_grad_(required).grad = gradient
+
+
+def weight_gradients(step: Step, model: nn.Module, layers: Layers, batches: Iterable[Indices], take: Take) -> int:
+    """Put batches through the model, and the gradients of the layers' weights to `take`, as `taking_weight_gradients`
+    does.
+
+    Returns the number of batches. No other gradient is computed, and none that is there changes. Raises RuntimeError
+    where the budget has no batch left, ValueError where two layers share a weight.
+    """
     number = 0
-    with ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(_alone_in_backward(model, weights))
-        for weight in weights:
-            stack.enter_context(weight.register_post_accumulate_grad_hook(hand_over))
+    with torch.enable_grad(), _frozen(model), taking_weight_gradients(layers, take):
         for batch in batches:
             step.backward(batch)
             number += 1
@@ -139,21 +157,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _alone_in_backward(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within it these parameters require gradients, and no others; they have no gradient from before."""
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Within it no parameter requires a gradient."""
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    gradients = [(weight, weight.grad) for weight in weights]
+    model.requires_grad_(False)
     try:
-        model.requires_grad_(False)
-        for weight, _ in gradients:
-            weight.requires_grad_(True)
-            weight.grad = None
         yield
     finally:
         for parameter, before in required:
             parameter.requires_grad_(before)
-        for weight, gradient in gradients:
-            weight.grad = gradient
 
 
 def _rows(layer: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """A method's own passes: what they hand over, what they hold in memory, what they leave as it was."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,14 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from harness.contracts import Subject, start
-from harness.method import as_matrix
-from harness.passes import evaluation_mode, mean_weight_gradients, observe_inputs, weight_gradients
+from harness.method import Adaptation, as_matrix
+from harness.passes import (
+    evaluation_mode,
+    mean_weight_gradients,
+    observe_inputs,
+    taking_weight_gradients,
+    weight_gradients,
+)
 from harness.spec import Place
 from tests.support import tiny
 from tests.support.network import KINDS, gradients_by_autograd, layers_of, network_training
@@ -114,6 +121,37 @@ def test_nothing_is_left_behind_and_gradients_of_the_trained_stay():
     assert torch.equal(torch.get_rng_state(), random)
     training.backward(*drawn(training, 1))  # no hook has stayed
     assert model.transposed.weight.grad is None
+
+
+class Following(Adaptation):
+    """Takes the gradients of the training batches themselves."""
+
+    def before_forward(self, step):
+        self.sums, self.within = {}, ExitStack()
+        layers = {name: self.model.get_submodule(name) for name in KINDS}
+        self.within.enter_context(taking_weight_gradients(layers, self.take))
+
+    def take(self, name, gradient):
+        self.sums[name] = self.sums.get(name, 0) + gradient
+
+    def before_step(self, step):
+        self.within.close()
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_gradients_of_the_training_batches_cost_none(pieces):
+    training, plain = (network_training(cls, micro_batches=pieces) for cls in (Following, Adaptation))
+    for _ in range(3):
+        expected = gradients_by_autograd(plain, plain.data.draw("all"))
+        plain.data.drawn["all"] -= 1
+        for each in (training, plain):
+            each.update()
+        torch.testing.assert_close(training.adaptation.sums, expected)
+    assert training.used == 3
+    for one, two in zip(model_of(training).parameters(), model_of(plain).parameters(), strict=True):
+        assert torch.equal(one, two)
+        assert one.grad is None
+        assert one.requires_grad == two.requires_grad
 
 
 def test_gradients_are_there_where_gradients_are_off():
