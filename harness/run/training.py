@@ -76,7 +76,7 @@ class Training:
         self.adaptation.prepare(self)
         self._kept = 0
         self.adaptation.optimizer.zero_grad(set_to_none=True)
-        self.restart_schedule()
+        self.schedule_start = self.used
         self.prepared = True
 
     def update(self) -> None:
