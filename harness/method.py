@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 from pydantic import Field
 
 from harness.backbone import Backbone as Backbone
+from harness.backbone import as_matrix as as_matrix
 from harness.backbone import in_modules as in_modules
 from harness.backbone import is_adaptable as is_adaptable
 from harness.backbone import is_transposed as is_transposed
-from harness.parameters import Range, SearchSpace, Strict
+from harness.parameters import ParameterCount, Range, SearchSpace, Strict
 from harness.storage import save_tensors
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class TrainData(Protocol):
 
     def draw(self, stream: Stream) -> Indices:
         """The next batch of a stream. "all": the training split in this seed's order; "lower" and "upper": two random
-        halves of equal size. Every draw is counted and is part of a checkpoint."""
+        parts of it without a common row, of the sizes that `Method.upper_share` says. Every draw is counted and is part
+        of a checkpoint."""
 
 
 class Step(Protocol):
@@ -69,7 +71,8 @@ class Step(Protocol):
         """
 
     def backward(self, batch: Indices) -> Tensor:
-        """Forward and backward of one batch, adding to the gradients (autocast and accumulation included).
+        """Forward and backward of one batch, adding to the gradients (autocast and accumulation included). Within
+        torch.no_grad it is a forward alone, which counts the same.
 
         Returns the detached mean loss (a scalar tensor). Uses one batch of the budget; raises RuntimeError when none is
         left, so look at `used` first."""
@@ -106,13 +109,20 @@ class Method(Strict, ABC):
     """
 
     version: ClassVar[int] = 1  # raise it when the method's results change, so that its runs are made again
-    data_rule: ClassVar[Literal["all", "halves"]] = "all"  # which streams it draws from
+    data_rule: ClassVar[Literal["all", "halves"]] = "all"  # "halves": it draws from "lower" and "upper" as well
     capabilities: ClassVar[tuple[str, ...]] = ()  # words for `list`: "linear", "conv2d", "rank-adaptive"
     search_space: ClassVar[SearchSpace] = {"learning_rate": Range(1e-5, 1e-2, log=True)}  # of `--tune`
     identity_at_start: ClassVar[bool] = True  # the adapted model computes what the backbone computes, before training
 
     learning_rate: float = Field(gt=0, description="peak learning rate")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, on matrices only")
+
+    @property
+    def upper_share(self) -> float:
+        """Share of the training rows that the upper stream gets, between 0 and 1; the lower stream gets the others.
+
+        A bilevel method that holds out another share than half overrides it, with a number or a hyperparameter."""
+        return 0.5
 
     def resolve(self, backbone: Backbone, finished: FinishedRun) -> Method:
         """The method with everything written out that depends on the backbone or on an earlier run, so that the run's
@@ -151,13 +161,13 @@ class Method(Strict, ABC):
 class Adaptation:
     """The state of one run of a method: model, optimizer and whatever the method keeps.
 
-    Each update of the loop runs, in this order: before_forward, forward and backward of a batch of `stream` within
-    `for_batch`, penalty, before_step, gradient clipping, the optimizer's step, after_step, zeroing of gradients. The
-    learning rate is `initial_lr` times the schedule's factor in every parameter group at every step, so groups may be
-    added, sliced and replaced, and keep their ratios.
+    Before the first update the loop calls `prepare`, once. Each update then runs, in this order: before_forward,
+    forward and backward of a batch of `stream` within `for_batch`, penalty, before_step, gradient clipping, the
+    optimizer's step, after_step, zeroing of gradients. The learning rate is `initial_lr` times the schedule's factor in
+    every parameter group at every step, so groups may be added, sliced and replaced, and keep their ratios.
 
-    Sizes may change in every hook. The loop counts them: after `start`, where an update changed the size of what the
-    optimizer trains, where the method called `Step.resized`, every ten updates, and after `finish`.
+    Sizes may change in every hook. The loop counts them: after `start` and `prepare`, where an update changed the size
+    of what the optimizer trains, where the method called `Step.resized`, every ten updates, and after `finish`.
     """
 
     stream: Stream = "all"
@@ -166,6 +176,20 @@ class Adaptation:
         self.model = model
         self.optimizer = optimizer
         self.head = backbone.head
+
+    def prepare(self, step: Step) -> None:
+        """Before the first update: a start that is taken from the data (initial values, ranks, layers to adapt).
+
+        What it needs it reads with `harness.passes`: gradients of the backbone's weights, inputs of its layers. Every
+        batch counts; the last one of the budget is kept for training, so that asking for it raises RuntimeError.
+        The optimizer has no state yet: it may be replaced, or its parameter groups. Afterwards the loop clears the
+        gradients and begins the learning-rate schedule, over what is left of the budget.
+
+        A resumed run does not prepare again. So where sizes or groups change here, `load_state_dict` has to build them
+        from the state before it calls its parent, which restores the values; frozen weights that change here belong to
+        `state_dict`. A checkpoint keeps values and not their order in memory: make new parameters contiguous (a factor
+        of an SVD is not), since sums of floats depend on it.
+        """
 
     def penalty(self) -> Tensor | None:
         """A regulariser that is added to the training loss, and never to an evaluation."""

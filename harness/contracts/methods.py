@@ -25,6 +25,7 @@ def unchanged_output_at_the_start(subject: Subject) -> None:
     started = start(subject)
     if not started.method.identity_at_start:
         return
+    started.training.prepare()
     rows = range(8)
     batch = started.task.collate(started.training.encoded, rows, None)
     with torch.no_grad():
@@ -36,6 +37,7 @@ def unchanged_output_at_the_start(subject: Subject) -> None:
 def only_the_intended_parameters_train(subject: Subject) -> None:
     """Frozen parameters stay bit-equal; the head trains; the optimizer holds what requires a gradient, once."""
     started = start(subject)
+    started.training.prepare()
     model = started.adaptation.model
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     head = {name: p.detach().clone() for name, p in _head(started)}
@@ -127,12 +129,17 @@ def ranks_name_layers_of_the_backbone(subject: Subject) -> None:
 
 
 def the_budget_is_used_exactly(subject: Subject) -> None:
-    """Every batch that is drawn counts, and the run ends when the budget is used."""
+    """Every batch that is drawn counts, and the run ends when the budget is used. A preparation leaves some of it, and
+    no gradients. A method that says so draws from one stream alone."""
     started = start(subject)
+    started.training.prepare()
+    assert started.training.used < subject.batches
+    assert all(p.grad is None for p in started.adaptation.model.parameters())
     started.training.run(lambda training: None)
     assert started.training.used == subject.batches >= sum(started.training.data.drawn.values())
     assert started.training.index <= started.training.used
     rule = started.method.data_rule
+    assert 0 < started.method.upper_share < 1
     assert rule == "halves" or started.training.data.drawn["lower"] == started.training.data.drawn["upper"] == 0
 
 

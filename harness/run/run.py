@@ -182,7 +182,7 @@ class _Run:
         encoded = data.encoded("train")
         self.known["data"] = {split: facts for split in splits.by_name if (facts := data.facts(split))}
         lengths = self.task.lengths(encoded) if spec.train.group_by_length else None
-        drawn = TrainingData(len(splits.train), spec.train.batch_size, spec.seed, lengths)
+        drawn = TrainingData(len(splits.train), spec.train.batch_size, spec.seed, lengths, method.upper_share)
         self.known["rows"] = {"train": len(splits.train), "holdout": len(splits.holdout)} | {
             name: len(examples) for name, examples in splits.evaluation.items()
         }

@@ -46,6 +46,7 @@ class Training:
         self.budget = budget
         self.index = 0
         self.used = 0
+        self.prepared = False
         self.seconds = 0.0
         self.schedule_start = 0
         self.rewarm = (0, 0)  # of the last `restart_warmup`: batches used before it, and its length
@@ -53,6 +54,7 @@ class Training:
         self.history: list[dict[str, Any]] = []
         self._random: tuple[int, Tensor, Tensor | None]  # of the last backward: its number, and torch's random states
         self._rng: tuple[int, torch.Generator] | None = None  # of an update, by its index
+        self._kept = 0  # batches of the budget that are not for the preparation
         self._waiting: list[dict[str, Any]] = []  # history rows whose values may still be on the device
 
     def run(self, after_update: Callable[[Training], None]) -> None:
@@ -73,8 +75,21 @@ class Training:
             self.seconds += time.perf_counter() - started
             after_update(self)
 
+    def prepare(self) -> None:
+        """Let the method prepare, before the first update; nothing where that is done."""
+        if self.prepared:
+            return
+        self._kept = 1
+        self.adaptation.prepare(self)
+        self._kept = 0
+        self.sizes.count_now(self.used)
+        self.adaptation.optimizer.zero_grad(set_to_none=True)
+        self.schedule_start = self.used
+        self.prepared = True
+
     def update(self) -> None:
         """One update: draw, forward, backward, clip, step, and the method's hooks around them."""
+        self.prepare()
         adaptation, optimizer = self.adaptation, self.adaptation.optimizer
         adaptation.before_forward(self)
         factor = self._schedule_factor()
@@ -128,6 +143,11 @@ class Training:
         """See `harness.method.Step`."""
         if self.used + batches > self.budget:
             raise RuntimeError(f"the budget of {self.budget} batches is used up: look at step.used before asking")
+        if self.used + batches > self.budget - self._kept:
+            raise RuntimeError(
+                f"the preparation must leave one of the budget's {self.budget} batches to train with: "
+                "raise the budget, or let it read fewer"
+            )
         self.used += batches
 
     def _losses(self, batch: Indices) -> Iterator[Tensor]:
@@ -199,6 +219,7 @@ class Training:
         return {
             "index": self.index,
             "used": self.used,
+            "prepared": self.prepared,
             "seconds": self.seconds,
             "schedule_start": self.schedule_start,
             "rewarm": self.rewarm,
@@ -221,7 +242,7 @@ class Training:
         if state["device"] != self.device.type:
             raise InputError(f"the checkpoint was made on {state['device']}, this is {self.device.type}: delete it")
         self.adaptation.load_state_dict(state["adaptation"])
-        for name in ("index", "used", "seconds", "schedule_start", "history"):
+        for name in ("index", "used", "prepared", "seconds", "schedule_start", "history"):
             setattr(self, name, state[name])
         self.rewarm = tuple(state["rewarm"])
         self.sizes.load(state["trajectory"])
