@@ -37,8 +37,8 @@ def keep(parameter: nn.Parameter, indices: Tensor, dim: int, optimizer: Optimize
 def append(parameter: nn.Parameter, values: Tensor, dim: int, optimizer: Optimizer | None) -> None:
     """Grow a parameter by `values` at the end of dimension `dim`. The new entries' gradient and moments are 0.
 
-    The optimizer counts steps by parameter, so AdamW corrects no bias of young entries: with its usual betas their first
-    step is (1 - beta1) / sqrt(1 - beta2), some 3 learning rates.
+    The optimizer counts steps by parameter, so AdamW corrects no bias of young entries: with its usual betas the first
+    step of one is (1 - beta1) / sqrt(1 - beta2), some 3 learning rates.
     """
     grown = torch.cat([parameter.detach(), values], dim)
     _replace(parameter, grown, optimizer, lambda name, value: torch.cat([value, torch.zeros_like(values)], dim))
