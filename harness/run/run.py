@@ -37,8 +37,8 @@ Watch = Callable[[Progress], None]
 def run_one(spec: RunSpec, store: RecordStore, watch: Watch = lambda progress: None) -> RunRecord:
     """Carry out one run and keep its record, also when it diverges, runs out of memory or fails.
 
-    An interrupt is passed on, and leaves no record; a checkpoint, if the spec asks for them, is taken up next time. So
-    is Unwritable: that the disk is full says nothing of the run.
+    An interrupt is passed on, and leaves no record; the next start resumes from a checkpoint, where the spec asks for
+    them. Unwritable is passed on too: that the disk is full says nothing of the run.
     """
     with store.writing():
         run = _Run(spec, store, watch)
