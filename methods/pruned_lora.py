@@ -127,14 +127,16 @@ class PrunedLoraAdaptation(LoraAdaptation):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Adaptation.state_dict`."""
-        return super().state_dict() | {"pruned": self.pruned}
+        from methods.shared.optimizer_state import shapes
+
+        return super().state_dict() | {"pruned": self.pruned, "shapes": shapes(self.optimizer)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Adaptation.load_state_dict`. The layers are cut down to the saved ranks first."""
         from methods.shared.optimizer_state import match_shapes
 
+        match_shapes(self.optimizer, state["shapes"])
         if state["pruned"]:
-            match_shapes(self.model, state["trained"])
             self._go_on_pruned()
         super().load_state_dict(state)
 

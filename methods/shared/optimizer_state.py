@@ -13,7 +13,7 @@ A graph from an earlier forward that is still referenced fails in its next backw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,23 +68,30 @@ def change_basis(parameter: nn.Parameter, values: Tensor, P: Tensor, dim: int, o
     _replace(parameter, values, optimizer, mapped)
 
 
-def match_shapes(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Bring the model's parameters to the shapes of their saved values: a resume does that before it loads values.
+def shapes(optimizer: Optimizer) -> list[list[int]]:
+    """The shape of every parameter that the optimizer holds, in the order of its groups: a part of a run's state."""
+    return [list(parameter.shape) for parameter in _held(optimizer)]
 
-    saved: by the parameters' names. A parameter that has its shape already is left as it is. Another one holds no
-    values until they are loaded, and has no gradient. An optimizer loads its own state at any shape.
+
+def match_shapes(optimizer: Optimizer, saved: Sequence[Sequence[int]]) -> None:
+    """Bring the optimizer's parameters to their saved `shapes`: a resume does that before it loads values.
+
+    A parameter that has its shape already is left as it is. Another one is 0 until its values are loaded, and has no
+    gradient. The optimizer loads its own state at any shape.
     """
-    parameters = dict(model.named_parameters())
-    for name, value in saved.items():
-        own = parameters[name]
-        if own.shape != value.shape:
-            own.grad = None
-            own.data = torch.empty(value.shape, dtype=own.dtype, device=own.device)
+    for parameter, shape in zip(_held(optimizer), saved, strict=True):
+        if list(parameter.shape) != list(shape):
+            parameter.grad = None
+            parameter.data = torch.zeros(*shape, dtype=parameter.dtype, device=parameter.device)
 
 
 def gradient_of(tensor: Tensor) -> Tensor:
     """The gradient, zeros for a tensor that the loss does not depend on."""
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+
+def _held(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _replace(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from harness.method import Adaptation, Backbone
 from harness.optimizer import adamw
 from harness.run import checkpoint
-from methods.shared.optimizer_state import append, change_basis, keep, match_shapes
+from methods.shared.optimizer_state import append, change_basis, keep, match_shapes, shapes
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1, fused=False),
@@ -264,8 +264,11 @@ def descend(model: LowRank, optimizer: torch.optim.Optimizer) -> None:
 class Resizing(Adaptation):
     """Trains a `LowRank` whose rank changes: what a method's resume does."""
 
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"shapes": shapes(self.optimizer)}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        match_shapes(self.model, state["trained"])
+        match_shapes(self.optimizer, state["shapes"])
         super().load_state_dict(state)
 
 
