@@ -23,7 +23,7 @@ MANIFOLDS = {"matrix": "euclidean", "oblique": "oblique", "stiefel": "stiefel"} 
 
 
 class DeboraLayer(BaseTunerLayer, nn.Module):
-    """A layer with adapters: their numbers by adapter name, and what they add to the base layer.
+    """A layer with adapters: their parameters by adapter name, and what they add to the base layer.
 
     The factors U^(1), ..., U^(d) are (n_k, r), one for each mode of the weight, the lower level's variables: U for the
     outputs, V for the inputs, and what a subclass adds. s is (r,), the upper level's: a buffer, so that no optimizer
@@ -98,8 +98,8 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
         """Add an adapter that leaves the layer's function as it is, up to the eps shift where `initial_factors` says.
 
         s starts at eps, or in the interior of the layer's simplex, s_i = eps + tau / r, so that with r = 8 and tau = 16
-        the matrix geometry's step from there is that of LoRA with alpha = 16. The numbers are at least float32: neither
-        a manifold nor a small s bears less. Raises ValueError where the rank does not fit the layer.
+        the matrix geometry's step from there is that of LoRA with alpha = 16. They are at least float32: neither a
+        manifold nor a small s bears less. Raises ValueError where the rank does not fit the layer.
         """
         weight = self.get_base_layer().weight
         like: dict[str, Any] = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
