@@ -25,7 +25,7 @@ from harness.record.store import RecordStore
 from harness.spec import Place
 from methods.shared.peft_model import shuffled
 from tasks.glue import Glue
-from tasks.pretrained import _head_and_layers, load_backbone
+from tasks.pretrained import head_and_layers, load_backbone
 from tests.support import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:lora with eva initialization:UserWarning")
@@ -137,7 +137,7 @@ def test_conv1d_is_found_in_every_family_that_has_it(auto_class, config):
 
     with torch.device("meta"):
         module = getattr(transformers, auto_class).from_config(config)
-    _, layers = _head_and_layers(module, "tiny")
+    _, layers = head_and_layers(module, "tiny")
     assert set(layers) == {name for name, part in module.named_modules() if isinstance(part, Conv1D)}
 
 

@@ -23,7 +23,7 @@ from harness.method import Backbone
 from harness.record.store import RecordStore
 from harness.run.sizes import Sizes
 from methods.peft_tuners.trial import trial_inputs, with_values, without_values
-from tasks.pretrained import _head_and_layers
+from tasks.pretrained import head_and_layers
 from tests.support import tiny
 
 TEXT = "AutoModelForSequenceClassification"
@@ -58,7 +58,7 @@ def backbone_of(family: str, device: str = "cpu") -> Backbone:
     auto_class, config = MODELS[family]
     with torch.device(device):
         module = getattr(transformers, auto_class).from_config(config)
-    return Backbone(module, *_head_and_layers(module, family))
+    return Backbone(module, *head_and_layers(module, family))
 
 
 @pytest.mark.parametrize("family", MODELS)
