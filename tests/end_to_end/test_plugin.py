@@ -19,7 +19,7 @@ from harness.contracts import METHOD_CONTRACTS, Subject
 for contract in METHOD_CONTRACTS:
     folder = pathlib.Path(sys.argv[1]) / contract.__name__
     folder.mkdir()
-    contract(Subject("norm_tuning", folder))
+    contract(Subject(sys.argv[2], folder))
 print(len(METHOD_CONTRACTS), "kept")
 """
 
@@ -48,8 +48,9 @@ def test_listed_and_described(environment):
     assert "bias: train the norms' biases too" in run(environment, "-m", "harness", "list", "norm_tuning").stdout
 
 
-def test_keeps_the_contracts(environment, tmp_path):
-    done = run(environment, "-c", TRY_IT, str(tmp_path))
+@pytest.mark.parametrize("method", ["norm_tuning", "growing"])
+def test_keeps_the_contracts(method, environment, tmp_path):
+    done = run(environment, "-c", TRY_IT, str(tmp_path), method)
     assert done.stdout.strip().endswith("kept"), done.stderr
 
 
@@ -83,6 +84,22 @@ def test_a_column_of_a_package_is_in_every_table(environment, tmp_path):
     assert {row["label"]: row["watt_hours"] for row in setting["rows"]} == pytest.approx(energy)
     printed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith(("head", "full"))]
     assert printed[:2] == sorted(energy, key=energy.__getitem__)
+
+
+def test_one_that_grows_and_is_pruned_is_reported_with_its_peak(environment, tmp_path):
+    """One rank in all layers is 448 parameters; the record, whose last size is smaller, and the table have the peak."""
+    what = ["--methods", "growing[rank=2,every=2,keep=0.25]", "--tasks", "synthetic", "--batches", "12"]
+    where = ["--executor", "serial", "--results", str(tmp_path)]
+    done = run(environment, "-m", "harness", "run", *what, *where)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "runs").glob("*/record.json")
+    sizes = [parameters for _, parameters, _ in json.loads(file.read_text())["trajectory"]]
+    assert sizes[:3] == [0, 448, 896]
+    assert 0 < sizes[3] < 448
+    with (tmp_path / "tables" / "leaderboard.csv").open() as table:
+        (row,) = csv.DictReader(table)
+    found = [float(row[f"parameters_{when}"]) for when in ("initial", "peak", "final")]
+    assert found == [0, 896, sizes[3]]
 
 
 def test_a_plugin_that_does_not_import_is_named_and_harms_nothing(tmp_path):
@@ -196,10 +213,13 @@ def test_a_name_that_is_claimed_twice_is_told_and_leaves_the_others(tmp_path):
     assert run(environment, "-m", "harness", "list", "head").returncode == 0
 
 
-def test_the_readme_shows_this_very_code():
-    readme = (ROOT / "README.md").read_text()
-    assert (PLUGIN / "norm_tuning.py").read_text().strip() in readme
-    shown = readme.partition("```toml\n[build-system]")[2].partition("```")[0]
+@pytest.mark.parametrize(("page", "name"), [("README.md", "norm_tuning.py"), ("docs/extending.md", "growing.py")])
+def test_the_docs_show_this_very_code(page, name):
+    assert (PLUGIN / name).read_text().strip() in (ROOT / page).read_text(), f"{page} does not show {name} as it is"
+
+
+def test_the_readme_shows_lines_of_this_package():
+    shown = (ROOT / "README.md").read_text().partition("```toml\n[build-system]")[2].partition("```")[0]
     there = (PLUGIN / "pyproject.toml").read_text().splitlines()
     assert len(shown.splitlines()) > 10
     assert [line for line in shown.splitlines() if line not in there] == [], "more is added there, and nothing else"
