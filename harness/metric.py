@@ -25,7 +25,7 @@ class Metric:
     parts, of_sums: the score as a function of sums over examples, from which the paired test takes each example's share
     by the jackknife. `parts`: (predictions, references) -> (rows, k), the first of k being 1; it raises ValueError
     where the score is no such function of them. `of_sums`: sums (..., k) -> scores (...). None: tested on seeds alone.
-    right_or_wrong: it is the share of examples that are right, so that McNemar's test applies.
+    right_or_wrong: it is the share of examples that are right (or wrong), so that McNemar's test applies.
     of_class: the class that it is of, where it is of one alone.
     """
 

@@ -51,7 +51,7 @@ class ExampleReader:
         return self._known[key]
 
     def tells_right_from_wrong(self, run: Run, column: Column) -> bool:
-        """Whether a score is the share of examples that are right."""
+        """Whether a score is a share of examples that are right or wrong."""
         metric = self._metric(run["task"], column.headline)
         return metric is not None and metric.right_or_wrong
 

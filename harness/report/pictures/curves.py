@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -84,7 +85,7 @@ def _trace(panel: Axes, trace: Trace, of_task: Sequence[Traced], names: Mapping[
         if trace in each.traces:
             _lines(panel, each, trace, names[each.label])
     panel.set_xlim(0, 1.02 * max(history.last for each in of_task for history in each.histories))
-    _finish(panel, trace.title)
+    _finish(panel, textwrap.fill(trace.title, 20))
     if trace.drawing == "log_line":
         log_if_wide(panel, [float(y) for line in panel.lines for y in np.asarray(line.get_ydata())])
 
