@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 from safetensors.numpy import save_file
 
-from harness.metric import ACCURACY, MATTHEWS, METRICS, Metric
+from harness.metric import ACCURACY, MATTHEWS, METRICS, Metric, mean_of
 from harness.record.record import PREDICTIONS
 from harness.report.evidence.examples import example_scores
 from harness.report.pictures.critical import cliques, mean_ranks, refusal
@@ -196,6 +196,13 @@ class TestExamples:
         error = math.sqrt(59 / 60 * ((left_out - left_out.mean()) ** 2).sum())
         tolerance = 0.1 if metric.name == "spearmanr" else 1e-6  # its ranks are held fixed
         assert values.std(ddof=1) / math.sqrt(60) == pytest.approx(error, rel=tolerance)
+
+    def test_a_mean_over_examples_gives_their_own_scores_whatever_a_prediction_is(self, tmp_path: Path) -> None:
+        predictions, references = np.array([[1, 2], [3, 4], [5, 6]]), np.array([[1, 2, 0], [3, 0, 0], [0, 0, 0]])
+        shared = mean_of("shared", lambda one, other: (one == other[:, :2]).mean(axis=1))
+        write_predictions(tmp_path, predictions, references)
+        values = example_scores(tmp_path / PREDICTIONS, "validation", shared, 0.5, 3)
+        assert values == pytest.approx([1.0, 0.5, 0.0])
 
     def test_nothing_to_go_by(self, tmp_path: Path) -> None:
         path = tmp_path / PREDICTIONS

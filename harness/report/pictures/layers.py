@@ -154,13 +154,14 @@ def over_time(board: Board, found: Sequence[Traced]) -> Figure | None:
             batches, table = history.table(trace.name)
             edges = np.append(batches, max(history.last, batches[-1] + 1))
             layers = np.arange(table.shape[1] + 1) + 0.5
-            image = panel.pcolormesh(edges, layers, table.T, cmap=SEQUENTIAL, rasterized=True)
+            image = panel.pcolormesh(edges, layers, table.T, vmin=min(0, table.min()), cmap=SEQUENTIAL, rasterized=True)
             panel.invert_yaxis()
             panel.yaxis.set_major_locator(MaxNLocator(integer=True))
             panel.set_title(folded(each.label, 34), fontsize=7)
             panel.set_xlabel("batches")
             panel.set_ylabel("layer")
-            figure.colorbar(image, ax=panel, label=trace.title)
+            whole = bool((table == table.round()).all())
+            figure.colorbar(image, ax=panel, label=trace.title, ticks=MaxNLocator(5, integer=whole))
     return figure
 
 
