@@ -11,7 +11,7 @@ functions), so that `python -m harness list` stays fast.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
@@ -25,8 +25,12 @@ from harness.backbone import is_adaptable as is_adaptable
 from harness.backbone import is_transposed as is_transposed
 from harness.parameters import ParameterCount, Range, SearchSpace, Strict
 from harness.storage import save_tensors
+from harness.trace import RANK as RANK
+from harness.trace import RANKS as RANKS
+from harness.trace import Trace as Trace
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -112,6 +116,7 @@ class Method(Strict, ABC):
     data_rule: ClassVar[Literal["all", "halves"]] = "all"  # "halves": it draws from "lower" and "upper" as well
     capabilities: ClassVar[tuple[str, ...]] = ()  # words for `list`: "linear", "conv2d", "rank-adaptive"
     search_space: ClassVar[SearchSpace] = {"learning_rate": Range(1e-5, 1e-2, log=True)}  # of `--tune`
+    traces: ClassVar[tuple[Trace, ...]] = ()  # what its `after_step` gives the history, and how it is drawn
     identity_at_start: ClassVar[bool] = True  # the adapted model computes what the backbone computes, before training
 
     learning_rate: float = Field(gt=0, description="peak learning rate")
@@ -134,6 +139,13 @@ class Method(Strict, ABC):
     def details(cls) -> list[str]:
         """What `list NAME` says below the parameters, a line each."""
         return []
+
+    @classmethod
+    def singular_values(cls, folder: Path) -> Mapping[str, np.ndarray]:
+        """Of what `Adaptation.export` wrote into `folder`: the singular values of each layer's update, (rank,), largest
+        first, by the layer's name; {} where there are none to be had, as of a damaged export. NumPy alone: the report
+        asks for them."""
+        return {}
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """Why the method cannot work on this backbone (the cell is then reported with that reason), or None.
@@ -210,8 +222,8 @@ class Adaptation:
     def after_step(self, step: Step) -> dict[str, Any]:
         """After the optimizer's step, gradients still there: rank allocation, Frank-Wolfe, truncation.
 
-        Returns values for the run's history: numbers, lists of them, or tensors without or with one dimension (which
-        are fetched later, without a wait, as a number or a list).
+        Returns values for the run's history, which `Method.traces` declares: numbers, lists of them, or tensors without
+        or with one dimension (which are fetched later, without a wait, as a number or a list).
         """
         return {}
 

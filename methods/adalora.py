@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import Adaptation, Backbone, Method, Step, TrainData
+from harness.method import RANK, RANKS, Adaptation, Backbone, Method, Step, Trace, TrainData
 from harness.optimizer import adamw
 from methods.shared.peft_model import peft_model
 from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ class AdaLora(Method):
     """
 
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
+    traces: ClassVar[tuple[Trace, ...]] = (RANK, RANKS)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     init_rank: int = Field(
@@ -80,6 +82,13 @@ class AdaLora(Method):
                     f"{name} = {value:g} should be a share of the updates below 1, or a whole number of them"
                 )
         return self
+
+    @classmethod
+    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
+        """See `Method.singular_values`."""
+        from methods.shared.spectrum import spectrum
+
+        return spectrum(folder)
 
     def schedule(self, updates: int) -> tuple[int, int, int]:
         """(tinit, tfinal, deltaT) in updates, for a run of `updates`. Raises InputError where they do not fit in."""

@@ -18,6 +18,7 @@ from methods.shared.peft_model import lora_model, shuffled, unfit
 from methods.shared.peft_names import ADAPTER, PREFIX
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -118,6 +119,13 @@ class Lora(Method):
         if self.dora and self.changes_backbone:
             raise ValueError(f"dora = true cannot be combined with init = {self.init}: give one of them")
         return self
+
+    @classmethod
+    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
+        """See `Method.singular_values`."""
+        from methods.shared.spectrum import spectrum
+
+        return spectrum(folder)
 
     @property
     def changes_backbone(self) -> bool:

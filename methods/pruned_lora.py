@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import Adaptation, Backbone, Method, Step, TrainData
+from harness.method import RANK, Adaptation, Backbone, Method, Step, Trace, TrainData
 from harness.optimizer import adamw
 from methods.lora import LoraAdaptation
 from methods.shared.peft_model import lora_model, unfit
 from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -40,6 +41,8 @@ class PrunedLora(Method):
 
     data_rule: ClassVar[Literal["all", "halves"]] = "halves"
     capabilities = ("linear", "conv2d", "rank-adaptive")
+
+    traces: ClassVar[tuple[Trace, ...]] = (RANK,)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(1e-3, ge=0, description="AdamW's decoupled weight decay, on matrices only")
@@ -72,6 +75,13 @@ class PrunedLora(Method):
         if self.components is not None and self.keep is not None:
             raise ValueError(f"components = {self.components} and keep = {self.keep:g} are both set; give one of them")
         return self
+
+    @classmethod
+    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
+        """See `Method.singular_values`."""
+        from methods.shared.spectrum import spectrum
+
+        return spectrum(folder)
 
     def num_kept(self, num_layers: int) -> int:
         """Components that stay of the rank * num_layers, at least 1."""

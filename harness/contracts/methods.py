@@ -18,6 +18,7 @@ from harness.run.run import run_one
 from harness.run.training import Training
 from harness.spec import TrainSpec
 from harness.splits import make_splits
+from harness.trace import OF_THE_LOOP
 
 
 def unchanged_output_at_the_start(subject: Subject) -> None:
@@ -196,6 +197,21 @@ def another_seed_gives_another_run(subject: Subject) -> None:
     assert [row["loss"] for row in first.training.history] != [row["loss"] for row in second.training.history]
 
 
+def the_history_holds_what_is_declared(subject: Subject) -> None:
+    """Beside the loop's own values, rows have those of the method's `traces` alone: for a heat map a number for each
+    layer of `ranks`, for other drawings a number."""
+    started = start(subject)
+    started.training.run(lambda training: None)
+    traces, layers = {trace.name: trace for trace in started.method.traces}, len(started.adaptation.ranks())
+    for row in started.training.history:
+        undeclared = row.keys() - {*OF_THE_LOOP, *traces}
+        assert not undeclared, f"no trace of the method declares {sorted(undeclared)}"
+        for name in row.keys() & traces.keys():
+            drawing = traces[name].drawing
+            assert drawing is None or isinstance(row[name], list) == (drawing == "heat_map"), f"{name}: {row[name]!r}"
+            assert drawing != "heat_map" or len(row[name]) == layers, f"{name} has {len(row[name])} of {layers} layers"
+
+
 def nothing_is_pickled(subject: Subject) -> None:
     """Checkpoints and exports are safetensors, JSON and text."""
     started = start(subject)
@@ -240,6 +256,7 @@ METHOD_CONTRACTS = (
     a_run_interrupted_after_every_update_equals_the_uninterrupted_one,
     the_same_seed_gives_the_same_record,
     another_seed_gives_another_run,
+    the_history_holds_what_is_declared,
     nothing_is_pickled,
     a_cut_to_a_rank_has_it_and_is_undone,
 )

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import load_file
 from tabulate import tabulate
 
-from harness.commands.report import naming_of
+from harness import installed
 from harness.record.record import RunRecord
 from harness.record.store import RecordStore
 from harness.report.board.leaderboard import Board
@@ -44,14 +44,15 @@ class Part:
         relabel: Callable[[RunRecord], str | None] = lambda record: None,
     ) -> None:
         self.store = store
-        self._read = ExampleReader(store)
+        self._read = ExampleReader(store, installed.metric_of)
         self._compared: dict[tuple[str, str, str], Comparison] = {}  # by both rows and the task
         self.records = {record.run_id: record for record in records}
-        runs = runs_of(records, naming_of(records))
+        self.traces = installed.traces_of(record.spec.method for record in records)
+        runs = runs_of(records, installed.naming_of(record.spec.method for record in records))
         if any("reserved" in run.record.rows for run in runs):
             runs = every_split(runs, counted={"glue/sst2": "reserved"})
         runs = [dataclasses.replace(run, label=relabel(run.record) or run.label) for run in runs]
-        boards = boards_of(store, runs)
+        boards = boards_of(store, runs, metric=installed.metric_of)
         assert len(boards) == 1, f"{store.results.name} has {len(boards)} settings"
         self.board = boards[0]
         self.rows = {row.label: row for row in self.board.rows}

@@ -102,6 +102,39 @@ def test_one_that_grows_and_is_pruned_is_reported_with_its_peak(environment, tmp
     assert found == [0, 896, sizes[3]]
 
 
+@pytest.fixture(scope="module")
+def reported(environment, tmp_path_factory):
+    """A results folder with two methods on the plugin's task, and what `run`, `report` and `compare` said of it."""
+    results = tmp_path_factory.mktemp("results")
+    where = ["--results", str(results)]
+    what = ["--methods", "full[learning_rate=0.01],head[learning_rate=1e-9]", "--tasks", "halfspace", "--seeds", "5"]
+    what += ["--batches", "60"]
+    said = [run(environment, "-m", "harness", "run", *what, "--executor", "serial", *where)]
+    said += [run(environment, "-m", "harness", "report", *where)]
+    said += [run(environment, "-m", "harness", "compare", "full", "head", *where)]
+    assert [done.returncode for done in said] == [0, 0, 0], [done.stderr for done in said]
+    return results, [done.stdout for done in said]
+
+
+def test_a_picture_of_a_package_is_made_and_on_the_page(reported):
+    results, _ = reported
+    for form in ("png", "pdf"):
+        assert (results / "pictures" / f"score_vs_seconds.{form}").stat().st_size > 1000
+    page = (results / "report.html").read_text(encoding="utf-8")
+    assert "Score against the seconds of training" in page
+
+
+def test_a_metric_of_a_package_has_its_sense_and_its_paired_test(reported):
+    """From the one declaration: no file of the harness knows the metric."""
+    results, (_, leaderboard, compared) = reported
+    rows = [line.split()[0] for line in leaderboard.splitlines() if line.startswith(("full", "head"))]
+    assert rows[0].startswith("full"), "the one with fewer errors is first"
+    assert "seeds and 120 examples" in compared
+    assert "is better than head" in compared
+    assert "McNemar" in compared
+    assert "error_rate, lower is better" in (results / "tables" / "leaderboard.md").read_text()
+
+
 def test_a_plugin_that_does_not_import_is_named_and_harms_nothing(tmp_path):
     package = tmp_path / "broken-1.0.dist-info"
     package.mkdir()
@@ -218,8 +251,9 @@ def test_the_docs_show_this_very_code(page, name):
     assert (PLUGIN / name).read_text().strip() in (ROOT / page).read_text(), f"{page} does not show {name} as it is"
 
 
-def test_the_readme_shows_lines_of_this_package():
-    shown = (ROOT / "README.md").read_text().partition("```toml\n[build-system]")[2].partition("```")[0]
+def test_the_readme_shows_lines_of_this_very_package():
+    readme = (ROOT / "README.md").read_text()
+    shown = readme.partition("```toml\n[build-system]")[2].partition("```")[0]
     there = (PLUGIN / "pyproject.toml").read_text().splitlines()
     assert len(shown.splitlines()) > 10
     assert [line for line in shown.splitlines() if line not in there] == [], "more is added there, and nothing else"
