@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import Adaptation, Backbone, Method, Step, TrainData
+from harness.method import RANK, Adaptation, Backbone, Method, Step, Trace, TrainData
 from harness.optimizer import adamw
 from methods.lora import LoraAdaptation
 from methods.shared.peft_model import lora_model, unfit
 from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -41,11 +42,25 @@ class PrunedLora(Method):
     data_rule: ClassVar[Literal["all", "halves"]] = "halves"
     capabilities = ("linear", "conv2d", "rank-adaptive")
 
+    traces: ClassVar[tuple[Trace, ...]] = (RANK,)
+
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(1e-3, ge=0, description="AdamW's decoupled weight decay, on matrices only")
-    rank: int = Field(8, ge=1, description="rank of every adapted layer before the pruning, at most its smaller side")
-    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank, before and after the pruning")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    rank: int = Field(
+        8,
+        ge=1,
+        description="rank of every adapted layer before the pruning, at most its smaller side",
+        json_schema_extra={"peft": "r"},
+    )
+    alpha: float = Field(
+        16.0,
+        gt=0,
+        description="the update is scaled by alpha / rank, before and after the pruning",
+        json_schema_extra={"peft": "lora_alpha"},
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout on the adapter's input", json_schema_extra={"peft": "lora_dropout"}
+    )
     selection: Literal["magnitude", "random"] = Field("magnitude", description="which components stay")
     components: int | None = Field(None, ge=1, description="components that stay, over all layers; or give keep")
     keep: float | None = Field(None, gt=0, le=1, description=f"share that stays; {KEEP} where neither is given")
@@ -60,6 +75,13 @@ class PrunedLora(Method):
         if self.components is not None and self.keep is not None:
             raise ValueError(f"components = {self.components} and keep = {self.keep:g} are both set; give one of them")
         return self
+
+    @classmethod
+    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
+        """See `Method.singular_values`."""
+        from methods.shared.spectrum import spectrum
+
+        return spectrum(folder)
 
     def num_kept(self, num_layers: int) -> int:
         """Components that stay of the rank * num_layers, at least 1."""

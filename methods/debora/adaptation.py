@@ -126,7 +126,7 @@ class DeboraAdaptation(Adaptation):
         """See `Adaptation.at_rank`: the components with the largest s, which is what the method prunes by."""
         return swapped({s: largest(s, rank) for s in (layer.debora_s[ADAPTER] for layer in self.layers.values())})
 
-    def adapter_numbers(self) -> int:
+    def adapter_parameters(self) -> int:
         """Factors and s of every layer: rank x (sizes of the weight's modes + 1)."""
         return sum(
             layer.r[ADAPTER] + sum(factor.numel() for factor in layer.factors(ADAPTER))

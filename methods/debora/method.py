@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import Adaptation, Backbone, Method, TrainData, is_adaptable
+from harness.method import RANK, RANKS, Adaptation, Backbone, Method, Trace, TrainData, is_adaptable
 from harness.parameters import Range
 from methods.debora.schedule import Schedule, batches_a_step
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
     import torch
 
     from harness.spec import TrainSpec
@@ -34,6 +37,21 @@ class Debora(Method):
     version: ClassVar[int] = 3
     data_rule: ClassVar[Literal["all", "halves"]] = "halves"
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
+    traces: ClassVar[tuple[Trace, ...]] = (
+        RANK,
+        Trace("gap", "Frank-Wolfe gap", drawing="log_line"),
+        Trace("active_components", "active components", drawing="steps"),
+        Trace("hypergradient_norm", "norm of the hypergradient", drawing="log_line"),
+        Trace("step_size", "step size"),
+        Trace("jump", "norm of the removed update"),
+        Trace("residual", "relative residual of the solve", drawing="log_line"),
+        Trace("trials", "trials of the backtracking"),
+        Trace("curvature", "curvature", drawing="log_line"),
+        RANKS,
+        Trace("away", "share of away steps", drawing=None),  # one of 0 and 1 on most steps: no line can be read
+        Trace("drop", "share of drop steps", drawing=None),
+        Trace("s", "s of the components that are left", drawing=None),  # fewer and fewer
+    )
     search_space = {
         "learning_rate": Range(1e-4, 1e-2, log=True),
         "tau": Range(1.0, 64.0, log=True),
@@ -132,6 +150,13 @@ class Debora(Method):
                 "cancel in pairs"
             )
         return self
+
+    @classmethod
+    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
+        """See `Method.singular_values`."""
+        from methods.shared.spectrum import spectrum
+
+        return spectrum(folder)
 
     @property
     def start_point(self) -> Literal["interior", "vertex"]:

@@ -21,6 +21,7 @@ from harness.cli import main
 from harness.contracts.subject import method_of
 from harness.method import Backbone
 from harness.record.store import RecordStore
+from harness.run.sizes import Sizes
 from methods.peft_tuners.trial import trial_inputs, with_values, without_values
 from tasks.pretrained import head_and_layers
 from tests.support import tiny
@@ -123,10 +124,10 @@ def test_counts_of_encoders_with_decoders(family):
     head = WIDTH * WIDTH + WIDTH + 3 * WIDTH + 3
     for name, numbers in (("lora[rank=2]", 2 * each), ("debora[rank=2]", 2 * (each + len(backbone.layers)))):
         run = method_of(name).start(backbone_of(family), None, FewRows(), torch.Generator())
-        count = run.parameter_count()
+        count = Sizes(run).parameters()
         assert (count.adapter_initial, count.head, count.total) == (numbers, head, whole + head + numbers)
         assert run.ranks() == dict.fromkeys(backbone.layers, 2)
-    count = method_of("full").start(backbone_of(family), None, FewRows(), torch.Generator()).parameter_count()
+    count = Sizes(method_of("full").start(backbone_of(family), None, FewRows(), torch.Generator())).parameters()
     assert (count.adapter_initial, count.head, count.total) == (whole, head, whole + head)
 
 

@@ -106,7 +106,7 @@ def test_it_prunes_once_and_then_draws_from_all_rows(tmp_path):
     rows = [row["update"] for row in started.training.history if "rank" in row]
     assert rows == [11]
     assert started.training.data.drawn == {"all": 12, "lower": 12, "upper": 0}
-    count = started.adaptation.parameter_count()
+    count = started.training.sizes.parameters()
     assert count.adapter_final < count.adapter_peak == count.adapter_initial
     ranks = started.adaptation.ranks()
     assert sum(ranks.values()) == COMPONENTS / 4
@@ -147,7 +147,7 @@ def test_convolutions():
     adaptation.after_step(FakeStep())
     assert adaptation.ranks() == {"0": 2, "2": 0}
     assert adaptation.model(torch.randn(1, 3, 5, 5)).shape == (1, 2, 5, 5)
-    assert adaptation.adapter_numbers() == 2 * (4 + 27)
+    assert adaptation.adapter_parameters() == 2 * (4 + 27)
 
 
 @pytest.mark.parametrize(

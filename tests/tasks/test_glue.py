@@ -16,7 +16,7 @@ from harness import registry
 from harness.cli import main
 from harness.errors import InputError
 from harness.plan import sweep_file
-from harness.plan.plan import Sweep, task_cells
+from harness.plan.sweep import Sweep, task_cells
 from harness.record.store import RecordStore
 from harness.run.streams import TrainingData
 from harness.splits import make_splits

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from harness.errors import Diverged, InputError
-from tasks.metrics import METRICS, scores
+from harness.metric import METRICS
+from tasks.metrics import scores
 
 CLASS_METRICS = ("accuracy", "f1", "matthews_correlation")
 VALUE_METRICS = ("pearson", "spearmanr")

@@ -160,7 +160,7 @@ def test_training_goes_on_where_every_component_is_gone(name, tmp_path):
     assert set(adaptation.ranks().values()) == {0}
     run.training.run(lambda training: None)
     assert set(adaptation.ranks().values()) == {0}
-    assert adaptation.parameter_count().adapter_final == 0
+    assert adaptation.adapter_parameters() == 0
     adaptation.export(tmp_path)
 
 

@@ -98,7 +98,7 @@ def test_truncation_waits_for_n0():
 def test_what_is_truncated_is_gone_from_counts_and_ranks():
     run = started(FAST, batches=40)
     run.training.run(lambda training: None)
-    ranks, count = run.adaptation.ranks(), run.adaptation.parameter_count()
+    ranks, count = run.adaptation.ranks(), run.training.sizes.parameters()
     assert len(set(ranks.values())) > 1
     shapes = {name: run.before.shape(name) for name in ranks}
     assert count.adapter_final == sum(rank * (sum(shapes[name]) + 1) for name, rank in ranks.items())
@@ -139,7 +139,7 @@ def test_with_every_component_gone_the_head_still_trains(tmp_path):
     assert adaptation.stream == "all"
     run.training.run(lambda training: None)
     assert all(not torch.equal(dict(adaptation.model.named_parameters())[n], p) for n, p in head.items())
-    assert adaptation.parameter_count().adapter_final == 0
+    assert adaptation.adapter_parameters() == 0
     adaptation.export(tmp_path)
     expected = logits(run)
     adaptation.model = PeftModel.from_pretrained(run.before.module, tmp_path).eval()
