@@ -38,14 +38,13 @@ class PeftAdaptation(Adaptation):
         weight_decay: float,
         awaits_eva: bool,
     ) -> None:
+        super().__init__(model, optimizer, backbone)
         peft_model: Any = model
         self.peft_model = peft_model
         self.weight_decay = weight_decay
         self.awaits_eva = awaits_eva
         self.data = data
-        self.model, self.head = model, backbone.head
         self.adapter = self._trained()
-        super().__init__(model, optimizer, backbone)
 
     def prepare(self, step: Step) -> None:
         """See `Adaptation.prepare`. EVA's directions and ranks come from the data."""
@@ -71,8 +70,8 @@ class PeftAdaptation(Adaptation):
             if name.endswith(".lora_A") and ADAPTER in module
         }
 
-    def adapter_numbers(self) -> int:
-        """Numbers that the tuner has trained, those that it has stopped training included."""
+    def adapter_parameters(self) -> int:
+        """Parameters that the tuner has trained, those that it has stopped training included."""
         parameters = dict(self.model.named_parameters())
         return sum(parameters[name].numel() for name in self.adapter)
 
@@ -166,4 +165,3 @@ class PeftAdaptation(Adaptation):
         self.optimizer.param_groups.clear()
         for group in decay_groups(self.model.parameters(), self.weight_decay):
             self.optimizer.add_param_group(group)
-        self.parameter_count()

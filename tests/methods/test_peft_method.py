@@ -15,7 +15,7 @@ from harness.contracts import METHOD_CONTRACTS, Subject
 from harness.contracts.subject import Started, method_of, start, task_of
 from harness.errors import InputError
 from harness.method import Backbone
-from harness.plan.plan import Sweep, method_cells
+from harness.plan.sweep import Sweep, method_cells
 from harness.run import checkpoint
 from harness.spec import Place
 from methods.peft_tuners import adaptation as peft_adaptation
@@ -89,7 +89,7 @@ def test_the_table_of_what_was_tried_is_true(kind, tmp_path, text):
     moved = {n for n, p in run.adaptation.model.named_parameters() if not torch.equal(p, parameters[n])}
     assert isinstance(run.adaptation, PeftAdaptation)
     assert moved & set(run.adaptation.adapter)
-    assert 0 < run.adaptation.parameter_count().adapter_final < 30_000
+    assert 0 < run.training.sizes.parameters().adapter_final < 30_000
 
 
 def contracts(kinds: tuple[str, ...]) -> list:
@@ -193,12 +193,12 @@ def test_eva_that_does_not_converge_is_told():
 
 def test_adamss_stops_training_subspaces_which_stay_in_effect():
     run, adaptation = started(named("adamss"), batches=8, task=SMALL)
-    before = adaptation.adapter_numbers()
+    before = adaptation.adapter_parameters()
     run.training.run(lambda training: None)
     training = [row["training_numbers"] for row in run.training.history]
     assert training == sorted(training, reverse=True)
     assert training[0] == before > training[-1] > 0
-    assert adaptation.adapter_numbers() == adaptation.parameter_count().adapter_final == before
+    assert adaptation.adapter_parameters() == run.training.sizes.parameters().adapter_final == before
     parameters = dict(adaptation.model.named_parameters())
     stopped = [parameters[name] for name in adaptation.adapter if not parameters[name].requires_grad]
     assert sum(p.numel() for p in stopped) == before - training[-1]
