@@ -43,19 +43,42 @@ class Strict(BaseModel):
 
         Raises InputError, naming the parameter, the value given, what is allowed and the nearest match.
         """
-        for name in values:
-            if name not in cls.model_fields:
-                raise unknown(f"parameter of {owner}", name, cls.model_fields)
-        for name, value in values.items():
-            check_size(value, _subject(name, owner), name)
+        own, written = cls._by_own_names(values, owner)
+        for name, value in own.items():
+            check_size(value, _subject(written[name], owner), written[name])
         try:
             # From JSON, since only there does strict take a list for a tuple, as TOML and brackets give it.
-            return cls.model_validate_json(json.dumps(values, default=str), strict=True)
+            return cls.model_validate_json(json.dumps(own, default=str), strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
+            first["loc"] = tuple(written.get(str(part), part) for part in first["loc"][:1]) + first["loc"][1:]
             names = [part for part in first["loc"] if isinstance(part, str) and part in str(values)]
-            named = [name for name in values if name in first["msg"]]
+            named = [written[name] for name in own if name in first["msg"]]
             raise InputError(_one_line(first, owner), next(reversed(names + named), None)) from None
+
+    @classmethod
+    def peft_names(cls) -> dict[str, str]:
+        """PEFT's names of parameters, which `of` takes for ours: {"r": "rank"}. A field declares its own by
+        `json_schema_extra={"peft": "r"}`."""
+        extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
+        return {
+            str(extra["peft"]): name for name, extra in extras.items() if isinstance(extra, dict) and "peft" in extra
+        }
+
+    @classmethod
+    def _by_own_names(cls, values: Mapping[str, Any], owner: str) -> tuple[dict[str, Any], dict[str, str]]:
+        """The values by the parameters' own names, and by these the names as they were written.
+
+        Raises InputError for an unknown name, and where one parameter is given by two names."""
+        peft_names, written = cls.peft_names(), dict[str, str]()
+        for name in values:
+            own = name if name in cls.model_fields else peft_names.get(name)
+            if own is None:
+                raise unknown(f"parameter of {owner}", name, [*cls.model_fields, *peft_names])
+            if own in written:
+                raise InputError(f"{written[own]} and {name} of {owner} are one parameter: give one of them", name)
+            written[own] = name
+        return {own: values[name] for own, name in written.items()}, written
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -145,11 +168,19 @@ def _one_line(first: ErrorDetails, owner: str) -> str:
 
 
 class ParameterCount(Strict):
-    """How many numbers a run trains and keeps. The head (new for the task) is never part of the adapter."""
+    """How many parameters a run trains and keeps. The head (new for the task) is never part of the adapter."""
 
-    adapter_initial: int = Field(ge=0, description="adapter numbers at the start")
-    adapter_peak: int = Field(ge=0, description="most adapter numbers at any step")
-    adapter_final: int = Field(ge=0, description="adapter numbers in effect after training: the tables' default")
-    head: int = Field(ge=0, description="numbers of the task's head, trained by every method")
-    total: int = Field(ge=0, description="all numbers of the deployed model: backbone, head and adapter")
+    adapter_initial: int = Field(ge=0, description="adapter parameters at the start")
+    adapter_peak: int = Field(ge=0, description="most adapter parameters at any time")
+    adapter_final: int = Field(ge=0, description="adapter parameters in effect after training: the tables' default")
+    head: int = Field(ge=0, description="parameters of the task's head, trained by every method")
+    total: int = Field(ge=0, description="all parameters of the deployed model: backbone, head and adapter")
     stored_bytes: int = Field(ge=0, description="bytes to keep for this run beside the shared backbone")
+
+
+class Size(NamedTuple):
+    """How large an adapter was from a batch on."""
+
+    batches: int  # of the budget, used until then
+    adapter_parameters: int
+    rank: int | None  # live rank of all layers together; None where there is no rank

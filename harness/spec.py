@@ -87,7 +87,7 @@ class Execution(Strict):
         None, min_length=1, description="Ray cluster to join, auto or HOST:PORT; unset: this machine"
     )
     max_retries: int = Field(
-        2, ge=0, le=1000, description="times that a failed run is taken up again before it counts as failed"
+        2, ge=0, le=1000, description="times that a failed run is resumed before it counts as failed"
     )
     run_timeout: float | None = Field(None, gt=0, le=1e8, description="seconds after which a run counts as hanging")
     show_logs: bool = Field(False, description="show the logs of Ray and of its workers")

@@ -32,18 +32,37 @@ class AdaLora(Method):
     sensitivity times uncertainty), and the E of the least important is set to 0, so that their number falls along a
     cubic (equation 12) to target_rank times the number of layers. The last tfinal updates train what is left.
     The update is scaled by alpha / init_rank throughout.
+
+    Parameters may be given by PEFT's names: adalora[init_r=12,target_r=8] is adalora[init_rank=12,target_rank=8].
     """
 
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
     traces: ClassVar[tuple[Trace, ...]] = (RANK, RANKS)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
-    init_rank: int = Field(12, ge=1, description="rank of every layer at the start, at most its smaller side")
-    target_rank: int = Field(8, ge=1, description="mean rank of the layers at the end, below init_rank")
-    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / init_rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    init_rank: int = Field(
+        12,
+        ge=1,
+        description="rank of every layer at the start, at most its smaller side",
+        json_schema_extra={"peft": "init_r"},
+    )
+    target_rank: int = Field(
+        8,
+        ge=1,
+        description="mean rank of the layers at the end, below init_rank",
+        json_schema_extra={"peft": "target_r"},
+    )
+    alpha: float = Field(
+        32.0, gt=0, description="the update is scaled by alpha / init_rank", json_schema_extra={"peft": "lora_alpha"}
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout on the adapter's input", json_schema_extra={"peft": "lora_dropout"}
+    )
     orthogonality: float = Field(
-        0.1, ge=0, description="weight of the mean of ||P^T P - I||_F and ||Q Q^T - I||_F over the layers"
+        0.1,
+        ge=0,
+        description="weight of the mean of ||P^T P - I||_F and ||Q Q^T - I||_F over the layers",
+        json_schema_extra={"peft": "orth_reg_weight"},
     )
     beta1: float = Field(0.85, gt=0, lt=1, description="smoothing of the sensitivity")
     beta2: float = Field(0.85, gt=0, lt=1, description="smoothing of the uncertainty")
@@ -146,6 +165,7 @@ class AdaLoraAdaptation(Adaptation):
         targets: tuple[str, ...],
         orthogonality: float,
     ) -> None:
+        super().__init__(model, optimizer, backbone)
         tuner: Any = model.base_model
         self.tuner = tuner
         self.config = tuner.peft_config[ADAPTER]
@@ -153,8 +173,6 @@ class AdaLoraAdaptation(Adaptation):
         self.orthogonality = orthogonality
         for layer in self.layers.values():
             layer.ranknum[ADAPTER].requires_grad_(False)  # which PEFT forgets on the meta device
-        super().__init__(model, optimizer, backbone)
-        self._others -= len(self.layers)  # their ranknum, init_rank kept as a parameter, is no part of the model
 
     def penalty(self) -> Tensor | None:
         """See `Adaptation.penalty`. Equation 4, averaged over the factors as PEFT does."""
@@ -174,6 +192,7 @@ class AdaLoraAdaptation(Adaptation):
         self.tuner.update_and_allocate(step.index + 1)
         if self.config.rank_pattern is before:
             return {}
+        step.resized()
         ranks = list(self.ranks().values())
         return {"rank": sum(ranks), "ranks": ranks}
 
@@ -188,12 +207,16 @@ class AdaLoraAdaptation(Adaptation):
 
         return swapped({E: largest(E, rank) for E in (layer.lora_E[ADAPTER] for layer in self.layers.values())})
 
-    def adapter_numbers(self) -> int:
-        """Numbers of the triplets that are left: outputs + inputs + 1 each."""
+    def adapter_parameters(self) -> int:
+        """Parameters of the triplets that are left: outputs + inputs + 1 each."""
         sizes = {
             name: len(layer.lora_B[ADAPTER]) + layer.lora_A[ADAPTER].shape[1] for name, layer in self.layers.items()
         }
         return sum(rank * (sizes[name] + 1) for name, rank in self.ranks().items())
+
+    def other_parameters(self) -> int:
+        """See `Adaptation.other_parameters`. A layer's ranknum, a parameter for PEFT, is no part of the model."""
+        return super().other_parameters() - len(self.layers)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Adaptation.state_dict`."""

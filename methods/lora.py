@@ -13,7 +13,6 @@ from pydantic import Field, field_validator, model_validator
 from harness.errors import InputError, unknown
 from harness.method import Adaptation, Backbone, FinishedRun, Method, TrainData
 from harness.optimizer import adamw
-from harness.parameters import ParameterCount
 from harness.storage import os_errors
 from methods.shared.peft_model import lora_model, shuffled, unfit
 from methods.shared.peft_names import ADAPTER, PREFIX
@@ -26,16 +25,19 @@ if TYPE_CHECKING:
     from harness.spec import TrainSpec
 
 MOST_ITERATIONS = 1000  # of PiSSA's fast SVD
+OWN_SCALE = "PEFT's rank_pattern would divide alpha by each layer's own rank"
 INITS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16")
 
 
 class Lora(Method):
     """LoRA (Hu et al., 2022): W + (alpha / rank) B A with one rank, or a rank for each layer; PEFT's.
 
+    Parameters may be given by PEFT's names: lora[r=4,lora_alpha=8] is lora[rank=4,alpha=8].
+
     Scaling: every layer's update is scaled by alpha / rank (with rslora alpha / sqrt(rank), Kalajdzievski, 2023),
-    where `rank` is the parameter, whatever the layer's own rank in `rank_pattern` is. So a component counts the same in
-    every layer, as it does where a method removes components from a LoRA of that rank. (PEFT's own rank_pattern divides
-    by the layer's rank instead.)
+    where `rank` is the parameter, whatever the layer's own rank in `rank_pattern` is. So a component has the same
+    weight in every layer, as it has where a method removes components from a LoRA of that rank. PEFT's rank_pattern
+    divides alpha by the layer's own rank instead.
 
     Inits: "default" (A uniform, B = 0), "gaussian" (B = 0), "orthogonal" (B A = 0, even ranks), and those that move a
     part of the frozen weight into the adapter, so that its function stays: "olora" (Bueyuekakyuez, 2024), "pissa" (Meng
@@ -50,14 +52,32 @@ class Lora(Method):
     capabilities = ("linear", "conv2d")
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
-    rank: int = Field(8, ge=1, description="rank of every adapted layer, at most its smaller side")
-    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
-    dora: bool = Field(False, description="DoRA (Liu et al., 2024): the norm of each of W's rows is trained on its own")
-    init: str = Field("default", description="default, gaussian, orthogonal, olora, pissa or pissa_niter_N")
+    rank: int = Field(
+        8, ge=1, description="rank of every adapted layer, at most its smaller side", json_schema_extra={"peft": "r"}
+    )
+    alpha: float = Field(
+        16.0, gt=0, description="the update is scaled by alpha / rank", json_schema_extra={"peft": "lora_alpha"}
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout on the adapter's input", json_schema_extra={"peft": "lora_dropout"}
+    )
+    rslora: bool = Field(
+        False, description="scale by alpha / sqrt(rank) instead", json_schema_extra={"peft": "use_rslora"}
+    )
+    dora: bool = Field(
+        False,
+        description="DoRA (Liu et al., 2024): the norm of each of W's rows is trained on its own",
+        json_schema_extra={"peft": "use_dora"},
+    )
+    init: str = Field(
+        "default",
+        description="default, gaussian, orthogonal, olora, pissa or pissa_niter_N; true is default",
+        json_schema_extra={"peft": "init_lora_weights"},
+    )
     rank_pattern: dict[str, Annotated[int, Field(ge=0)]] = Field(
-        {}, description="ends of layer names -> their rank, 0 for none; a full name goes before an end"
+        {},
+        description="ends of layer names -> their rank, 0 for none; a full name goes before an end; each layer is "
+        "scaled by alpha / rank, not by alpha / its own rank as in PEFT",
     )
     ranks: str | None = Field(
         None, description="run_id (in quotes if all digits): take the ranks that this run ended with"
@@ -66,9 +86,17 @@ class Lora(Method):
         False, description="permute the ranks among layers of the same shape, drawn from the run's seed"
     )
     parameters: int | None = Field(
-        None, ge=1, description="adapter numbers: take the rank for all layers that comes nearest"
+        None, ge=1, description="adapter parameters: take the rank for all layers that comes nearest"
     )
     target_modules: tuple[str, ...] | None = Field(None, min_length=1, description="ends of layer names; all if unset")
+
+    @field_validator("init", mode="before")
+    @classmethod
+    def _peft_default(cls, init: Any) -> Any:
+        """PEFT writes its default as true. Its false, for a model that is changed from the start, is none of ours."""
+        if init is False:
+            raise ValueError(f"false, both factors at random, changes the model before it is trained: give {INITS[0]}")
+        return "default" if init is True else init
 
     @field_validator("init")
     @classmethod
@@ -147,7 +175,7 @@ class Lora(Method):
             return []
         ranks = self.layer_ranks(backbone).values()
         live = sum(rank > 0 for rank in ranks)
-        return [f"{sum(ranks)} components in {live} of {len(ranks)} layers, each scaled by {self.scale:g}"]
+        return [f"{sum(ranks)} components in {live} of {len(ranks)} layers, each scaled by {self.scale:g}; {OWN_SCALE}"]
 
     @property
     def scale(self) -> float:
@@ -181,8 +209,8 @@ class Lora(Method):
         return LoraAdaptation(model, optimizer, backbone, tuple(ranks), self.changes_backbone)
 
     def _nearest_rank(self, backbone: Backbone, targets: tuple[str, ...], parameters: int) -> int:
-        """The rank whose adapter has nearest to `parameters` numbers, the smaller of two, among those that every layer
-        can have."""
+        """The rank whose adapter has nearest to so many `parameters`, the smaller of two, among those that every
+        layer can have."""
         shapes = [backbone.shape(layer) for layer in targets]
         fixed = sum(outputs for outputs, _ in shapes) if self.dora else 0
         each = sum(map(sum, shapes))
@@ -206,13 +234,13 @@ class LoraAdaptation(Adaptation):
     ) -> None:
         from peft.tuners.lora import LoraLayer
 
+        super().__init__(model, optimizer, backbone)
         self.targets = targets
         self.layers: dict[str, Any] = {
             name.removeprefix(PREFIX): layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
         }
         # What the init took out of the layers' weights, as `scaled_pairs` gives it.
         self.taken = {name: (B, A.clone()) for name, (B, A) in self.scaled_pairs().items() if changes_backbone}
-        super().__init__(model, optimizer, backbone)
 
     def ranks(self) -> dict[str, int]:
         """See `Adaptation.ranks`."""
@@ -230,11 +258,10 @@ class LoraAdaptation(Adaptation):
         cut = {pair: best_approximation(*pair, rank) for pair in pairs}
         return swapped({own: value for pair in cut for own, value in zip(pair, cut[pair], strict=True)})
 
-    def parameter_count(self) -> ParameterCount:
-        """See `Adaptation.parameter_count`; what was taken out of the frozen weights is stored as well."""
-        count = super().parameter_count()
-        more = sum(factor.numel() * factor.element_size() for pair in self.taken.values() for factor in pair)
-        return count.model_copy(update={"stored_bytes": count.stored_bytes + more})
+    def stored_bytes(self) -> int:
+        """See `Adaptation.stored_bytes`; what was taken out of the frozen weights is stored as well."""
+        taken = sum(factor.numel() * factor.element_size() for pair in self.taken.values() for factor in pair)
+        return super().stored_bytes() + taken
 
     def state_dict(self) -> dict[str, Any]:
         """See `Adaptation.state_dict`. Frozen weights that the init changed are in it: an SVD need not give the same

@@ -46,9 +46,21 @@ class PrunedLora(Method):
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(1e-3, ge=0, description="AdamW's decoupled weight decay, on matrices only")
-    rank: int = Field(8, ge=1, description="rank of every adapted layer before the pruning, at most its smaller side")
-    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank, before and after the pruning")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    rank: int = Field(
+        8,
+        ge=1,
+        description="rank of every adapted layer before the pruning, at most its smaller side",
+        json_schema_extra={"peft": "r"},
+    )
+    alpha: float = Field(
+        16.0,
+        gt=0,
+        description="the update is scaled by alpha / rank, before and after the pruning",
+        json_schema_extra={"peft": "lora_alpha"},
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout on the adapter's input", json_schema_extra={"peft": "lora_dropout"}
+    )
     selection: Literal["magnitude", "random"] = Field("magnitude", description="which components stay")
     components: int | None = Field(None, ge=1, description="components that stay, over all layers; or give keep")
     keep: float | None = Field(None, gt=0, le=1, description=f"share that stays; {KEEP} where neither is given")
@@ -137,12 +149,17 @@ class PrunedLoraAdaptation(LoraAdaptation):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Adaptation.state_dict`."""
-        return super().state_dict() | {"pruned": self.pruned, "ranks": list(self.ranks().values())}
+        from methods.shared.optimizer_state import shapes
+
+        return super().state_dict() | {"pruned": self.pruned, "shapes": shapes(self.optimizer)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Adaptation.load_state_dict`. The layers are cut down to the saved ranks first."""
+        from methods.shared.optimizer_state import match_shapes
+
+        match_shapes(self.optimizer, state["shapes"])
         if state["pruned"]:
-            self._cut([list(range(rank)) for rank in state["ranks"]])
+            self._go_on_pruned()
         super().load_state_dict(state)
 
     def export(self, path: Path) -> None:
@@ -162,26 +179,21 @@ class PrunedLoraAdaptation(LoraAdaptation):
 
     def _keep(self, kept: Tensor) -> None:
         """Remove all other components; `kept` are positions among those of all layers in turn."""
-        rank = self.method.rank
-        by_layer: list[list[int]] = [[] for _ in self.targets]
-        for position in sorted(kept.tolist()):
-            by_layer[position // rank].append(position % rank)
-        self._cut(by_layer)
-
-    def _cut(self, kept: list[list[int]]) -> None:
-        """Cut every layer, and its optimizer state, down to these of its components."""
         import torch
 
-        from methods.debora.optimizer import keep_optimizer_columns
+        from methods.shared.optimizer_state import keep
 
-        self.pruned, self.stream = True, "all"
-        for name, components in zip(self.targets, kept, strict=True):
-            layer = self.layers[name]
-            if len(components) < self.method.rank:  # a layer that is whole keeps its memory layout
+        rank = self.method.rank
+        for number, name in enumerate(self.targets):
+            layer, own = self.layers[name], sorted(kept[kept // rank == number].tolist())
+            if len(own) < rank:
                 for weight, dim in ((layer.lora_A[ADAPTER].weight, 0), (layer.lora_B[ADAPTER].weight, 1)):
-                    own = torch.tensor(components, dtype=torch.int64, device=weight.device)
-                    keep_optimizer_columns(self.optimizer, weight, own, dim)
-                    weight.grad = None
-                    weight.data = weight.data.index_select(dim, own)
-            if not components:
-                layer.enable_adapters(False)  # its forward is then the base layer's alone
+                    keep(weight, torch.tensor(own, dtype=torch.int64, device=weight.device) % rank, dim, self.optimizer)
+        self._go_on_pruned()
+
+    def _go_on_pruned(self) -> None:
+        """Draw from all rows, and leave layers without components to their base layers."""
+        self.pruned, self.stream = True, "all"
+        for name, rank in self.ranks().items():
+            if rank == 0:
+                self.layers[name].enable_adapters(False)

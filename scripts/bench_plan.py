@@ -15,8 +15,8 @@ from pathlib import Path
 from bench_report import measured, told
 
 from harness.execute.process import quiet_environment
-from harness.plan.plan import Fingerprints, Sweep, plan
-from harness.plan.preflight import check_tasks
+from harness.plan.plan import plan_sweep
+from harness.plan.sweep import Sweep
 from harness.record.store import RecordStore
 from harness.run.run import run_one
 from harness.spec import Place
@@ -27,7 +27,9 @@ def main() -> None:
     quiet_environment()
     side = math.isqrt(int(sys.argv[1]) if sys.argv[1:] else 10_000)
     started, busy = time.perf_counter(), time.process_time()
-    specs = plan(_sweep(1000), [Fingerprints("data", "model")], Place())
+    with tempfile.TemporaryDirectory() as folder:
+        store = RecordStore(Path(folder))
+        specs = plan_sweep(_sweep(1000), Place(), store, try_models=False).runs(store)
     run_ids = {spec.run_id for spec in specs}
     took = f"{time.perf_counter() - started:.1f} s ({time.process_time() - busy:.1f} s of processor)"
     print(f"planning {len(specs):,} cells, {len(run_ids):,} run ids: {took}")
@@ -51,7 +53,7 @@ def _finish(folder: Path, sweep: Sweep) -> None:
     """Records of every cell, by the store's own writer: that of one real run, changed."""
     store = RecordStore(folder)
     store.make_ready()
-    specs = plan(sweep, [task.fingerprints for task in check_tasks(sweep, Place())], Place())
+    specs = plan_sweep(sweep, Place(), store, try_models=False).runs(store)
     first = run_one(specs[0], store)
     for spec in specs[1:]:
         store.write(first.model_copy(update={"run_id": spec.run_id, "spec": spec}), [], store.draft(spec.run_id))

@@ -70,11 +70,13 @@ def _one_line(group: str, name: str) -> str:
 def _parameters(name: str, cls: type[Strict]) -> list[str]:
     lines = [inspect.cleandoc(cls.__doc__ or ""), f"\nparameters, as in {name}[parameter=value]:"]
     schema = cls.model_json_schema()["properties"]
+    of_peft = {name: peft_name for peft_name, name in cls.peft_names().items()}
     for field, information in cls.model_fields.items():
         if field == "member":
             continue
         default = "required" if information.default is PydanticUndefined else f"default {information.default}"
-        lines.append(f"  {field}: {information.description or ''} ({_allowed(schema[field])}{default})")
+        name = f"{field} (PEFT's {of_peft[field]})" if field in of_peft else field
+        lines.append(f"  {name}: {information.description or ''} ({_allowed(schema[field])}{default})")
     return lines
 
 

@@ -82,7 +82,7 @@ def _summary(rows: dict[tuple[str, str], Row], total: Counter[str], num_running:
     if ended == total.total():
         return text
     if not num_running:
-        return f"{text}; no process is at them: give the command of the sweep again"
+        return f"{text}; none is in progress: give the command of the sweep again"
     known = [row.mean_seconds for row in rows.values() if row.mean_seconds is not None]
     if not known:
         return f"{text}; the time to go is known when a run has ended"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from harness.errors import InputError
 from harness.plan import sweep_file
-from harness.plan.plan import Sweep, cells_of
+from harness.plan.sweep import Sweep, cells_of
 
 LARGEST_RECORD = 100_000_000  # bytes
 

@@ -14,18 +14,18 @@ from harness.storage import Unwritable
 def run_once(
     spec: RunSpec, store: RecordStore, watch: Watch = lambda progress: None, sweep: str = ""
 ) -> RunRecord | None:
-    """`run_one`, unless another process is at this run (None) or has finished it since it was planned.
+    """`run_one`, unless another process has this run in progress (None) or has finished it since it was planned.
 
     `sweep`: of the driver that this process works for. Raises Unwritable where the results folder cannot be written,
     and Unreadable where it holds a record of this run that must not be written over.
     """
-    with store.writing(), locks.claimed(store.running, spec.run_id, sweep) as claim:
-        if claim is None:
+    with store.writing(), locks.locked(store.running, spec.run_id, sweep) as lock:
+        if lock is None:
             return None
         store.clear(spec.run_id)
 
         def tell(progress: Progress) -> None:
-            claim.tell(progress)
+            lock.tell(progress)
             watch(progress)
 
         found = _finished(spec, store)

@@ -1,4 +1,4 @@
-"""What an executor is, and how one waits for runs that another process is at."""
+"""What an executor is, and how one waits for runs that another process has in progress."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from harness.execute.view import View
     from harness.record.store import RecordStore
 
-WAIT_SECONDS = 2.0  # between looks at runs that another process is at
+WAIT_SECONDS = 2.0  # between looks at runs of other processes
 
 
 class Execute(Protocol):
     """Carry out runs: their records are in the store when this returns, and the view was told of each.
 
-    A run that fails is taken up again, from its last checkpoint, `max_retries` times. A run that another process is at
-    is waited for.
+    A run that fails is resumed from its last checkpoint, `max_retries` times. A run that another process has in
+    progress is waited for.
     """
 
     def __call__(self, specs: Sequence[RunSpec], store: RecordStore, view: View) -> None: ...
@@ -30,7 +30,7 @@ def wait_for_others(busy: Sequence[RunSpec], store: RecordStore, view: View) -> 
     """Wait until another process has let go of one of its runs. Returns those that are still to be made."""
     if busy:
         holders = sorted({locks.holder(store.running, spec.run_id) for spec in busy})
-        view.note(f"waiting for {len(busy)} runs that {', '.join(holders)} {'is' if len(holders) == 1 else 'are'} at")
+        view.note(f"waiting for {len(busy)} runs in progress elsewhere: {', '.join(holders)}")
     while busy and all(locks.progress(store.running, spec.run_id) for spec in busy):
         time.sleep(WAIT_SECONDS)
     missing = []

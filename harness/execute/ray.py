@@ -105,7 +105,7 @@ class _Observer(tune.Callback):
             self.view.ended(record)
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """A run failed and will be taken up again."""
+        """A run failed and will be resumed."""
         spec = self._spec(trial)
         self._at_work.discard(spec.run_id)
         locks.release(self.store.running, spec.run_id, self.driver.sweep)
@@ -167,7 +167,7 @@ class _Driver(NamedTuple):
     """The process that plans and watches."""
 
     execution: Execution
-    sweep: str  # its name in its workers' claims
+    sweep: str  # its name in its workers' run locks
     marker: Path  # a file below the results folder, there as long as the folder is
 
 
@@ -202,7 +202,7 @@ class _Session:
             self.shared[key] = ray.put(whole.without_texts())
 
     def _pass(self, specs: Sequence[RunSpec], store: RecordStore, view: View, driver: _Driver) -> list[RunSpec]:
-        """Carry out each run, unless another process is at it: returns those. Raises Unwritable and Unreadable."""
+        """Carry out the runs, but those in progress elsewhere: returns these. Raises Unwritable and Unreadable."""
         execution = self.execution
         observer = _Observer({spec.model_dump_json(): spec for spec in specs}, store, view, driver)
         worker = tune.with_parameters(

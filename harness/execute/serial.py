@@ -29,7 +29,7 @@ def session(execution: Execution) -> Iterator[Execute]:
 
 
 def _carried_out(spec: RunSpec, store: RecordStore, view: View, max_retries: int) -> bool:
-    """Make the run's record; False where another process is at it."""
+    """Make the run's record; False where another process has it in progress."""
     for attempt in range(max_retries + 1):
         record = run_once(spec, store, view.step)
         if record is None:

@@ -40,9 +40,9 @@ class View:
                 self.note(f"  {self.titles[each.run_id]}: batch {each.batches} of {each.budget}, {each.text()}")
 
     def retried(self, spec: RunSpec, reason: str, attempt: int, most: int) -> None:
-        """A run failed and is taken up again."""
+        """A run failed and is resumed."""
         self.at_work.pop(spec.run_id, None)
-        self.note(f"{title(spec)} [{spec.run_id}]: {reason}; taken up again ({attempt} of {most})")
+        self.note(f"{title(spec)} [{spec.run_id}]: {reason}; resumed ({attempt} of {most})")
 
     def ended(self, record: RunRecord) -> None:
         """A run has its record."""
@@ -133,4 +133,4 @@ def outcome(record: RunRecord) -> str:
     count = record.parameters.adapter_final if record.parameters else 0
     score = record.score if record.score is not None else record.holdout[record.headline]
     where = " on the holdout" if record.spec.is_trial else ""
-    return f"{head}: {record.headline} {score:.4f}{where}, {count:,} adapter numbers, {record.seconds.total:.0f} s"
+    return f"{head}: {record.headline} {score:.4f}{where}, {count:,} adapter parameters, {record.seconds.total:.0f} s"

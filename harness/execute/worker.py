@@ -42,7 +42,7 @@ class Worker(tune.Trainable):
         shared: Mapping[Key, Any] | None = None,
     ) -> None:
         """Called once a process. `marker`: a file below `results`, there where this machine sees the folder.
-        `sweep`: the driver's name in claims. `shared`: references to the encoded data of each task."""
+        `sweep`: the driver's name in run locks. `shared`: references to the encoded data of each task."""
         from harness.execute.process import quiet_environment
 
         quiet_environment()

@@ -86,20 +86,20 @@ def _batches(spec: RunSpec) -> int:
 def _timed(spec: RunSpec) -> tuple[float | None, str]:
     """Seconds a batch over a few updates of the run, and how they are known; None and why they are not."""
     try:
-        return _seconds_a_batch(spec), f"timed: {TIMED_UPDATES} updates"
+        return seconds_a_batch(spec), f"timed: {TIMED_UPDATES} updates"
     except Exception as error:  # no weights on this machine, too little memory: a dry run goes on
         return None, " ".join(f"not timed: {error}".split())[:200]
 
 
-def _seconds_a_batch(spec: RunSpec) -> float:
-    """Of a few updates of the run, on its device."""
+def seconds_a_batch(spec: RunSpec) -> float:
+    """Timed over a few updates of the run, on its device."""
     torch.set_num_threads(spec.threads)
     task, place, device = registry.task_of(spec), spec.place, device_of(spec.place)
     data = data_of(task, place.data_root, spec.limit, place.model)
     method = registry.make_method(spec.method, spec.method_parameters)
     backbone = task.backbone(place.model, trust_remote_code=place.trust_remote_code)
     backbone.module.to(device)
-    drawn = TrainingData(len(data.splits.train), spec.train.batch_size, spec.seed)
+    drawn = TrainingData(len(data.splits.train), spec.train.batch_size, spec.seed, None, method.upper_share)
     adaptation = method.start(backbone, spec.train, drawn, torch.Generator().manual_seed(spec.seed))
     training = Training(adaptation, task, data.encoded("train"), drawn, spec.train, device, _batches(spec))
     task.set_training(adaptation.model)

@@ -1,193 +1,123 @@
-"""From what a user asks for to the list of runs: methods x tasks x seeds x grid. Pure, no torch."""
+"""The plan of a sweep: all that it runs, found to be in order before the first run and without writing anything.
+
+`run` carries a plan out, `run --dry-run` prints it.
+"""
 
 from __future__ import annotations
 
-import functools
-import itertools
-import json
-import math
-from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
-
-from pydantic import AfterValidator, Field, field_validator
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from harness import registry
-from harness.errors import InputError, unknown
-from harness.method import Method
-from harness.notation import parse_choice
-from harness.parameters import Strict, checked_path
-from harness.spec import MOST, Place, RunSpec, TrainSpec
-from harness.task import Task
-
-MOST_SEEDS = 100_000
-LARGEST_SEED = 2**63 - 1
-MOST_CELLS = 1_000_000  # of one sweep, its trials included
-MOST_TRIALS = 10_000  # of one search
+from harness.method import Backbone, Finished, Method
+from harness.plan import preflight
+from harness.plan.preflight import CheckedTask
+from harness.plan.sweep import Sweep, method_cells, spec_of
+from harness.plan.tuning import MethodSearch
+from harness.record.store import RecordStore
+from harness.spec import Place, RunSpec
 
 
-class Sweep(Strict):
-    """A comparison as a user writes it, on the command line or in a TOML file."""
+@dataclass(frozen=True)
+class Cell:
+    """A method on a task: what runs once a seed.
 
-    description: str = Field("", description="one line, shown by `list` for a preset")
-    methods: tuple[str, ...] = Field((), description='names, with parameters in brackets: "lora[rank=4]"')
-    tasks: tuple[str, ...] = Field(
-        (), description='names; a family ("glue") stands for all of its tasks; own data: "text:PATH"'
-    )
-    seeds: tuple[int, ...] = Field((0,), description="every cell is run once per seed")
-    grid: dict[str, tuple[Any, ...]] = Field({}, description='"debora.tau" = [4, 8, 16]')
-    model: Annotated[str, AfterValidator(checked_path)] | None = Field(
-        None, description="model folder or Hub id, for the tasks that take one"
-    )
-    limit: int | None = Field(
-        None, ge=2, le=MOST, description="most training rows, and most rows of each evaluation split"
-    )
-    threads: int = Field(1, ge=1, description="CPU threads of each run")
-    tune: int | None = Field(
-        None, ge=1, le=MOST_TRIALS, description="trials of the search that each method gets on each task"
-    )
-    train: TrainSpec = TrainSpec()
-
-    @field_validator("seeds")
-    @classmethod
-    def _seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(seeds) > MOST_SEEDS:
-            raise ValueError(f"{len(seeds):,} of them are not allowed: give 1 to {MOST_SEEDS:,}")
-        if not seeds or min(seeds) < 0 or max(seeds) > LARGEST_SEED or len(set(seeds)) < len(seeds):
-            raise ValueError(
-                f"{list(seeds)} is not allowed: give at least one, each 0 or above and only once, below 2^63"
-            )
-        return seeds
-
-
-class Fingerprints(NamedTuple):
-    """Content hashes that a run's identity covers."""
-
-    data: str
-    model: str
-
-
-def method_cells(sweep: Sweep) -> list[tuple[str, Method]]:
-    """Every method of the sweep with its parameters, the grid multiplied out, duplicates left out.
-
-    Raises InputError for an unknown method, parameter or value.
+    method: as it was resolved for the task's backbone, see `Method.resolve`.
+    template: the run at the sweep's first seed, before any search.
+    reason: why the method cannot work on the backbone, or None; its runs are recorded as unsupported.
+    notes: what the method says of its runs, a line each.
+    search: the search of the cell's hyperparameters, where there is one.
     """
-    if not sweep.methods:
-        raise InputError(f"no methods: give --methods, for example --methods lora,debora ({_all(registry.METHODS)})")
-    chosen = [parse_choice(text) for text in dict.fromkeys(sweep.methods)]
-    grid = _grid(sweep, {name for name, _ in chosen})
-    cells: dict[str, tuple[str, Method]] = {}
-    for name, parameters in chosen:
-        axes = {key: values for (method, key), values in grid.items() if method == name}
-        if clash := axes.keys() & parameters.keys():
-            raise InputError(
-                f"parameter '{min(clash)}' of {name} is fixed in brackets and varied by the grid; drop one"
-            )
-        _check_number(len(cells) + math.prod(map(len, axes.values())), "methods, multiplied out by the grid,")
-        for values in itertools.product(*axes.values()):
-            method = registry.make_method(name, parameters | dict(zip(axes, values, strict=True)))
-            cells[name + method.model_dump_json()] = name, method
-    return list(cells.values())
+
+    method: Method
+    task: CheckedTask
+    template: RunSpec
+    reason: str | None = None
+    notes: tuple[str, ...] = ()
+    search: MethodSearch | None = None
+
+    @property
+    def label(self) -> str:
+        """The method as the tables name it: "debora[tau=8]"."""
+        return registry.label_of(self.template.method, self.template.method_parameters)
+
+    def runs(self, seeds: tuple[int, ...], store: RecordStore) -> list[RunSpec]:
+        """A run for each seed; after a search at the best setting so far."""
+        spec = self.template if self.search is None else self.search.chosen(store)
+        return [spec.model_copy(update={"seed": seed}) for seed in seeds]
 
 
-def task_cells(sweep: Sweep) -> list[tuple[str, Task]]:
-    """Every task of the sweep, families expanded. Raises InputError for an unknown task, parameter or value."""
-    if not sweep.tasks:
-        raise InputError(f"no tasks: give --tasks, for example --tasks rotten_tomatoes ({_all(registry.TASKS)})")
-    cells: dict[str, tuple[str, Task]] = {}
-    for text in dict.fromkeys(sweep.tasks):
-        name, parameters = parse_choice(text)
-        _check_path(name)
-        for member in registry.task_names(name):
-            task = registry.make_task(member, parameters)
-            cells[member + task.model_dump_json()] = registry.task_name(member), task
-    if sweep.model and all(task.default_model is None for _, task in cells.values()):
-        names = ", ".join(name for name, _ in cells.values())
-        raise InputError(f"--model '{sweep.model}' has no use here: {names} brings its own model", sweep.model)
-    return list(cells.values())
+@dataclass(frozen=True)
+class Planned:
+    """A sweep that was found to be in order.
 
-
-def cells_of(sweep: Sweep) -> tuple[list[tuple[str, Method]], list[tuple[str, Task]]]:
-    """`method_cells` and `task_cells`. Raises InputError as they do, and for more runs than one sweep can have."""
-    methods, tasks = method_cells(sweep), task_cells(sweep)
-    each = len(sweep.seeds) + (sweep.tune or 0)
-    parts = (
-        f"{len(methods):,} methods x {len(tasks):,} tasks x {each:,} {'seeds and trials' if sweep.tune else 'seeds'}"
-    )
-    _check_number(len(methods) * len(tasks) * each, f"runs ({parts})")
-    return methods, tasks
-
-
-def _check_number(number: int, what: str) -> None:
-    if number > MOST_CELLS:
-        raise InputError(f"{number:,} {what} are more than the {MOST_CELLS:,} runs that a sweep can have")
-
-
-def _check_path(task: str) -> None:
-    """Raises InputError for "family:PATH" with a path that cannot be one."""
-    _, colon, path = task.partition(":")
-    if not (colon and path):
-        return
-    try:
-        checked_path(path)
-    except ValueError as error:
-        raise InputError(f"task '{task}': {error}", task) from None
-
-
-def plan(sweep: Sweep, fingerprints: Sequence[Fingerprints], place: Place) -> list[RunSpec]:
-    """One RunSpec per method, task and seed; all methods and tasks of a seed before the next seed.
-
-    `fingerprints`: one per cell of `task_cells(sweep)`.
+    cells: all methods of a task before the next task; cells that became the same run are one.
+    said: what is to be said of the models, a line each.
     """
-    methods = [
-        {
-            "method": name,
-            "method_version": method.version,
-            "method_parameters": method.model_dump(mode="json"),
-        }
-        for name, method in method_cells(sweep)
-    ]
-    shared = {"limit": sweep.limit, "threads": sweep.threads, "train": sweep.train}
-    tasks = [
-        {
-            "task": name,
-            "task_version": task.version,
-            "task_parameters": registry.task_parameters(task),
-            "data_fingerprint": found.data,
-            "model_fingerprint": found.model,
-            "place": place.model_copy(update={"model": model_of(sweep, task), "path": getattr(task, "path", None)}),
-        }
-        for (name, task), found in zip(task_cells(sweep), fingerprints, strict=True)
-    ]
-    return [
-        RunSpec(**method, **task, **shared, seed=seed) for seed in sweep.seeds for task in tasks for method in methods
-    ]
+
+    sweep: Sweep
+    place: Place
+    tasks: tuple[CheckedTask, ...]
+    cells: tuple[Cell, ...]
+    said: tuple[str, ...]
+
+    @property
+    def searches(self) -> list[MethodSearch]:
+        """The searches of the cells that have one."""
+        return [cell.search for cell in self.cells if cell.search is not None]
+
+    @property
+    def trials(self) -> list[RunSpec]:
+        """The trials of all searches: the first of every search, then the second, and so on."""
+        return [spec for turn in zip(*(search.trials for search in self.searches), strict=True) for spec in turn]
+
+    def runs(self, store: RecordStore) -> list[RunSpec]:
+        """The runs of the report, all cells of a seed before the next seed. Those of a cell with a search change until
+        the records of its trials are in the store."""
+        columns = [cell.runs(self.sweep.seeds, store) for cell in self.cells]
+        return [spec for turn in zip(*columns, strict=True) for spec in turn]
+
+    def stages(self, store: RecordStore) -> Iterator[list[RunSpec]]:
+        """What to carry out, one list after the other: take the next one when the records of the last are there, since
+        its runs may follow from them. The last list is that of the report."""
+        if self.trials:
+            yield self.trials
+        yield self.runs(store)
+
+    @property
+    def summaries(self) -> list[str]:
+        """What was read of every task, a few lines each: see `Data.summary`."""
+        return [line for task in self.tasks for line in task.data.summary(task.name)]
 
 
-def cell_of(spec: RunSpec) -> str:
-    """A method with its parameters on a task with its own and its data, whatever the seed."""
-    method, task = (spec.method, spec.method_parameters), (spec.task, spec.task_parameters, spec.data_fingerprint)
-    return json.dumps([*method, *task], sort_keys=True)
+def plan_sweep(sweep: Sweep, place: Place, store: RecordStore, *, try_models: bool) -> Planned:
+    """The plan of a sweep. `store`: of the runs that methods refer to.
+
+    try_models: load every model and put a few rows through it; else shapes and names of the models are enough.
+    Raises InputError for whatever is wrong with a task, a model, or a method on one of them.
+    """
+    tasks = preflight.check_tasks(sweep, place)
+    methods, cells = method_cells(sweep), {}
+
+    def finished(run_id: str) -> Finished:
+        record = store.find(run_id)
+        return Finished(record.ranks, record.parameters)
+
+    for task in tasks:
+        backbone = task.meta_backbone(place)
+        for name, given in methods:
+            method = given.resolve(backbone, finished)
+            spec = spec_of(sweep, place, (name, method), (task.name, task.task), task.fingerprints)
+            if spec.run_id not in cells:
+                cells[spec.run_id] = _cell(sweep, method, task, spec, backbone)
+    said = preflight.check_models(tasks, sweep.train, place) if try_models else preflight.model_notes(tasks)
+    return Planned(sweep, place, tuple(tasks), tuple(cells.values()), tuple(said))
 
 
-def model_of(sweep: Sweep, task: Task) -> str | None:
-    """The model folder or Hub id that a task of this sweep starts from; None where the task builds its own."""
-    return None if task.default_model is None else sweep.model or task.default_model
-
-
-def _grid(sweep: Sweep, methods: set[str]) -> dict[tuple[str, str], tuple[Any, ...]]:
-    grid = {}
-    for key, values in sweep.grid.items():
-        method, dot, parameter = key.partition(".")
-        if not dot:
-            raise InputError(f"grid '{key}' cannot be read; write method.parameter=value,value", key)
-        if method not in methods:
-            raise unknown("method in the grid", method, methods)
-        if not values:
-            raise InputError(f"grid '{key}' has no values; write {key}=value,value", key)
-        grid[method, parameter] = values
-    return grid
-
-
-@functools.cache
-def _all(group: str) -> str:
-    return "available: " + ", ".join(registry.registered(group))
+def _cell(sweep: Sweep, method: Method, task: CheckedTask, spec: RunSpec, backbone: Backbone) -> Cell:
+    """The cell of a method that was resolved for the task's backbone."""
+    reason = method.unsupported(backbone)
+    if reason is not None:
+        return Cell(method, task, spec, reason)
+    notes = tuple(method.notes(backbone, sweep.train, len(task.splits.train)))
+    return Cell(method, task, spec, None, notes, MethodSearch(method, spec, sweep.tune) if sweep.tune else None)

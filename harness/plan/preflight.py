@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from harness.errors import InputError
-from harness.method import FinishedRun, Method
+from harness.method import Backbone, Method
 from harness.parameters import ParameterCount
-from harness.plan.plan import Fingerprints, Sweep, method_cells, model_of, plan, task_cells
+from harness.plan.sweep import Fingerprints, Sweep, model_of, task_cells
 from harness.plan.trial import check_rows
 from harness.record.environment import device_of
 from harness.run.data import Data, data_of
-from harness.spec import Place, RunSpec, TrainSpec
+from harness.run.sizes import Sizes
+from harness.spec import Place, TrainSpec
 from harness.task import Splits, Task
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckedTask:
     """A task of the sweep whose data and model were found to be in order."""
 
@@ -35,6 +34,10 @@ class CheckedTask:
     def splits(self) -> Splits:
         """The task's rows."""
         return self.data.splits
+
+    def meta_backbone(self, place: Place) -> Backbone:
+        """A new backbone of the task's model on the meta device: shapes and names alone."""
+        return self.task.backbone(self.model, meta=True, trust_remote_code=place.trust_remote_code)
 
 
 def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
@@ -56,48 +59,6 @@ def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
 def summaries(tasks: Sequence[CheckedTask]) -> list[str]:
     """What was read of every task, a few lines each: see `Data.summary`."""
     return [line for checked in tasks for line in checked.data.summary(checked.name)]
-
-
-class CheckedMethod(NamedTuple):
-    """A method as it was resolved for one task's backbone, why it cannot work on it, or None, and what it says."""
-
-    name: str
-    method: Method
-    reason: str | None
-    notes: list[str]
-
-
-def check_methods(
-    sweep: Sweep, tasks: Sequence[CheckedTask], place: Place, finished: FinishedRun
-) -> list[list[CheckedMethod]]:
-    """Resolve every method for every task's backbone, on the meta device, and try it: for each task a list in the order
-    of `method_cells`. Raises InputError for a hyperparameter that cannot be right."""
-    cells = []
-    methods = method_cells(sweep)
-    for checked in tasks:
-        backbone = checked.task.backbone(checked.model, meta=True, trust_remote_code=place.trust_remote_code)
-        column = []
-        for name, given in methods:
-            method = given.resolve(backbone, finished)
-            reason = method.unsupported(backbone)
-            notes = method.notes(backbone, sweep.train, len(checked.splits.train)) if reason is None else []
-            column.append(CheckedMethod(name, method, reason, notes))
-        cells.append(column)
-    return cells
-
-
-def plan_checked(
-    sweep: Sweep, tasks: Sequence[CheckedTask], cells: Sequence[Sequence[CheckedMethod]], place: Place
-) -> list[tuple[RunSpec, CheckedMethod]]:
-    """The plan, each run with its method as `check_methods` resolved it; cells that became the same run are one."""
-    planned: dict[str, tuple[RunSpec, CheckedMethod]] = {}
-    specs = plan(sweep, [task.fingerprints for task in tasks], place)
-    given = itertools.cycle([method for _ in tasks for _, method in method_cells(sweep)])
-    for spec, method, cell in zip(specs, given, itertools.cycle(itertools.chain(*cells)), strict=False):
-        if cell.method != method:
-            spec = spec.model_copy(update={"method_parameters": cell.method.model_dump(mode="json")})
-        planned.setdefault(spec.run_id, (spec, cell))
-    return list(planned.values())
 
 
 def check_models(tasks: Sequence[CheckedTask], train: TrainSpec, place: Place) -> list[str]:
@@ -127,11 +88,11 @@ def model_notes(tasks: Sequence[CheckedTask]) -> list[str]:
     return list(said)
 
 
-def preview(method: Method, checked: CheckedTask, sweep: Sweep, place: Place) -> ParameterCount:
-    """The counts at the start of a run, from shapes alone: the backbone is on the meta device."""
-    backbone = checked.task.backbone(checked.model, meta=True, trust_remote_code=place.trust_remote_code)
-    data = _Undrawn(len(checked.splits.train))
-    return method.start(backbone, sweep.train, data, torch.Generator().manual_seed(0)).parameter_count()
+def preview(method: Method, backbone: Backbone, train: TrainSpec, num_examples: int) -> ParameterCount:
+    """The counts at the start of a run of `num_examples` training rows, from shapes alone. `backbone`: a new one on the
+    meta device, which the method adapts."""
+    adaptation = method.start(backbone, train, _Undrawn(num_examples), torch.Generator().manual_seed(0))
+    return Sizes(adaptation).parameters()
 
 
 class _Undrawn:

@@ -11,7 +11,7 @@ from typing import Any
 
 from harness.errors import InputError, unknown
 from harness.parameters import check_size, from_toml
-from harness.plan.plan import MOST_SEEDS, Sweep
+from harness.plan.sweep import MOST_SEEDS, Sweep
 from harness.spec import TrainSpec
 
 LARGEST = 1_000_000  # bytes of a sweep

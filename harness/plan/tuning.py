@@ -10,20 +10,14 @@ and one with a larger K begins with those of the smaller. All trials share one s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.errors import InputError
 from harness.method import Method
 from harness.parameters import Range, SearchSpace
-from harness.plan.plan import Sweep, cell_of
+from harness.plan.sweep import TRIAL_SEED
 from harness.record.store import RecordStore
 from harness.spec import RunSpec, Search
-
-if TYPE_CHECKING:
-    from harness.plan.preflight import CheckedMethod
-
-SEED = 1_000_000  # of every trial
 
 
 class MethodSearch:
@@ -36,14 +30,13 @@ class MethodSearch:
         self.template = template
         self.space = _space(template.method, method)
         role = Search(role="trial", parameters=tuple(self.space))
-        self.trials = [self._spec(values, SEED, role) for values in self._points(method, number)]
+        self.trials = [self._spec(values, TRIAL_SEED, role) for values in self._points(method, number)]
 
-    def chosen(self, seeds: Iterable[int], store: RecordStore) -> dict[int, RunSpec]:
-        """By seed, the run of the best setting so far; of equals, or where no trial gave a score, the first."""
+    def chosen(self, store: RecordStore) -> RunSpec:
+        """The template at the best setting so far; of equals, or where no trial gave a score, at the first."""
         search = Search(role="chosen", parameters=tuple(self.space), trials=tuple(spec.run_id for spec in self.trials))
         best = max(self.trials, key=lambda spec: _merit(store, spec))
-        values = {name: best.method_parameters[name] for name in self.space}
-        return {seed: self._spec(values, seed, search) for seed in seeds}
+        return self._spec({name: best.method_parameters[name] for name in self.space}, self.template.seed, search)
 
     def _points(self, method: Method, number: int) -> list[dict[str, Any]]:
         """The settings to try, the one as given first."""
@@ -74,31 +67,6 @@ class MethodSearch:
     def _spec(self, values: dict[str, Any], seed: int, search: Search) -> RunSpec:
         parameters = self.template.method_parameters | values
         return self.template.model_copy(update={"method_parameters": parameters, "seed": seed, "search": search})
-
-
-def searches_of(sweep: Sweep, planned: Sequence[tuple[RunSpec, CheckedMethod]]) -> list[MethodSearch]:
-    """A search for each method on each task that it supports; none without `tune`. `planned`: see `plan_checked`.
-
-    Raises InputError where a seed of the report is that of the trials.
-    """
-    if not sweep.tune:
-        return []
-    if SEED in sweep.seeds:
-        raise InputError(f"--seeds {SEED} is the seed of the trials of --tune: give another", str(SEED))
-    first = [(spec, cell) for spec, cell in planned if spec.seed == sweep.seeds[0]]
-    return [MethodSearch(cell.method, spec, sweep.tune) for spec, cell in first if cell.reason is None]
-
-
-def trials_of(searches: Sequence[MethodSearch]) -> list[RunSpec]:
-    """All trials: the first of every search, then the second, and so on."""
-    return [spec for turn in zip(*(search.trials for search in searches), strict=True) for spec in turn]
-
-
-def chosen(searches: Sequence[MethodSearch], specs: Sequence[RunSpec], store: RecordStore) -> list[RunSpec]:
-    """The plan with the chosen setting in every run that was searched for."""
-    seeds = {spec.seed for spec in specs}
-    found = {cell_of(search.template): search.chosen(seeds, store) for search in searches}
-    return [found[cell][spec.seed] if (cell := cell_of(spec)) in found else spec for spec in specs]
 
 
 def _merit(store: RecordStore, spec: RunSpec) -> float:

@@ -1,7 +1,7 @@
-"""Runs that are being carried out: who is at them, and how far they are. A file each, below `results/running/`.
+"""Run locks: which process has a run in progress, and how far it is. A file each, below `results/running/`.
 
-The file is a claim: a second process, on this machine or another that shares the folder, leaves a claimed run alone. It
-is also what the live view and `status` read. The claim of a process of this machine holds as long as the process lives,
+A second process, on this machine or another that shares the folder, leaves a locked run alone. The live view and
+`status` read the locks too. The lock of a process of this machine holds as long as the process lives,
 suspended or not, and falls with it; of a process that cannot be looked up (another machine, another container) it falls
 STALE_SECONDS after its last sign of life. Where two processes make one run all the same, no harm is done: both make the
 same record, and the first stays.
@@ -28,7 +28,7 @@ BEAT_SECONDS = 5.0  # between signs of life
 STALE_SECONDS = 90.0  # without one: the process counts as dead; a shared disk may show files a minute late
 REMAINS_SECONDS = 3600.0  # after which drafts of processes that cannot be looked up count as left behind
 TELL_SECONDS = 1.0  # least time between two reports of progress
-SCHEMA = 2  # of a claim's file
+SCHEMA = 2  # of a lock's file
 
 
 class Progress(Strict):
@@ -40,7 +40,7 @@ class Progress(Strict):
     loss: float | None = None
     holdout: float | None = Field(None, description="headline metric, last time it was taken")
     rank: int | None = Field(None, description="live rank of all adapted layers together")
-    adapter_numbers: int | None = None
+    adapter_parameters: int | None = None
 
     @property
     def share(self) -> float:
@@ -53,17 +53,17 @@ class Progress(Strict):
             ("loss {:.3f}", self.loss),
             ("holdout {:.3f}", self.holdout),
             ("rank {}", self.rank),
-            ("{:,} adapter numbers", self.adapter_numbers),
+            ("{:,} adapter parameters", self.adapter_parameters),
         ]
         return ", ".join(form.format(value) for form, value in parts if value is not None)
 
 
-class _Claimed(Strict):
-    """The content of a claim's file."""
+class _Content(Strict):
+    """The content of a lock's file."""
 
     schema_version: Literal[2] = 2
     owner: Owner
-    token: str = Field(description="of this one claim")
+    token: str = Field(description="of this one lock")
     sweep: str = Field(description="of the driver that the process works for")
     progress: Progress
 
@@ -71,21 +71,21 @@ class _Claimed(Strict):
         return storage.sealed_text(self.model_dump(mode="json"))
 
 
-class Claim:
-    """A run that this process is at.
+class RunLock:
+    """The lock on a run that this process has in progress.
 
     Another process may have taken it over, where it could not see that this one lives: the file is then that process's,
     and is left alone.
     """
 
-    def __init__(self, path: Path, content: _Claimed) -> None:
+    def __init__(self, path: Path, content: _Content) -> None:
         self.path = path
         self.content = content
         self._told = 0.0
 
     @property
     def is_own(self) -> bool:
-        """Whether the file is still this claim."""
+        """Whether the file is still this lock."""
         with contextlib.suppress(OSError):
             found = _read(self.path)
             return found is not None and found.token == self.content.token
@@ -114,29 +114,29 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, run_id: str, sweep: str = "") -> Iterator[Claim | None]:
-    """Hold the claim on a run; None where another process has it. Raises OSError where `folder` cannot be written.
+def locked(folder: Path, run_id: str, sweep: str = "") -> Iterator[RunLock | None]:
+    """Hold the lock on a run; None where another process has it. Raises OSError where `folder` cannot be written.
 
     `sweep`: of the driver that this process works for, see `release`.
     """
-    claim = _take(folder / f"{run_id}.json", sweep)
-    if claim is None:
+    lock = _take(folder / f"{run_id}.json", sweep)
+    if lock is None:
         yield None
         return
     stopped = threading.Event()
-    beating = threading.Thread(target=claim.beat, args=(stopped,), daemon=True)
+    beating = threading.Thread(target=lock.beat, args=(stopped,), daemon=True)
     beating.start()
     try:
-        yield claim
+        yield lock
     finally:
         stopped.set()
         beating.join()
-        if claim.is_own:
-            storage.remove(claim.path)
+        if lock.is_own:
+            storage.remove(lock.path)
 
 
 def progress(folder: Path, run_id: str) -> Progress | None:
-    """What a live process has told of a run it is at; None where nobody is at it."""
+    """How far a live process is with a run; None where the run is not in progress."""
     path = folder / f"{run_id}.json"
     with contextlib.suppress(FileNotFoundError):
         if not _is_abandoned(path):
@@ -146,7 +146,7 @@ def progress(folder: Path, run_id: str) -> Progress | None:
 
 
 def holder(folder: Path, run_id: str) -> str:
-    """Who is at a run, in words."""
+    """Which process has a run in progress, in words."""
     with contextlib.suppress(OSError):
         found = _read(folder / f"{run_id}.json")
         if found is not None:
@@ -155,7 +155,7 @@ def holder(folder: Path, run_id: str) -> str:
 
 
 def release(folder: Path, run_id: str, sweep: str) -> None:
-    """Drop the claim of a worker of this sweep that is known to be dead, which its machine cannot tell."""
+    """Drop the lock of a worker of this sweep that is known to be dead, which its machine cannot tell."""
     path = folder / f"{run_id}.json"
     with contextlib.suppress(OSError):
         found = _read(path)
@@ -164,7 +164,7 @@ def release(folder: Path, run_id: str, sweep: str) -> None:
 
 
 def clear_abandoned(folder: Path, subject: str = "") -> None:
-    """Remove what dead processes have left (of one subject, or all): their claims and everything under their
+    """Remove what dead processes have left (of one subject, or all): their locks and everything under their
     `own_name`. What a process that cannot be looked up has left goes when nobody has touched it for REMAINS_SECONDS."""
     for path in list(folder.glob(f"{subject}*")):
         with contextlib.suppress(OSError):
@@ -180,27 +180,27 @@ def _is_left_behind(path: Path) -> bool:
     state = owner.state if owner else "unknown"
     if state != "unknown":
         return state == "dead"
-    claim = path.with_name(f"{path.name.partition('-')[0]}.json")
+    lock = path.with_name(f"{path.name.partition('-')[0]}.json")
     with contextlib.suppress(FileNotFoundError):
-        if not _is_abandoned(claim):
+        if not _is_abandoned(lock):
             return False
     return _age(path) > REMAINS_SECONDS
 
 
 def everything(folder: Path) -> dict[str, Progress]:
-    """`progress` of every run that somebody is at, by run_id."""
+    """`progress` of every run in progress, by run_id."""
     found = {path.stem: progress(folder, path.stem) for path in folder.glob("*.json")}
     return {run_id: told for run_id, told in found.items() if told is not None}
 
 
-def _take(path: Path, sweep: str = "") -> Claim | None:
-    """Make the claim's file; None where a live process has it."""
-    content = _Claimed(owner=own(), token=uuid.uuid4().hex, sweep=sweep, progress=Progress(run_id=path.stem))
+def _take(path: Path, sweep: str = "") -> RunLock | None:
+    """Make the lock's file; None where a live process has it."""
+    content = _Content(owner=own(), token=uuid.uuid4().hex, sweep=sweep, progress=Progress(run_id=path.stem))
     while True:
         try:
             with path.open("x") as stream:
                 stream.write(content.text())
-            return Claim(path, content)
+            return RunLock(path, content)
         except FileExistsError:
             with contextlib.suppress(FileNotFoundError):  # another process was faster, or it has just ended
                 if not _is_abandoned(path):
@@ -214,7 +214,7 @@ def _take(path: Path, sweep: str = "") -> Claim | None:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether nobody is at this run any more. Raises FileNotFoundError where its claim has gone."""
+    """Whether no process has this run in progress any more. Raises FileNotFoundError where its lock has gone."""
     age = _age(path)
     found = _read(path)
     state = found.owner.state if found else "unknown"
@@ -226,10 +226,10 @@ def _age(path: Path) -> float:
     return time.time() - path.lstat().st_mtime
 
 
-def _read(path: Path) -> _Claimed | None:
-    """The claim; None while it is being written, and of a file that is none. Raises FileNotFoundError."""
+def _read(path: Path) -> _Content | None:
+    """The lock; None while it is being written, and of a file that is none. Raises FileNotFoundError."""
     try:
-        return _Claimed.model_validate(storage.unseal(path.read_bytes(), SCHEMA, f"claim '{path}'"))
+        return _Content.model_validate(storage.unseal(path.read_bytes(), SCHEMA, f"run lock '{path}'"))
     except FileNotFoundError:
         raise
     except (OSError, ValueError, ValidationError):

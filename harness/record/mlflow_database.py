@@ -76,7 +76,7 @@ def _wait_for_no_disk(connection: Any, _: object) -> None:
 def alone(results: Path) -> Iterator[None]:
     """Keep every other process from logging this folder meanwhile.
 
-    Raises TimeoutError where one is at it for minutes, and OSError where the folder cannot be written.
+    Raises TimeoutError where another process keeps it for minutes, and OSError where the folder cannot be written.
     """
     from filelock import FileLock, Timeout
 

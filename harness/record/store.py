@@ -116,7 +116,7 @@ class RecordStore:
         return path
 
     def clear(self, run_id: str) -> None:
-        """Remove what dead processes have left of a run; for the holder of its claim."""
+        """Remove what dead processes have left of a run; for the holder of its lock."""
         locks.clear_abandoned(self.running, f"{run_id}-")
 
     def folder(self, run_id: str) -> Path:

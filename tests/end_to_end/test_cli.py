@@ -72,7 +72,7 @@ def test_dry_run_tells_the_time_from_finished_runs_or_else_from_a_timing(tmp_pat
     capsys.readouterr()
     timed = []
     with monkeypatch.context() as clock:
-        clock.setattr("harness.plan.estimate._seconds_a_batch", lambda spec: timed.append(spec.method) or 30.0)
+        clock.setattr("harness.plan.estimate.seconds_a_batch", lambda spec: timed.append(spec.method) or 30.0)
         assert main(sweep(tmp_path, "--methods", "full,lora", "--seeds", "3", "--tune", "5", "--dry-run")) == 0
     assert timed == ["full", "lora"]
     output = capsys.readouterr().out
@@ -81,7 +81,7 @@ def test_dry_run_tells_the_time_from_finished_runs_or_else_from_a_timing(tmp_pat
     assert "s a batch (finished runs: 1)" in capsys.readouterr().out
     assert main(sweep(tmp_path, "--methods", "full", "--dry-run")) == 0
     assert "s a batch (timed: 3 updates)" in capsys.readouterr().out
-    monkeypatch.setattr("harness.plan.estimate._seconds_a_batch", lambda spec: 1 / 0)
+    monkeypatch.setattr("harness.plan.estimate.seconds_a_batch", lambda spec: 1 / 0)
     assert main(sweep(tmp_path, "--methods", "lora", "--dry-run")) == 0
     output = capsys.readouterr().out
     assert "time: lora on synthetic: unknown (not timed: division by zero)" in output
@@ -156,7 +156,10 @@ def test_list_teaches(capsys):
     for name in ("debora", "lora", "glue", "cola", "quickstart", "smoke"):
         assert name in output
     assert main(["list", "lora"]) == 0
-    assert "rank: rank of every adapted layer, at most its smaller side (>= 1; default 8)" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "rank (PEFT's r): rank of every adapted layer, at most its smaller side (>= 1; default 8)" in output
+    assert "init (PEFT's init_lora_weights): default, gaussian," in output
+    assert "scaled by alpha / rank, not by alpha / its own rank as in PEFT" in output
 
 
 WRONG = [
@@ -229,6 +232,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, options, mes
         ('methods = ["lora"]\ntasks = ["digits"]\nseeds = true\n', "line 3"),
         ('# the rank matters\nmethods = ["lora[rank=0]"]\ntasks = ["digits"]\n', "line 2"),
         ('methods = ["lora"]\ntasks = ["digits"]\n[train]\nepochs = 1\nbatches = 4\n', "line 5"),
+        ('tasks = ["digits"]\nmethods = ["lora[r=0]"]\n', "line 2: lora.r = 0"),
+        (
+            'methods = ["lora"]\ntasks = ["digits"]\n[grid]\n"lora.rank" = [4]\n"lora.r" = [2]\n',
+            "line 5: rank and r of",
+        ),
     ],
 )
 def test_mistakes_in_a_file_are_told_with_their_line(tmp_path, capsys, text, message):

@@ -34,7 +34,7 @@ def relative(path: Path) -> str:
 
 
 # What methods and tasks may import of the harness: its vocabulary, the files at its top.
-FOR_METHODS = {"method", "optimizer", "errors", "parameters", "spec", "storage"}
+FOR_METHODS = {"method", "optimizer", "passes", "errors", "parameters", "spec", "storage"}
 FOR_TASKS = {"task", "metric", "splits", "method", "errors", "parameters", "storage"}
 # The rooms in the order of the flow: each may import those after it, and the vocabulary.
 FLOW = ["commands", "plan", "execute", "run", "report", "record"]

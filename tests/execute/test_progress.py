@@ -19,7 +19,7 @@ def specs(tmp_path):
 
 
 def seen(specs, terminal, monkeypatch):
-    """Everything that is printed of three runs: one ends, one is taken up again, one goes on."""
+    """Everything that is printed of three runs: one ends, one is resumed, one goes on."""
     monkeypatch.setattr(view, "PLAIN_EVERY_SECONDS", 0.0)
     console = Console(file=io.StringIO(), force_terminal=terminal, width=160)
     with view.view(specs, console) as shown:
@@ -36,7 +36,7 @@ def test_runs_side_by_side(specs, terminal, monkeypatch):
     output, summary = seen(specs, terminal, monkeypatch)
     assert "full · synthetic · seed 0" in output
     assert "loss 0.500, holdout 0.750, rank 9" in output
-    assert f"head · synthetic · seed 0 [{specs[0].run_id}]: the worker died; taken up again (1 of 2)" in output
+    assert f"head · synthetic · seed 0 [{specs[0].run_id}]: the worker died; resumed (1 of 2)" in output
     assert f"1/3 lora[rank=2] · synthetic · seed 0 [{specs[1].run_id}]: failed: ValueError: so it is" in output
     assert summary.startswith("1 of 3 ended, 1 running, ")
     assert summary.endswith(" to go")

@@ -92,9 +92,9 @@ def test_faults_of_every_kind_cost_a_retry_and_change_no_record(tmp_path, enviro
     code, output, _ = ended(started(environment, command(tmp_path / "ray", methods, *options, seeds=1)))
     assert code == 1
     assert sorted(path.name for path in marks.iterdir()) == ["hang", "kill", "raise"]
-    assert re.search(r"faulty.*RuntimeError: the fault 'raise'; taken up again \(1 of 2\)", output)
-    assert re.search(r"faulty\[fault=kill.*the worker process died: killed.*taken up again", output)
-    assert re.search(r"faulty\[fault=hang.*it did not end within --run-timeout 25 s; taken up again", output)
+    assert re.search(r"faulty.*RuntimeError: the fault 'raise'; resumed \(1 of 2\)", output)
+    assert re.search(r"faulty\[fault=kill.*the worker process died: killed.*resumed", output)
+    assert re.search(r"faulty\[fault=hang.*it did not end within --run-timeout 25 s; resumed", output)
     assert re.search(r"faulty\[fault=always.*: failed: RuntimeError: the fault 'always'", output)
     options = [*SERIAL, "--max-retries", "0"]
     code, _, _ = ended(started(environment, command(tmp_path / "serial", methods, *options, seeds=1)))
@@ -190,7 +190,7 @@ def test_a_suspended_driver_keeps_its_run_and_both_end_well(tmp_path, environmen
     for driver in (first, second):
         code, output, _ = ended(driver)
         assert code == 0, output
-    assert "waiting for 1 runs that process" in output
+    assert "waiting for 1 runs in progress elsewhere: process" in output
     assert main([*command(tmp_path / "alone", METHODS[:2], batches=100)[3:], *SERIAL]) == 0
     assert results_of(store.results) == results_of(tmp_path / "alone")
 

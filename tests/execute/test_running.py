@@ -1,5 +1,6 @@
 """Claims on runs, and `status`, which reads them."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -28,8 +29,8 @@ def dead():
 
 def claim_of(folder, owner, run_id="a", sweep=""):
     told = Progress(run_id=run_id, batches=30, budget=40)
-    content = locks._Claimed(owner=owner, token="theirs", sweep=sweep, progress=told)
-    (folder / f"{run_id}.json").write_text(content.text())
+    content = {"owner": owner.model_dump(), "token": "theirs", "sweep": sweep, "progress": told.model_dump()}
+    (folder / f"{run_id}.json").write_text(storage.sealed_text({storage.VERSION: locks.SCHEMA} | content))
 
 
 def other(**changes):
@@ -43,9 +44,9 @@ def make_old(path, seconds=locks.STALE_SECONDS + 1):
 
 
 def test_a_claim_is_one_processs_and_goes_with_it(tmp_path):
-    with locks.claimed(tmp_path, "a") as claim:
+    with locks.locked(tmp_path, "a") as claim:
         assert claim is not None
-        with locks.claimed(tmp_path, "a") as second:
+        with locks.locked(tmp_path, "a") as second:
             assert second is None
         claim.tell(Progress(run_id="a", batches=3, budget=4, loss=0.5))
         assert locks.progress(tmp_path, "a").share == 0.75
@@ -57,29 +58,30 @@ def test_a_claim_is_one_processs_and_goes_with_it(tmp_path):
 def test_the_claim_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path, dead):
     claim_of(tmp_path, dead)
     assert locks.progress(tmp_path, "a") is None
-    with locks.claimed(tmp_path, "a") as claim:
+    with locks.locked(tmp_path, "a") as claim:
         assert claim is not None
 
 
 def test_a_process_is_known_by_its_start_and_not_by_its_number_alone(tmp_path):
     claim_of(tmp_path, other(started=processes.own().started - 1))  # the number has been given again
-    with locks.claimed(tmp_path, "a") as claim:
+    with locks.locked(tmp_path, "a") as claim:
         assert claim is not None
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the state of a process is read from Linux's /proc")
 def test_a_zombie_is_dead():
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    owner = other(process=child.pid, started=processes._started(child.pid) or 0)
+    command = "from harness.record import processes; print(processes.own().started)"
+    child = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, text=True)
+    owner = other(process=child.pid, started=int(child.stdout.readline()))
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked how
     assert owner.state == "dead"
-    child.wait()
+    child.communicate()
 
 
 def test_a_live_process_of_this_machine_keeps_its_claim_whatever_its_age(tmp_path):
     claim_of(tmp_path, processes.own())
     make_old(tmp_path / "a.json", 1e6)
-    with locks.claimed(tmp_path, "a") as claim:
+    with locks.locked(tmp_path, "a") as claim:
         assert claim is None
     assert locks.progress(tmp_path, "a").batches == 30
 
@@ -87,16 +89,16 @@ def test_a_live_process_of_this_machine_keeps_its_claim_whatever_its_age(tmp_pat
 @pytest.mark.parametrize("changes", [{"boot": "another", "host": "elsewhere"}, {"boot": "another"}, {"namespace": "1"}])
 def test_a_claim_that_cannot_be_looked_up_is_left_alone_until_it_shows_no_life(tmp_path, dead, changes):
     claim_of(tmp_path, dead.model_copy(update=changes))
-    with locks.claimed(tmp_path, "a") as claim:
+    with locks.locked(tmp_path, "a") as claim:
         assert claim is None
     make_old(tmp_path / "a.json")
-    with locks.claimed(tmp_path, "a") as claim:
+    with locks.locked(tmp_path, "a") as claim:
         assert claim is not None
 
 
 def test_a_claim_that_another_process_took_over_is_left_to_it(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "BEAT_SECONDS", 0.01)
-    with locks.claimed(tmp_path, "a") as claim:
+    with locks.locked(tmp_path, "a") as claim:
         claim_of(tmp_path, other(boot="another"))
         make_old(tmp_path / "a.json")
         before = (tmp_path / "a.json").stat()
@@ -181,29 +183,31 @@ def test_a_garbled_claim_holds_until_it_is_old(tmp_path, garble, capsys):
 def test_a_claim_that_is_being_written_is_one(tmp_path):
     (tmp_path / "a.json").write_text("")
     assert locks.progress(tmp_path, "a") == Progress(run_id="a")
-    with locks.claimed(tmp_path, "a") as claim:
+    with locks.locked(tmp_path, "a") as claim:
         assert claim is None
 
 
 def test_of_two_takers_of_an_abandoned_claim_one_gets_it(tmp_path, dead, monkeypatch):
-    path = tmp_path / "a.json"
     claim_of(tmp_path, dead)
     rename = Path.rename
 
-    def late(self, target):
-        monkeypatch.undo()
-        assert locks._take(path)  # the other, between our look and our taking
-        return rename(self, target)
+    with contextlib.ExitStack() as stack:
 
-    monkeypatch.setattr(Path, "rename", late)
-    assert not locks._take(path)
-    assert locks.progress(tmp_path, "a") is not None
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+        def late(self, target):
+            monkeypatch.undo()
+            assert stack.enter_context(locks.locked(tmp_path, "a"))  # the other, between our look and our taking
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", late)
+        with locks.locked(tmp_path, "a") as lock:
+            assert lock is None
+        assert locks.progress(tmp_path, "a") is not None
+        assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_claim_shows_signs_of_life(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "BEAT_SECONDS", 0.01)
-    with locks.claimed(tmp_path, "a"):
+    with locks.locked(tmp_path, "a"):
         make_old(tmp_path / "a.json")
         old = (tmp_path / "a.json").stat().st_mtime
         for _ in range(1000):
@@ -217,7 +221,7 @@ def test_a_run_that_another_process_is_at_or_has_finished_is_not_made(tmp_path, 
     store = RecordStore(tmp_path)
     store.make_ready()
     spec = spec_of(Subject("head", tmp_path, batches=2))
-    with locks.claimed(store.running, spec.run_id):
+    with locks.locked(store.running, spec.run_id):
         assert run_once(spec, store) is None
     record = run_once(spec, store)
     monkeypatch.setattr("harness.execute.once.run_one", None)
@@ -267,7 +271,7 @@ def test_status_counts_the_cells_of_the_last_sweep(tmp_path, capsys, monkeypatch
     assert lines[-1].startswith("4 cells: 2 ended, 1 running, 1 waiting, about ")
     (store.running / f"{specs[1].run_id}.json").unlink()
     main(["status", "--results", str(results)])
-    assert "2 waiting; no process is at them: give the command" in capsys.readouterr().out
+    assert "2 waiting; none is in progress: give the command" in capsys.readouterr().out
 
 
 def test_status_without_a_sweep(tmp_path, capsys):

@@ -19,7 +19,7 @@ from harness.contracts import Subject
 from harness.contracts.subject import spec_of, task_of
 from harness.errors import InputError
 from harness.plan import preflight
-from harness.plan.plan import Sweep
+from harness.plan.sweep import Sweep
 from harness.plan.trial import check_rows
 from harness.record.store import RecordStore
 from harness.run.run import run_one

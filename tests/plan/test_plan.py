@@ -1,11 +1,15 @@
 """From text to cells: parsing, grids, identity."""
 
+import re
+
 import pytest
 
 from harness import registry
 from harness.errors import InputError
 from harness.notation import parse_choice, parse_value, split_list, split_tasks
-from harness.plan.plan import Fingerprints, Sweep, method_cells, plan, task_cells
+from harness.plan.plan import plan_sweep
+from harness.plan.sweep import Fingerprints, Sweep, method_cells, spec_of, task_cells
+from harness.record.store import RecordStore
 from harness.spec import Place, RunSpec, TrainSpec
 
 SAME = Fingerprints("data", "model")
@@ -13,7 +17,8 @@ SAME = Fingerprints("data", "model")
 
 def specs_of(place=None, **sweep):
     made = Sweep.of({"methods": ["lora"], "tasks": ["digits"], **sweep}, "sweep")
-    return plan(made, [SAME] * len(task_cells(made)), place or Place())
+    first = [spec_of(made, place or Place(), m, t, SAME) for t in task_cells(made) for m in method_cells(made)]
+    return [spec.model_copy(update={"seed": seed}) for seed in made.seeds for spec in first]
 
 
 def test_lists_and_brackets():
@@ -50,6 +55,57 @@ def test_grid_and_brackets_reach_the_same_parameter():
     by_grid = specs_of(methods=["debora"], grid={"debora.tau": [4, 8]})
     by_brackets = specs_of(methods=["debora[tau=4]", "debora[tau=8.0]"])
     assert [spec.run_id for spec in by_grid] == [spec.run_id for spec in by_brackets]
+
+
+PEFT_NAMES = [
+    ("lora[r=4,lora_alpha=8,lora_dropout=0.1]", "lora[rank=4,alpha=8,dropout=0.1]"),
+    ("lora[use_rslora=true,use_dora=true]", "lora[rslora=true,dora=true]"),
+    ("lora[init_lora_weights=true]", "lora"),
+    ("lora[init_lora_weights=pissa_niter_4]", "lora[init=pissa_niter_4]"),
+    ("pruned_lora[r=4,lora_alpha=8,lora_dropout=0.1]", "pruned_lora[rank=4,alpha=8,dropout=0.1]"),
+    ("adalora[init_r=6,target_r=3,lora_alpha=8]", "adalora[init_rank=6,target_rank=3,alpha=8]"),
+    ("adalora[lora_dropout=0.1,orth_reg_weight=0.5]", "adalora[dropout=0.1,orthogonality=0.5]"),
+]
+
+
+@pytest.mark.parametrize(("by_peft", "by_ours"), PEFT_NAMES)
+def test_a_parameter_by_the_name_that_peft_has_for_it_is_the_same_run(by_peft, by_ours):
+    (found,), (expected,) = specs_of(methods=[by_peft]), specs_of(methods=[by_ours])
+    assert found.method_parameters == expected.method_parameters
+    assert found.run_id == expected.run_id
+
+
+def test_names_of_peft_in_the_grid():
+    by_peft = specs_of(grid={"lora.r": [2, 4]}, methods=["lora[lora_alpha=8]"])
+    by_ours = specs_of(grid={"lora.rank": [2, 4]}, methods=["lora[alpha=8]"])
+    assert [spec.run_id for spec in by_peft] == [spec.run_id for spec in by_ours]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"methods": ["lora[rank=4,r=4]"]}, "rank and r of lora are one parameter: give one of them"),
+        ({"methods": ["lora[rank=4]"], "grid": {"lora.r": [4]}}, "rank and r of lora are one parameter"),
+        ({"grid": {"lora.rank": [4], "lora.r": [2]}}, "rank and r of lora are one parameter"),
+        ({"methods": ["lora[lora_alhpa=4]"]}, "unknown parameter of lora 'lora_alhpa'. Did you mean 'lora_alpha'?"),
+        ({"methods": ["lora[r=0]"]}, "lora.r = 0 is not allowed: it should be greater than or equal to 1"),
+        ({"methods": ["lora[init_lora_weights=false]"]}, "lora.init_lora_weights: false, both factors at random,"),
+        ({"methods": ["lora[init_lora_weights=pisa]"]}, "lora.init_lora_weights: unknown init 'pisa'. Did you mean"),
+        ({"methods": ["head[r=4]"]}, "unknown parameter of head 'r'"),
+    ],
+)
+def test_wrong_uses_of_names_of_peft(values, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        specs_of(**values)
+
+
+@pytest.mark.parametrize("name", ["lora", "adalora", "pruned_lora"])
+def test_every_name_of_peft_is_one_and_no_parameter_of_ours(name):
+    from peft import AdaLoraConfig, LoraConfig
+
+    cls = registry.method_class(name)
+    assert cls.peft_names().keys() <= (AdaLoraConfig if name == "adalora" else LoraConfig).__dataclass_fields__.keys()
+    assert not cls.peft_names().keys() & cls.model_fields.keys()
 
 
 @pytest.mark.parametrize(
@@ -133,6 +189,46 @@ def test_large_plans_have_distinct_cells():
     specs = specs_of(grid={"lora.alpha": list(range(1, 101))}, seeds=list(range(1000)))
     assert len(specs) == 100_000
     assert len({spec.run_id for spec in specs[::997]}) == len(specs[::997])
+
+
+def plan_of(store, *, try_models=False, **sweep):
+    values = {"tasks": ["synthetic"], "train": {"batches": 4}, **sweep}
+    return plan_sweep(Sweep.of(values, "sweep"), Place(), store, try_models=try_models)
+
+
+def test_a_plan_is_the_same_whether_or_not_models_are_tried_and_writes_nothing(tmp_path):
+    store = RecordStore(tmp_path / "results")
+    methods = ["head", "lora[rank=2]", "lora[parameters=900]", "hadapter"]
+    dry, tried = (plan_of(store, methods=methods, seeds=[3, 1], try_models=value) for value in (False, True))
+    assert dry.runs(store) == tried.runs(store)
+    assert [(spec.seed, spec.method) for spec in dry.runs(store)] == [(s, m) for s in (3, 1) for m in ORDER]
+    # A LoRA of 900 parameters is that of rank 2: cells that became one run are one.
+    assert [cell.label for cell in dry.cells] == ["head", "lora[rank=2]", "hadapter"]
+    assert not (tmp_path / "results").exists()
+
+
+ORDER = ("head", "lora", "hadapter")
+
+
+def test_the_stages_of_a_plan_are_trials_and_then_the_runs_of_the_report(tmp_path):
+    store = RecordStore(tmp_path)
+    (alone,) = plan_of(store, methods=["head", "lora"]).stages(store)
+    assert [spec.method for spec in alone] == ["head", "lora"]
+    trials, runs = plan_of(store, methods=["head", "lora"], seeds=[0, 1], tune=2).stages(store)
+    assert [(spec.method, spec.is_trial) for spec in trials] == [("head", True), ("lora", True)] * 2
+    assert [(spec.method, spec.seed, spec.is_trial) for spec in runs] == [
+        (method, seed, False) for seed in (0, 1) for method in ("head", "lora")
+    ]
+    assert {run_id for spec in runs for run_id in spec.search.trials} == {spec.run_id for spec in trials}
+
+
+def test_a_method_that_does_not_fit_is_a_cell_with_a_reason_and_without_a_search(tmp_path):
+    store = RecordStore(tmp_path)
+    fits, misfit = plan_of(store, methods=["head", "hadapter"], tasks=["digits"], tune=2).cells
+    assert (fits.reason, fits.search is None) == (None, False)
+    assert misfit.reason is not None
+    assert misfit.search is None
+    assert [spec.method for spec in plan_of(store, methods=["hadapter"], tasks=["digits"], tune=2).trials] == []
 
 
 def test_a_label_leaves_out_what_follows_from_the_rest():

@@ -7,7 +7,7 @@ import pytest
 
 from harness.cli import main
 from harness.plan import sweep_file
-from harness.plan.plan import Sweep, method_cells, task_cells
+from harness.plan.sweep import Sweep, method_cells, task_cells
 
 PRESETS = sweep_file.presets()
 OF_A_PAPER = [name for name in PRESETS if name.startswith(("paper-", "adalora-official/"))]

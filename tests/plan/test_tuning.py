@@ -12,6 +12,7 @@ from harness.contracts import Subject, spec_of
 from harness.contracts.subject import method_of
 from harness.parameters import Range
 from harness.plan import tuning
+from harness.plan.sweep import TRIAL_SEED
 from harness.record.store import RecordStore
 from tests.end_to_end.test_contracts import PARAMETERS
 
@@ -41,7 +42,7 @@ def test_every_method_gets_as_many_trials_which_never_see_the_evaluation(results
     assert len(trials) == 12
     assert {record.spec.method for record in trials} == {"head", "lora"}
     for record in trials:
-        assert record.spec.seed == tuning.SEED
+        assert record.spec.seed == TRIAL_SEED
         assert record.score is None
         assert record.metrics == {}
         assert set(record.holdout) == {"accuracy"}
@@ -113,8 +114,8 @@ def search_of(name, folder, number):
 def test_a_trial_without_a_score_is_no_choice(tmp_path):
     search, store = search_of("head", tmp_path, 3), RecordStore(tmp_path)
     store.make_ready()
-    assert search.chosen([0], store)[0].method_parameters == search.trials[0].method_parameters
-    assert search.chosen([0], store)[0].search.trials == tuple(spec.run_id for spec in search.trials)
+    assert search.chosen(store).method_parameters == search.trials[0].method_parameters
+    assert search.chosen(store).search.trials == tuple(spec.run_id for spec in search.trials)
 
 
 def test_trials_are_the_same_every_time_and_a_larger_search_begins_with_the_smaller(tmp_path):

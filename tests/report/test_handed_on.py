@@ -50,7 +50,6 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: f"{HOST}.cluster.example")
     monkeypatch.setattr(getpass, "getuser", lambda: USER)
     redact.this_machine.cache_clear()
-    redact._cut_text.cache_clear()
 
 
 def telling(score: float | None = 0.5, **changes: Any) -> RunRecord:

@@ -42,7 +42,7 @@ def test_the_search_chooses_by_the_sense_of_the_score(tmp_path, higher_is_better
             started="2025-01-01T00:00:00+00:00",
         )
         store.write(made, [], store.draft(spec.run_id))
-    assert search.chosen([0], store)[0].method_parameters == search.trials[best].method_parameters
+    assert search.chosen(store).method_parameters == search.trials[best].method_parameters
 
 
 def test_a_record_says_what_its_task_says(tmp_path, monkeypatch):

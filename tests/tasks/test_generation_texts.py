@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from harness.cli import main
 from harness.method import Adaptation
-from harness.plan.plan import parse_choice
+from harness.notation import parse_choice
 from harness.record.store import RecordStore
 from harness.registry import make_task
 from harness.run.data import data_of

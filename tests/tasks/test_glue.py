@@ -16,7 +16,7 @@ from harness import registry
 from harness.cli import main
 from harness.errors import InputError
 from harness.plan import sweep_file
-from harness.plan.plan import Sweep, task_cells
+from harness.plan.sweep import Sweep, task_cells
 from harness.record.store import RecordStore
 from harness.run.streams import TrainingData
 from harness.splits import make_splits
@@ -132,7 +132,7 @@ def submitted(place, tmp_path_factory) -> Path:
 def official_rows(monkeypatch) -> None:
     """The tiny test sets' sizes for the official ones."""
     files = [
-        file._replace(rows=tiny.EVALUATION_ROWS) if file.task[5:] in TABLE else file
+        glue_submission.TestFile(*file[:3], tiny.EVALUATION_ROWS, *file[4:]) if file.task[5:] in TABLE else file
         for file in glue_submission.TEST_FILES
     ]
     monkeypatch.setattr(glue_submission, "TEST_FILES", tuple(files))
