@@ -20,7 +20,7 @@ class Growing(Method):
     """Rank-one pairs are added to every linear layer, and the smallest of the network are removed again."""
 
     capabilities = ("linear", "rank-adaptive")
-    traces = (RANK,)  # what `after_step` gives the history
+    traces = (RANK,)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     every: int = Field(3, ge=1, description="updates between two pairs")
