@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from harness.errors import InputError, unknown
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass
@@ -39,10 +39,11 @@ class Backbone:
         return tuple(name for name in self.layers if name in chosen)
 
     def shape(self, layer: str) -> tuple[int, int]:
-        """(outputs, inputs) of the layer's weight seen as a matrix; a kernel is flattened to C_out x (C_in kH kW)."""
-        weight = self.module.get_parameter(f"{layer}.weight")
-        outputs, others = weight.shape[0], weight[0].numel()
-        return (others, outputs) if is_transposed(self.module.get_submodule(layer)) else (outputs, others)
+        """(outputs, inputs) of the layer's weight as `as_matrix` gives it."""
+        outputs, inputs = as_matrix(
+            self.module.get_submodule(layer), self.module.get_parameter(f"{layer}.weight")
+        ).shape
+        return outputs, inputs
 
     def without_layers(self, wanted: str = "linear or convolution layer") -> str:
         """The reason of a cell whose method finds nothing to adapt: it names the kinds of layers that there are."""
@@ -82,6 +83,12 @@ def is_transposed(layer: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(layer, Conv1D)
+
+
+def as_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
+    """The layer's weight, or its gradient, as (outputs, inputs): a view of a linear one, transposed or not; a kernel
+    is flattened to C_out x (C_in kH kW)."""
+    return weight.T if is_transposed(layer) else weight.flatten(1)
 
 
 def is_adaptable(layer: nn.Module) -> bool:

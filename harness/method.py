@@ -11,7 +11,7 @@ functions), so that `python -m harness list` stays fast.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
@@ -19,13 +19,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 from pydantic import Field
 
 from harness.backbone import Backbone as Backbone
+from harness.backbone import as_matrix as as_matrix
 from harness.backbone import in_modules as in_modules
 from harness.backbone import is_adaptable as is_adaptable
 from harness.backbone import is_transposed as is_transposed
 from harness.parameters import ParameterCount, Range, SearchSpace, Strict
 from harness.storage import save_tensors
+from harness.trace import RANK as RANK
+from harness.trace import RANKS as RANKS
+from harness.trace import Trace as Trace
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -52,7 +57,8 @@ class TrainData(Protocol):
 
     def draw(self, stream: Stream) -> Indices:
         """The next batch of a stream. "all": the training split in this seed's order; "lower" and "upper": two random
-        halves of equal size. Every draw is counted and is part of a checkpoint."""
+        parts of it without a common row, of the sizes that `Method.upper_share` says. Every draw is counted and is part
+        of a checkpoint."""
 
 
 class Step(Protocol):
@@ -62,8 +68,15 @@ class Step(Protocol):
     budget: int  # batches that the whole run may put through forward and backward
     used: int  # batches used so far, those of this step included
 
+    @property
+    def rng(self) -> torch.Generator:
+        """For a method's own random choices, on the CPU. It is seeded anew for every update, from the run's seed and
+        the update's index: a resumed run draws the same, and what is drawn moves neither dropout nor the data's order.
+        """
+
     def backward(self, batch: Indices) -> Tensor:
-        """Forward and backward of one batch, adding to the gradients (autocast and accumulation included).
+        """Forward and backward of one batch, adding to the gradients (autocast and accumulation included). Within
+        torch.no_grad it is a forward alone, which counts the same.
 
         Returns the detached mean loss (a scalar tensor). Uses one batch of the budget; raises RuntimeError when none is
         left, so look at `used` first."""
@@ -82,6 +95,16 @@ class Step(Protocol):
     def restart_schedule(self) -> None:
         """Begin the learning-rate schedule anew over what is left of the budget (for two-phase methods)."""
 
+    def restart_warmup(self, batches: int) -> None:
+        """Warm the learning rate up again from 0 over the next `batches` of the budget, while its decay goes on (after
+        a merge, as in ReLoRA, Lialin et al., 2023, arXiv 2307.05695): the schedule's factor is multiplied by the share
+        of `batches` used since. A later call replaces this one; `restart_schedule` ends it. Raises ValueError for less
+        than one batch."""
+
+    def resized(self) -> None:
+        """Say that `adapter_parameters` or `ranks` changed where no parameter of the optimizer shows it: by a mask, or
+        by parameters that are frozen and stay in effect. Sizes of what the optimizer trains need no word."""
+
 
 class Method(Strict, ABC):
     """A rank-adaptive or other fine-tuning method: nothing but its validated hyperparameters.
@@ -90,13 +113,21 @@ class Method(Strict, ABC):
     """
 
     version: ClassVar[int] = 1  # raise it when the method's results change, so that its runs are made again
-    data_rule: ClassVar[Literal["all", "halves"]] = "all"  # which streams it draws from
+    data_rule: ClassVar[Literal["all", "halves"]] = "all"  # "halves": it draws from "lower" and "upper" as well
     capabilities: ClassVar[tuple[str, ...]] = ()  # words for `list`: "linear", "conv2d", "rank-adaptive"
     search_space: ClassVar[SearchSpace] = {"learning_rate": Range(1e-5, 1e-2, log=True)}  # of `--tune`
+    traces: ClassVar[tuple[Trace, ...]] = ()  # what its `after_step` gives the history, and how it is drawn
     identity_at_start: ClassVar[bool] = True  # the adapted model computes what the backbone computes, before training
 
     learning_rate: float = Field(gt=0, description="peak learning rate")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, on matrices only")
+
+    @property
+    def upper_share(self) -> float:
+        """Share of the training rows that the upper stream gets, between 0 and 1; the lower stream gets the others.
+
+        A bilevel method that holds out another share than half overrides it, with a number or a hyperparameter."""
+        return 0.5
 
     def resolve(self, backbone: Backbone, finished: FinishedRun) -> Method:
         """The method with everything written out that depends on the backbone or on an earlier run, so that the run's
@@ -108,6 +139,13 @@ class Method(Strict, ABC):
     def details(cls) -> list[str]:
         """What `list NAME` says below the parameters, a line each."""
         return []
+
+    @classmethod
+    def singular_values(cls, folder: Path) -> Mapping[str, np.ndarray]:
+        """Of what `Adaptation.export` wrote into `folder`: the singular values of each layer's update, (rank,), largest
+        first, by the layer's name; {} where there are none to be had, as of a damaged export. NumPy alone: the report
+        asks for them."""
+        return {}
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """Why the method cannot work on this backbone (the cell is then reported with that reason), or None.
@@ -135,10 +173,13 @@ class Method(Strict, ABC):
 class Adaptation:
     """The state of one run of a method: model, optimizer and whatever the method keeps.
 
-    Each update of the loop runs, in this order: before_forward, forward and backward of a batch of `stream`,
-    penalty, before_step, gradient clipping, the optimizer's step, after_step, zeroing of gradients. The learning
-    rate is `initial_lr` times the schedule's factor in every parameter group at every step, so groups may be
-    added, sliced and replaced.
+    Before the first update the loop calls `prepare`, once. Each update then runs, in this order: before_forward,
+    forward and backward of a batch of `stream` within `for_batch`, penalty, before_step, gradient clipping, the
+    optimizer's step, after_step, zeroing of gradients. The learning rate is `initial_lr` times the schedule's factor in
+    every parameter group at every step, so groups may be added, sliced and replaced, and keep their ratios.
+
+    Sizes may change in every hook. The loop counts them: after `start` and `prepare`, where an update changed the size
+    of what the optimizer trains, where the method called `Step.resized`, every ten updates, and after `finish`.
     """
 
     stream: Stream = "all"
@@ -147,12 +188,20 @@ class Adaptation:
         self.model = model
         self.optimizer = optimizer
         self.head = backbone.head
-        self._adapter_initial = self._adapter_peak = self.adapter_numbers()
-        self._others = sum(
-            p.numel()
-            for name, p in model.named_parameters()
-            if ".original_module." not in name and (not p.requires_grad or in_modules(name, self.head))
-        )
+
+    def prepare(self, step: Step) -> None:
+        """Before the first update: a start that is taken from the data (initial values, ranks, layers to adapt).
+
+        What it needs it reads with `harness.passes`: gradients of the backbone's weights, inputs of its layers. Every
+        batch counts; the last one of the budget is kept for training, so that asking for it raises RuntimeError.
+        The optimizer has no state yet: it may be replaced, or its parameter groups. Afterwards the loop clears the
+        gradients and begins the learning-rate schedule, over what is left of the budget.
+
+        A resumed run does not prepare again. So where sizes or groups change here, `load_state_dict` has to build them
+        from the state before it calls its parent, which restores the values; frozen weights that change here belong to
+        `state_dict`. A checkpoint keeps values and not their order in memory: make new parameters contiguous (a factor
+        of an SVD is not), since sums of floats depend on it.
+        """
 
     def penalty(self) -> Tensor | None:
         """A regulariser that is added to the training loss, and never to an evaluation."""
@@ -161,71 +210,66 @@ class Adaptation:
     def before_forward(self, step: Step) -> None:
         """Before a batch is drawn and put through the model."""
 
+    def for_batch(self, step: Step) -> AbstractContextManager[None] | None:
+        """For `with`, around forward and backward of the update's batch, all its micro batches at once: a scale or a
+        mask that this batch alone sees. Afterwards the model is what it was, bit for bit. Evaluations, and batches that
+        a hook puts through the model, run without. Draw random choices from `step.rng`."""
+        return None
+
     def before_step(self, step: Step) -> None:
         """Gradients are there and not yet clipped: replace them here."""
 
     def after_step(self, step: Step) -> dict[str, Any]:
         """After the optimizer's step, gradients still there: rank allocation, Frank-Wolfe, truncation.
 
-        Returns values for the run's history: numbers, lists of them, or tensors without or with one dimension (which
-        are fetched later, without a wait, as a number or a list).
+        Returns values for the run's history, which `Method.traces` declares: numbers, lists of them, or tensors without
+        or with one dimension (which are fetched later, without a wait, as a number or a list).
         """
         return {}
 
     def finish(self, step: Step) -> None:
-        """After the last update, before the evaluation."""
+        """After the last update, before the evaluation: for methods that cut, merge or round what was trained."""
 
     def ranks(self) -> dict[str, int]:
         """Live rank of each adapted layer, by the layer's name in the backbone; {} where there is no rank."""
         return {}
 
-    def adapter_numbers(self) -> int:
-        """Numbers of the adapter in effect now, the head left out."""
-        return sum(
-            p.numel()
-            for name, p in self.model.named_parameters()
-            if p.requires_grad and not in_modules(name, self.head)
-        )
+    def adapter_parameters(self) -> int:
+        """Parameters of the adapter in effect now, the head left out. By default those that train."""
+        return sum(p.numel() for name, p in _trained(self.model) if not in_modules(name, self.head))
+
+    def head_parameters(self) -> int:
+        """Parameters of the task's head."""
+        return sum(p.numel() for name, p in _trained(self.model) if in_modules(name, self.head))
+
+    def other_parameters(self) -> int:
+        """Parameters of the deployed model beside the adapter, the head's included. Asked once, after `start`."""
+        own = ((name, p) for name, p in self.model.named_parameters() if ".original_module." not in name)
+        return sum(p.numel() for name, p in own if not p.requires_grad or in_modules(name, self.head))
+
+    def stored_bytes(self) -> int:
+        """Bytes to keep of the run beside the shared backbone: those of adapter and head."""
+        itemsize = max((p.element_size() for p in self.model.parameters()), default=4)
+        return (self.adapter_parameters() + self.head_parameters()) * itemsize
 
     def at_rank(self, rank: int) -> AbstractContextManager[None] | None:
         """For `with`: every layer's update cut to its `rank` most important components, of fewer to what it has, and
         afterwards as it was, bit for bit. None where the method has no such cut."""
         return None
 
-    def parameters_without_optimizer(self) -> tuple[str, ...]:
-        """Names of the model's parameters that the method changes itself, not through the optimizer."""
-        return ()
-
-    def parameter_count(self) -> ParameterCount:
-        """Counts so far. Call it whenever the size changes: the peak is the largest size seen by it."""
-        final = self.adapter_numbers()
-        self._adapter_peak = max(self._adapter_peak, final)
-        head = [p for name, p in self.model.named_parameters() if p.requires_grad and in_modules(name, self.head)]
-        num_head = sum(p.numel() for p in head)
-        itemsize = max((p.element_size() for p in self.model.parameters()), default=4)
-        return ParameterCount(
-            adapter_initial=self._adapter_initial,
-            adapter_peak=self._adapter_peak,
-            adapter_final=final,
-            head=num_head,
-            total=self._others + final,
-            stored_bytes=(final + num_head) * itemsize,
-        )
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that an exact resume needs, as nested dicts and lists of tensors and JSON values: trained
         parameters, buffers, optimizer, and what a subclass adds."""
-        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         return {
-            "trained": trained,
+            "trained": {name: p.detach() for name, p in _trained(self.model)},
             "buffers": dict(self.model.named_buffers()),
             "optimizer": self.optimizer.state_dict(),
-            "adapter_peak": self._adapter_peak,
             "stream": self.stream,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave, on an adaptation that was started from the same spec."""
+        """Restore what `state_dict` gave, on an adaptation that was started from the same spec. A method whose sizes
+        change brings them to the saved ones first. Raises ValueError where a shape is another."""
         import torch
 
         with torch.no_grad():
@@ -234,15 +278,19 @@ class Adaptation:
                 (state["buffers"], dict(self.model.named_buffers())),
             ):
                 for name, value in source.items():
+                    if own[name].shape != value.shape:  # which `copy_` might broadcast
+                        raise ValueError(f"'{name}' is {tuple(own[name].shape)}, and was saved as {tuple(value.shape)}")
                     own[name].copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
-        self._adapter_peak = state["adapter_peak"]
         self.stream = state["stream"]
 
     def export(self, path: Path) -> None:
-        """Write what was trained into the folder `path`, as a stock PEFT adapter where the update is low-rank;
-        here, for the other methods: the trained numbers under their names, `trained.safetensors`. Raises OSError where
-        the folder cannot be written or the disk is full."""
+        """Write what was trained into the folder `path`, as a stock PEFT adapter where the update is low-rank; here,
+        for the other methods: the trained parameters under their names, `trained.safetensors`. Raises OSError where the
+        folder cannot be written or the disk is full."""
         path.mkdir(parents=True, exist_ok=True)
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        save_tensors(trained, path / "trained.safetensors")
+        save_tensors(dict(_trained(self.model)), path / "trained.safetensors")
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)

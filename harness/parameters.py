@@ -168,11 +168,19 @@ def _one_line(first: ErrorDetails, owner: str) -> str:
 
 
 class ParameterCount(Strict):
-    """How many numbers a run trains and keeps. The head (new for the task) is never part of the adapter."""
+    """How many parameters a run trains and keeps. The head (new for the task) is never part of the adapter."""
 
-    adapter_initial: int = Field(ge=0, description="adapter numbers at the start")
-    adapter_peak: int = Field(ge=0, description="most adapter numbers at any step")
-    adapter_final: int = Field(ge=0, description="adapter numbers in effect after training: the tables' default")
-    head: int = Field(ge=0, description="numbers of the task's head, trained by every method")
-    total: int = Field(ge=0, description="all numbers of the deployed model: backbone, head and adapter")
+    adapter_initial: int = Field(ge=0, description="adapter parameters at the start")
+    adapter_peak: int = Field(ge=0, description="most adapter parameters at any time")
+    adapter_final: int = Field(ge=0, description="adapter parameters in effect after training: the tables' default")
+    head: int = Field(ge=0, description="parameters of the task's head, trained by every method")
+    total: int = Field(ge=0, description="all parameters of the deployed model: backbone, head and adapter")
     stored_bytes: int = Field(ge=0, description="bytes to keep for this run beside the shared backbone")
+
+
+class Size(NamedTuple):
+    """How large an adapter was from a batch on."""
+
+    batches: int  # of the budget, used until then
+    adapter_parameters: int
+    rank: int | None  # live rank of all layers together; None where there is no rank

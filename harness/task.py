@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from harness.errors import Diverged, InputError
+from harness.metric import ACCURACY, Metric, declared
 from harness.parameters import Strict
 
 if TYPE_CHECKING:
@@ -88,18 +89,32 @@ class Task(Strict, ABC):
     members: ClassVar[tuple[str, ...]] = ()
     default_model: ClassVar[str | None] = None  # None: the task builds its own model and takes no --model
     capabilities: ClassVar[tuple[str, ...]] = ()  # words for `list`: "text", "image", "regression"
-    higher_is_better: ClassVar[bool] = True  # of the headline metric; False for a loss
+    measures: ClassVar[tuple[Metric, ...]] = ()  # its metrics, beside the common ones of harness.metric
     stratified: ClassVar[bool] = False  # whether the holdout has each class in its proportion
 
     @property
-    @abstractmethod
     def headline(self) -> str:
-        """The metric that is the run's score; see `higher_is_better`."""
+        """The metric that is the run's score; here: the first of `measures`."""
+        if not self.measures:
+            raise TypeError(f"{type(self).__name__} declares no metric: it needs `measures` or its own `headline`")
+        return self.measures[0].name
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """The metrics of a split, the headline first: what is said of a task before its runs."""
+        """The metrics of a split, the headline first."""
         return (self.headline,)
+
+    @property
+    def higher_is_better(self) -> bool:
+        """The sense of the headline, as its metric has it."""
+        metric = declared(self.headline, self.measures)
+        return metric is None or metric.higher_is_better
+
+    @property
+    def reported(self) -> tuple[Metric, ...]:
+        """The metrics of `metric_names`, of those that are declared."""
+        found = (declared(name, self.measures) for name in self.metric_names)
+        return tuple(metric for metric in found if metric is not None)
 
     def references(self, examples: Examples) -> dict[str, int] | tuple[float, float] | None:
         """What is said of a split's references, and checked: rows by class, in the order of the classes, 0 for one that
@@ -197,9 +212,10 @@ class Task(Strict, ABC):
         run it is compared with what it says of the row alone. None where rows of a batch are all of one size."""
         return None
 
-    @abstractmethod
     def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        """Every metric of one split, of what `predict` and `gold` give; `headline` among them."""
+        """Every metric of one split, of what `predict` and `gold` give; `headline` among them. Here: the values of
+        those that are declared."""
+        return {metric.name: float(metric.value(predictions, references)) for metric in self.reported}
 
     def artifacts(self, model: nn.Module, source: str | None, folder: Path) -> None:
         """Write what is worth a look (pictures, generated text) into `folder`, which is made by whoever writes.
@@ -212,6 +228,8 @@ class Task(Strict, ABC):
 
 class Classification(Task):
     """Abstract base of tasks whose model returns `logits`: cross-entropy, the most probable class, accuracy."""
+
+    measures: ClassVar[tuple[Metric, ...]] = (ACCURACY,)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -227,10 +245,6 @@ class Classification(Task):
         counts = np.bincount(labels, minlength=len(self.class_names)).tolist()
         return dict(zip(self.class_names or map(str, range(len(counts))), counts, strict=False))
 
-    @property
-    def headline(self) -> str:
-        return "accuracy"
-
     def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
         from torch.nn.functional import cross_entropy
 
@@ -241,6 +255,3 @@ class Classification(Task):
         if not logits.isfinite().all():  # argmax would make a class of it
             raise Diverged("a prediction is not finite")
         return logits.argmax(-1)
-
-    def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        return {"accuracy": float((predictions == references).mean())}

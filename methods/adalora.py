@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import Adaptation, Backbone, Method, Step, TrainData
+from harness.method import RANK, RANKS, Adaptation, Backbone, Method, Step, Trace, TrainData
 from harness.optimizer import adamw
 from methods.shared.peft_model import peft_model
 from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -36,6 +37,7 @@ class AdaLora(Method):
     """
 
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
+    traces: ClassVar[tuple[Trace, ...]] = (RANK, RANKS)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     init_rank: int = Field(
@@ -80,6 +82,13 @@ class AdaLora(Method):
                     f"{name} = {value:g} should be a share of the updates below 1, or a whole number of them"
                 )
         return self
+
+    @classmethod
+    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
+        """See `Method.singular_values`."""
+        from methods.shared.spectrum import spectrum
+
+        return spectrum(folder)
 
     def schedule(self, updates: int) -> tuple[int, int, int]:
         """(tinit, tfinal, deltaT) in updates, for a run of `updates`. Raises InputError where they do not fit in."""
@@ -156,6 +165,7 @@ class AdaLoraAdaptation(Adaptation):
         targets: tuple[str, ...],
         orthogonality: float,
     ) -> None:
+        super().__init__(model, optimizer, backbone)
         tuner: Any = model.base_model
         self.tuner = tuner
         self.config = tuner.peft_config[ADAPTER]
@@ -163,8 +173,6 @@ class AdaLoraAdaptation(Adaptation):
         self.orthogonality = orthogonality
         for layer in self.layers.values():
             layer.ranknum[ADAPTER].requires_grad_(False)  # which PEFT forgets on the meta device
-        super().__init__(model, optimizer, backbone)
-        self._others -= len(self.layers)  # their ranknum, init_rank kept as a parameter, is no part of the model
 
     def penalty(self) -> Tensor | None:
         """See `Adaptation.penalty`. Equation 4, averaged over the factors as PEFT does."""
@@ -184,6 +192,7 @@ class AdaLoraAdaptation(Adaptation):
         self.tuner.update_and_allocate(step.index + 1)
         if self.config.rank_pattern is before:
             return {}
+        step.resized()
         ranks = list(self.ranks().values())
         return {"rank": sum(ranks), "ranks": ranks}
 
@@ -198,12 +207,16 @@ class AdaLoraAdaptation(Adaptation):
 
         return swapped({E: largest(E, rank) for E in (layer.lora_E[ADAPTER] for layer in self.layers.values())})
 
-    def adapter_numbers(self) -> int:
-        """Numbers of the triplets that are left: outputs + inputs + 1 each."""
+    def adapter_parameters(self) -> int:
+        """Parameters of the triplets that are left: outputs + inputs + 1 each."""
         sizes = {
             name: len(layer.lora_B[ADAPTER]) + layer.lora_A[ADAPTER].shape[1] for name, layer in self.layers.items()
         }
         return sum(rank * (sizes[name] + 1) for name, rank in self.ranks().items())
+
+    def other_parameters(self) -> int:
+        """See `Adaptation.other_parameters`. A layer's ranknum, a parameter for PEFT, is no part of the model."""
+        return super().other_parameters() - len(self.layers)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Adaptation.state_dict`."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Head(Method):
-    """The task's head alone on a frozen backbone: the floor (0 adapter numbers)."""
+    """The task's head alone on a frozen backbone: the floor (0 adapter parameters)."""
 
     version = 2
     capabilities = ("any layer",)

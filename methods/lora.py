@@ -13,12 +13,12 @@ from pydantic import Field, field_validator, model_validator
 from harness.errors import InputError, unknown
 from harness.method import Adaptation, Backbone, FinishedRun, Method, TrainData
 from harness.optimizer import adamw
-from harness.parameters import ParameterCount
 from harness.storage import os_errors
 from methods.shared.peft_model import lora_model, shuffled, unfit
 from methods.shared.peft_names import ADAPTER, PREFIX
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -86,7 +86,7 @@ class Lora(Method):
         False, description="permute the ranks among layers of the same shape, drawn from the run's seed"
     )
     parameters: int | None = Field(
-        None, ge=1, description="adapter numbers: take the rank for all layers that comes nearest"
+        None, ge=1, description="adapter parameters: take the rank for all layers that comes nearest"
     )
     target_modules: tuple[str, ...] | None = Field(None, min_length=1, description="ends of layer names; all if unset")
 
@@ -119,6 +119,13 @@ class Lora(Method):
         if self.dora and self.changes_backbone:
             raise ValueError(f"dora = true cannot be combined with init = {self.init}: give one of them")
         return self
+
+    @classmethod
+    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
+        """See `Method.singular_values`."""
+        from methods.shared.spectrum import spectrum
+
+        return spectrum(folder)
 
     @property
     def changes_backbone(self) -> bool:
@@ -202,8 +209,8 @@ class Lora(Method):
         return LoraAdaptation(model, optimizer, backbone, tuple(ranks), self.changes_backbone)
 
     def _nearest_rank(self, backbone: Backbone, targets: tuple[str, ...], parameters: int) -> int:
-        """The rank whose adapter has nearest to `parameters` numbers, the smaller of two, among those that every layer
-        can have."""
+        """The rank whose adapter has nearest to so many `parameters`, the smaller of two, among those that every
+        layer can have."""
         shapes = [backbone.shape(layer) for layer in targets]
         fixed = sum(outputs for outputs, _ in shapes) if self.dora else 0
         each = sum(map(sum, shapes))
@@ -227,13 +234,13 @@ class LoraAdaptation(Adaptation):
     ) -> None:
         from peft.tuners.lora import LoraLayer
 
+        super().__init__(model, optimizer, backbone)
         self.targets = targets
         self.layers: dict[str, Any] = {
             name.removeprefix(PREFIX): layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
         }
         # What the init took out of the layers' weights, as `scaled_pairs` gives it.
         self.taken = {name: (B, A.clone()) for name, (B, A) in self.scaled_pairs().items() if changes_backbone}
-        super().__init__(model, optimizer, backbone)
 
     def ranks(self) -> dict[str, int]:
         """See `Adaptation.ranks`."""
@@ -251,11 +258,10 @@ class LoraAdaptation(Adaptation):
         cut = {pair: best_approximation(*pair, rank) for pair in pairs}
         return swapped({own: value for pair in cut for own, value in zip(pair, cut[pair], strict=True)})
 
-    def parameter_count(self) -> ParameterCount:
-        """See `Adaptation.parameter_count`; what was taken out of the frozen weights is stored as well."""
-        count = super().parameter_count()
-        more = sum(factor.numel() * factor.element_size() for pair in self.taken.values() for factor in pair)
-        return count.model_copy(update={"stored_bytes": count.stored_bytes + more})
+    def stored_bytes(self) -> int:
+        """See `Adaptation.stored_bytes`; what was taken out of the frozen weights is stored as well."""
+        taken = sum(factor.numel() * factor.element_size() for pair in self.taken.values() for factor in pair)
+        return super().stored_bytes() + taken
 
     def state_dict(self) -> dict[str, Any]:
         """See `Adaptation.state_dict`. Frozen weights that the init changed are in it: an SVD need not give the same

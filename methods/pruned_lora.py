@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import Adaptation, Backbone, Method, Step, TrainData
+from harness.method import RANK, Adaptation, Backbone, Method, Step, Trace, TrainData
 from harness.optimizer import adamw
 from methods.lora import LoraAdaptation
 from methods.shared.peft_model import lora_model, unfit
 from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -40,6 +41,8 @@ class PrunedLora(Method):
 
     data_rule: ClassVar[Literal["all", "halves"]] = "halves"
     capabilities = ("linear", "conv2d", "rank-adaptive")
+
+    traces: ClassVar[tuple[Trace, ...]] = (RANK,)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     weight_decay: float = Field(1e-3, ge=0, description="AdamW's decoupled weight decay, on matrices only")
@@ -72,6 +75,13 @@ class PrunedLora(Method):
         if self.components is not None and self.keep is not None:
             raise ValueError(f"components = {self.components} and keep = {self.keep:g} are both set; give one of them")
         return self
+
+    @classmethod
+    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
+        """See `Method.singular_values`."""
+        from methods.shared.spectrum import spectrum
+
+        return spectrum(folder)
 
     def num_kept(self, num_layers: int) -> int:
         """Components that stay of the rank * num_layers, at least 1."""
@@ -139,12 +149,17 @@ class PrunedLoraAdaptation(LoraAdaptation):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Adaptation.state_dict`."""
-        return super().state_dict() | {"pruned": self.pruned, "ranks": list(self.ranks().values())}
+        from methods.shared.optimizer_state import shapes
+
+        return super().state_dict() | {"pruned": self.pruned, "shapes": shapes(self.optimizer)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Adaptation.load_state_dict`. The layers are cut down to the saved ranks first."""
+        from methods.shared.optimizer_state import match_shapes
+
+        match_shapes(self.optimizer, state["shapes"])
         if state["pruned"]:
-            self._cut([list(range(rank)) for rank in state["ranks"]])
+            self._go_on_pruned()
         super().load_state_dict(state)
 
     def export(self, path: Path) -> None:
@@ -164,26 +179,21 @@ class PrunedLoraAdaptation(LoraAdaptation):
 
     def _keep(self, kept: Tensor) -> None:
         """Remove all other components; `kept` are positions among those of all layers in turn."""
-        rank = self.method.rank
-        by_layer: list[list[int]] = [[] for _ in self.targets]
-        for position in sorted(kept.tolist()):
-            by_layer[position // rank].append(position % rank)
-        self._cut(by_layer)
-
-    def _cut(self, kept: list[list[int]]) -> None:
-        """Cut every layer, and its optimizer state, down to these of its components."""
         import torch
 
-        from methods.debora.optimizer import keep_optimizer_columns
+        from methods.shared.optimizer_state import keep
 
-        self.pruned, self.stream = True, "all"
-        for name, components in zip(self.targets, kept, strict=True):
-            layer = self.layers[name]
-            if len(components) < self.method.rank:  # a layer that is whole keeps its memory layout
+        rank = self.method.rank
+        for number, name in enumerate(self.targets):
+            layer, own = self.layers[name], sorted(kept[kept // rank == number].tolist())
+            if len(own) < rank:
                 for weight, dim in ((layer.lora_A[ADAPTER].weight, 0), (layer.lora_B[ADAPTER].weight, 1)):
-                    own = torch.tensor(components, dtype=torch.int64, device=weight.device)
-                    keep_optimizer_columns(self.optimizer, weight, own, dim)
-                    weight.grad = None
-                    weight.data = weight.data.index_select(dim, own)
-            if not components:
-                layer.enable_adapters(False)  # its forward is then the base layer's alone
+                    keep(weight, torch.tensor(own, dtype=torch.int64, device=weight.device) % rank, dim, self.optimizer)
+        self._go_on_pruned()
+
+    def _go_on_pruned(self) -> None:
+        """Draw from all rows, and leave layers without components to their base layers."""
+        self.pruned, self.stream = True, "all"
+        for name, rank in self.ranks().items():
+            if rank == 0:
+                self.layers[name].enable_adapters(False)

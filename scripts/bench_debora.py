@@ -35,8 +35,8 @@ from transformers import AutoModel
 
 from harness.method import Backbone
 from methods.debora.adaptation import DeboraAdaptation
-from methods.debora.math import frank_wolfe
 from methods.debora.method import Debora
+from methods.debora.upper_level import upper_gradient
 
 BATCH, TOKENS, WIDTH, RANK = 16, 64, 384, 8
 PATTERNS = {"even": (2, 3, 2, 3, 2), "uneven": (0, 8, 1, 3, 0)}  # over the layers in turn: a mean rank of 2.4
@@ -129,9 +129,9 @@ class DeboraSide:
         self.adaptation: DeboraAdaptation = adaptation
         self.step: Any = Loss(self.adaptation.model)
         ranks = [pattern[i % len(pattern)] for i in range(len(names))]
-        emptied = [component >= rank for rank in ranks for component in range(RANK)]
-        if any(emptied):
-            self.adaptation._truncate(emptied)
+        self.adaptation.cut(
+            self.adaptation.search.drop([component >= rank for rank in ranks for component in range(RANK)])
+        )
 
     def lower(self) -> None:
         """An update of the factors."""
@@ -142,15 +142,12 @@ class DeboraSide:
 
     def upper(self) -> None:
         """An update of s: hypergradient, Frank-Wolfe step, and all that follows it."""
-        self.adaptation.stream = "lower"
         self.adaptation.after_step(self.step)
 
     def frank_wolfe(self) -> None:
-        """The Frank-Wolfe part of `upper` alone."""
-        run, method = self.adaptation, self.adaptation.method
-        gradient = torch.randn_like(run.weights[:, 1:])
-        direction = frank_wolfe.choose_direction(run.weights, gradient, run._alive(), method.tau)
-        run._write_s(frank_wolfe.take_step(run.weights, direction, 0.1, method.p).weights)
+        """The search's part of `upper` alone."""
+        search = self.adaptation.search
+        search.step(torch.randn_like(search.s))
 
 
 class PeakMemory(TorchDispatchMode):
@@ -196,7 +193,8 @@ def implicit_against_closed_form(geometry: str) -> str:
         for _ in range(3):
             side.lower()
         started = time.perf_counter()
-        values[kind] = side.adaptation._hypergradient(side.step).value
+        run, layers = side.adaptation, list(side.adaptation.layers.values())
+        values[kind] = upper_gradient(run.hypergradient, layers, side.step, run.data, run.optimizer).value
         seconds[kind] = time.perf_counter() - started
     cosine = nn.functional.cosine_similarity(values["implicit"], values["closed_form"], dim=0)
     ratio = seconds["implicit"] / seconds["closed_form"]

@@ -82,7 +82,7 @@ def measure(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, floa
 def line(method: str, reference: Training, options: argparse.Namespace) -> str:
     """The method's line."""
     ours, bare = sides_of(method, options)
-    count = ours.adaptation.parameter_count()
+    count = ours.sizes.parameters()
     reference.data.drawn = dict.fromkeys(reference.data.drawn, 0)
     updates = options.updates
     sides: dict[str, Callable[[], Any]] = {
@@ -116,7 +116,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     print(f"{options.task}, batch {options.batch_size}, {options.threads} thread(s), medians of {options.repeats}")
-    print(f"{'':42s}{'ms':>9s}{'x LoRA':>9s}{'x bare':>9s}{'peak MB':>10s}{'numbers':>13s}")
+    print(f"{'':42s}{'ms':>9s}{'x LoRA':>9s}{'x bare':>9s}{'peak MB':>10s}{'parameters':>13s}")
     _, reference = sides_of(REFERENCE, options)
     for name in options.methods or registry.registered(registry.METHODS):
         method = SETTINGS.get(name, name)

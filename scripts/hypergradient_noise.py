@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from tabulate import tabulate
@@ -25,32 +26,34 @@ from tabulate import tabulate
 from harness.cli import main
 from harness.method import Step, TrainData
 from methods.debora import adaptation
-from methods.debora.method import Debora
 from methods.debora.tuner.layer import DeboraLayer
-from methods.debora.upper_level import UpperGradient, upper_gradient
+from methods.debora.upper_level import HypergradientRule, UpperGradient, upper_gradient
 from methods.shared.peft_names import ADAPTER
 
 AT = (5, 10, 20, 30, 40)  # upper-level steps
 BATCHES = 48
 rows: list[list[Any]] = []
-counted = 0
+counted: WeakKeyDictionary[torch.optim.Optimizer, int] = WeakKeyDictionary()  # upper-level steps of a run, by its own
 
 
 def watched(
-    method: Debora, layers: Sequence[DeboraLayer], step: Step, data: TrainData, optimizer: torch.optim.Optimizer
+    rule: HypergradientRule,
+    layers: Sequence[DeboraLayer],
+    step: Step,
+    data: TrainData,
+    optimizer: torch.optim.Optimizer,
 ) -> UpperGradient:
     """`upper_gradient`, with a look at what other batches say. Batches, budget and random numbers are put back."""
-    global counted
-    counted = 1 if step.index < method.lower_updates(step.budget) else counted + 1
-    if counted in AT:
+    count = counted[optimizer] = counted.get(optimizer, 0) + 1
+    if count in AT:
         training: Any = step
         drawn, used, random = training.data.drawn["upper"], training.used, torch.get_rng_state()
         training.used = -(10**6)  # nobody counts these
-        values = [upper_gradient(method, layers, step, data, optimizer).value for _ in range(BATCHES)]
+        values = [upper_gradient(rule, layers, step, data, optimizer).value for _ in range(BATCHES)]
         training.data.drawn["upper"], training.used = drawn, used
         torch.set_rng_state(random)
-        rows.append([counted, *measured(torch.stack(values).double().split([layer.r[ADAPTER] for layer in layers], 1))])
-    return upper_gradient(method, layers, step, data, optimizer)
+        rows.append([count, *measured(torch.stack(values).double().split([layer.r[ADAPTER] for layer in layers], 1))])
+    return upper_gradient(rule, layers, step, data, optimizer)
 
 
 def measured(by_layer: tuple[torch.Tensor, ...]) -> tuple[int, float, float, float]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from harness.errors import Diverged, InputError
+from harness.metric import Metric, mean_of
 from harness.splits import fingerprint_of
 from harness.task import Batch, Examples, Task
 from tasks import own, pretrained
@@ -32,6 +33,33 @@ IGNORED = -100  # label of a token that has no loss
 LARGEST_LOG = 80.0  # perplexities above e^80 are given as that
 
 
+def _each(score: Callable[[str, str], float]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """(predictions, references) -> (rows,) scores of an answer and the true one."""
+
+    def of_rows(predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        pairs = zip(_texts(predictions), _texts(references), strict=True)
+        return np.array([score(guess, truth) for guess, truth in pairs])
+
+    return of_rows
+
+
+def _perplexity(predictions: np.ndarray, references: np.ndarray) -> float:
+    import numpy as np
+
+    nats = float(predictions[:, 0].sum(dtype=np.float64) / predictions[:, 1].sum(dtype=np.float64))
+    return math.exp(min(nats, LARGEST_LOG))
+
+
+MEASURES = (
+    mean_of("rougeL", _each(lambda guess, truth: rouge(guess, truth, longest=True))),
+    mean_of("rouge1", _each(lambda guess, truth: rouge(guess, truth, longest=False))),
+    mean_of("exact_match", _each(lambda guess, truth: guess.strip() == truth.strip()), right_or_wrong=True),
+    Metric("perplexity", _perplexity, higher_is_better=False),
+)
+
+
 class Generation(Task, own.TableFile):
     """Prompts and responses for a causal language model, called as generation:PATH (or a Hub dataset's id).
 
@@ -45,6 +73,7 @@ class Generation(Task, own.TableFile):
     version: ClassVar[int] = 2
     default_model: ClassVar[str | None] = "HuggingFaceTB/SmolLM2-135M"
     capabilities: ClassVar[tuple[str, ...]] = ("text", "generation", "own data")
+    measures: ClassVar[tuple[Metric, ...]] = MEASURES
 
     path: str = Field("", description="set by the task's name, generation:PATH")
     prompt: str = Field("prompt", description="column of the prompts")
@@ -66,6 +95,10 @@ class Generation(Task, own.TableFile):
     @property
     def headline(self) -> str:
         return self.metric
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([self.metric, *(metric.name for metric in self.measures)]))
 
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
         columns = [self.prompt, self.response]
@@ -196,19 +229,6 @@ class Generation(Task, own.TableFile):
             model, _tokenizer_of(model), batch, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
         )
         return torch.cat([(sums / counts)[:, None], found.logits[0].float()], dim=1)
-
-    def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        import numpy as np
-
-        pairs = list(zip(_texts(predictions), _texts(references), strict=True))
-        found = {
-            "rougeL": float(np.mean([rouge(guess, truth, longest=True) for guess, truth in pairs])),
-            "rouge1": float(np.mean([rouge(guess, truth, longest=False) for guess, truth in pairs])),
-            "exact_match": float(np.mean([guess.strip() == truth.strip() for guess, truth in pairs])),
-        }
-        nats = float(predictions[:, 0].sum(dtype=np.float64) / predictions[:, 1].sum(dtype=np.float64))
-        score = found.pop(self.metric)
-        return {self.metric: score, **found, "perplexity": math.exp(min(nats, LARGEST_LOG))}
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Diverged, unknown
+from harness.metric import METRICS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,8 +18,8 @@ def scores(names: Sequence[str], predictions: np.ndarray, references: np.ndarray
     """The metrics `names` of predictions against references, both (rows,).
 
     accuracy; f1 (of class 1; 0 where class 1 is neither predicted nor there); macro_f1 (mean of every class's f1);
-    matthews_correlation; pearson; spearmanr; r2 (1 - squared error over variance). A correlation with something
-    constant is not defined and counts as 0; so does r2 where the references are constant and not met.
+    matthews_correlation; pearson; spearmanr; r2 (1 - squared error over variance): see `harness.metric`. A correlation
+    with something constant is not defined and counts as 0; so does r2 where the references are constant and not met.
 
     Raises InputError for an unknown name, ValueError for unequal lengths, Diverged for predictions that are not
     finite.
@@ -60,67 +60,6 @@ def _metric_class() -> Callable[..., Any]:
 
         def _compute(self, predictions: Any, references: Any, names: tuple[str, ...]) -> dict[str, float]:
             predicted, actual = np.asarray(predictions), np.asarray(references)
-            return {name: float(METRICS[name](predicted, actual)) for name in names}
+            return {name: float(METRICS[name].value(predicted, actual)) for name in names}
 
     return Scores
-
-
-def _accuracy(predicted: np.ndarray, actual: np.ndarray) -> float:
-    from sklearn.metrics import accuracy_score
-
-    return accuracy_score(actual, predicted)
-
-
-def _f1(predicted: np.ndarray, actual: np.ndarray) -> float:
-    from sklearn.metrics import f1_score
-
-    return f1_score(actual, predicted, zero_division=0)
-
-
-def _macro_f1(predicted: np.ndarray, actual: np.ndarray) -> float:
-    from sklearn.metrics import f1_score
-
-    return f1_score(actual, predicted, average="macro", zero_division=0)
-
-
-def _r2(predicted: np.ndarray, actual: np.ndarray) -> float:
-    from sklearn.metrics import r2_score
-
-    return r2_score(actual, predicted) if len(actual) > 1 else 0.0
-
-
-def _matthews(predicted: np.ndarray, actual: np.ndarray) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return 0.0 if _either_constant(predicted, actual) else matthews_corrcoef(actual, predicted)
-
-
-def _pearson(predicted: np.ndarray, actual: np.ndarray) -> float:
-    from scipy.stats import NearConstantInputWarning, pearsonr
-
-    if _either_constant(predicted, actual):
-        return 0.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NearConstantInputWarning)  # an untrained model is nearly constant
-        return pearsonr(predicted, actual).statistic
-
-
-def _spearman(predicted: np.ndarray, actual: np.ndarray) -> float:
-    from scipy.stats import spearmanr
-
-    return 0.0 if _either_constant(predicted, actual) else spearmanr(predicted, actual).statistic
-
-
-def _either_constant(predicted: np.ndarray, actual: np.ndarray) -> bool:
-    return bool((predicted == predicted[0]).all() or (actual == actual[0]).all())
-
-
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": _accuracy,
-    "f1": _f1,
-    "macro_f1": _macro_f1,
-    "matthews_correlation": _matthews,
-    "pearson": _pearson,
-    "spearmanr": _spearman,
-    "r2": _r2,
-}

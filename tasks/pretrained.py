@@ -140,7 +140,7 @@ def load_backbone(
     except (OSError, ValueError, TypeError, ImportError, StrictDataclassError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"model '{model}' cannot be loaded as {auto_class}: {reason}", model) from None
-    head, layers = _head_and_layers(module, model)
+    head, layers = head_and_layers(module, model)
     backbone = Backbone(module, head if num_labels is not None else (), layers)
     _check_complete(model, missing | unfit, backbone.head)
     if kept_classes is not None:
@@ -268,7 +268,7 @@ def _fingerprint_of(files: tuple[tuple[Path, int, int], ...]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _head_and_layers(module: nn.Module, model: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def head_and_layers(module: nn.Module, model: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The head: every child beside the base model, and the base model's pooler. The layers: the base model's rest."""
     head = heads.beside_base(module, model)
     prefix = module.base_model_prefix

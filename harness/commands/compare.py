@@ -7,9 +7,10 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.commands.report import chosen, naming_of
+from harness import installed
 from harness.errors import InputError
-from harness.report.garbage import uncollected
+from harness.record.chosen import chosen
+from harness.record.garbage import uncollected
 
 
 def command(results: Path, first: str, second: str, tasks: Sequence[str] | None) -> int:
@@ -24,11 +25,12 @@ def command(results: Path, first: str, second: str, tasks: Sequence[str] | None)
     from harness.report.forms.text import CONSOLE_WIDTH
 
     store, found = chosen(results, None, tasks)
+    naming = installed.naming_of(record.spec.method for record in found.records)
     with uncollected():
-        boards = leaderboards(to_frame(found.records, naming_of(found.records)))
+        boards = leaderboards(to_frame(found.records, naming))
     if not boards:
         raise InputError(f"no records in {store.runs}: run `python -m harness run ...` first")
-    known, failure, read = 0, None, ExampleReader(store)
+    known, failure, read = 0, None, ExampleReader(store, installed.metric_of)
     for board in boards:
         try:
             rows = row_of(board, first), row_of(board, second)

@@ -8,10 +8,10 @@ import stat
 import struct
 from pathlib import Path
 
-from harness import storage
+from harness import installed, storage
 from harness.commands import target
-from harness.commands.report import chosen, naming_of
 from harness.errors import InputError
+from harness.record.chosen import chosen
 from harness.record.record import RunRecord
 from harness.record.store import RecordStore
 from harness.report.redact import HOMES, cut, cut_config, handed_on
@@ -34,7 +34,8 @@ def command(results: Path, run_id: str, to: Path) -> int:
     store, found = chosen(results, None, None)
     record = store.find(run_id)
     names = _files(store, record)
-    boards = leaderboards(to_frame(found.records, naming_of(found.records)))
+    naming = installed.naming_of(each.spec.method for each in found.records)
+    boards = leaderboards(to_frame(found.records, naming))
     card = model_card(record, boards, names)
     with target.made(to) as draft:
         for name in names:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from harness import registry
+from harness import installed
 from harness.commands.tracking import log
-from harness.errors import InputError, unknown
+from harness.errors import InputError
+from harness.record.chosen import chosen
+from harness.record.garbage import uncollected
 from harness.record.record import RunRecord
 from harness.record.store import Found, RecordStore
-from harness.report.garbage import uncollected
 
 FAILED = ("failed", "diverged", "out_of_memory")
 MOST_SHOWN = 1000  # runs of a sweep that ran nothing new whose report is made again, unasked
@@ -49,20 +48,6 @@ def command(
     if wanted.to_mlflow:
         log(store, found.records, wanted.tracking_uri, must=True)
     return 0
-
-
-def chosen(results: Path, methods: Sequence[str] | None, tasks: Sequence[str] | None) -> tuple[RecordStore, Found]:
-    """The store and its records of these methods and tasks (None: all). Raises InputError for names without records."""
-    store = RecordStore.existing(results)
-    with uncollected():
-        records, damaged = store.read_all()
-    if methods and records:
-        _check("method", methods, {record.spec.method for record in records})
-        records = [record for record in records if record.spec.method in methods]
-    if tasks and records:
-        _check("task", tasks, {record.spec.task for record in records} | {r.spec.task.split("/")[0] for r in records})
-        records = [r for r in records if r.spec.task in tasks or r.spec.task.split("/")[0] in tasks]
-    return store, Found(records, damaged)
 
 
 def show_sweep(store: RecordStore, run_ids: Sequence[str], tracking_uri: str | None) -> int:
@@ -103,23 +88,27 @@ def brief(store: RecordStore, statuses: Mapping[str, str]) -> int:
 
 def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wanted) -> None:
     """Print the boards of `shown`; the files are made of `written`. Raises Unwritten where some could not be."""
+    from harness.commands.packages import known_of
     from harness.report.board.frame import to_frame
-    from harness.report.board.leaderboard import sorted_by
+    from harness.report.board.leaderboard import Board, sorted_by
     from harness.report.build import Unwritten, boards_of, build_report
     from harness.report.forms.text import console
     from harness.report.pictures import critical
 
-    naming = naming_of(written.records)
+    naming = installed.naming_of(record.spec.method for record in written.records)
+
+    def made_of(records: list[RunRecord]) -> list[Board]:
+        tells = installed.family_average, installed.metric_of
+        return boards_of(store, to_frame(records, naming), *tells) if records else []
+
     with uncollected():
-        every = boards_of(store, to_frame(written.records, naming), family_average) if written.records else []
-        boards = every
-        if shown is not written.records:
-            boards = boards_of(store, to_frame(shown, naming), family_average) if shown else []
+        every = made_of(written.records)
+        boards = every if shown is written.records else made_of(shown)
     if wanted.sort is not None:
         boards = sorted_by(boards, wanted.sort)
     unwritten = None
     try:
-        paths = build_report(store, written, naming, every, wanted.forms)
+        paths = build_report(store, written, naming, every, wanted.forms, known=known_of(written.records))
     except Unwritten as error:
         paths, unwritten = error.paths, error
     for board in boards:
@@ -137,30 +126,3 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
         print(f"{KINDS.get(path.parent.name, 'page'):<10}{path}")
     if unwritten is not None:
         raise unwritten
-
-
-def naming_of(records: Iterable[RunRecord]) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
-    """What the labels of the records' methods must name, of the methods that are installed."""
-    known = registry.registered(registry.METHODS)
-    found: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-    for name in {record.spec.method for record in records} & known.keys():
-        try:
-            registry.method_class(name)
-        except InputError:  # a plugin that no longer imports: its records are still shown
-            continue
-        found[name] = functools.partial(registry.shown_parameters, name)
-    return found
-
-
-def family_average(family: str, metrics: Mapping[str, Mapping[str, float]]) -> float | None:
-    """The family's own average, see `Task.average`; None where it has none or is not installed."""
-    try:
-        return registry.task_class(family).average(metrics)
-    except InputError:
-        return None
-
-
-def _check(kind: str, given: Sequence[str], present: set[str]) -> None:
-    for name in given:
-        if name not in present:
-            raise unknown(f"{kind} among the records", name, present)

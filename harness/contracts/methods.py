@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from harness.run.run import run_one
 from harness.run.training import Training
 from harness.spec import TrainSpec
 from harness.splits import make_splits
+from harness.trace import OF_THE_LOOP
 
 
 def unchanged_output_at_the_start(subject: Subject) -> None:
@@ -24,6 +26,7 @@ def unchanged_output_at_the_start(subject: Subject) -> None:
     started = start(subject)
     if not started.method.identity_at_start:
         return
+    started.training.prepare()
     rows = range(8)
     batch = started.task.collate(started.training.encoded, rows, None)
     with torch.no_grad():
@@ -33,8 +36,9 @@ def unchanged_output_at_the_start(subject: Subject) -> None:
 
 
 def only_the_intended_parameters_train(subject: Subject) -> None:
-    """Frozen numbers stay bit-equal; the head trains; the optimizer holds what requires a gradient, once."""
+    """Frozen parameters stay bit-equal; the head trains; the optimizer holds what requires a gradient, once."""
     started = start(subject)
+    started.training.prepare()
     model = started.adaptation.model
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     head = {name: p.detach().clone() for name, p in _head(started)}
@@ -44,8 +48,7 @@ def only_the_intended_parameters_train(subject: Subject) -> None:
     assert set(held) == {id(p) for p in model.parameters() if p.requires_grad}
     started.training.run(lambda training: None)
     after = dict(model.named_parameters())
-    own = started.adaptation.parameters_without_optimizer()
-    moved = [name for name, value in frozen.items() if name not in own and not torch.equal(value, after[name])]
+    moved = [name for name, value in frozen.items() if not torch.equal(value, after[name])]
     assert not moved, f"frozen parameters moved: {moved}"
     assert any(not torch.equal(value, after[name]) for name, value in head.items()), "the head did not train"
 
@@ -63,22 +66,58 @@ def loss_falls_on_a_batch_that_can_be_memorised(subject: Subject) -> None:
 def counts_are_right(subject: Subject) -> None:
     """The counts agree with the backbone's size, and with those from the meta device."""
     started = start(subject)
-    count = started.adaptation.parameter_count()
+    count = started.training.sizes.parameters()
     backbone = sum(p.numel() for p in started.before.module.parameters())
     head = sum(p.numel() for _, p in started.before.head_parameters())
     assert count.head == head
     assert count.total in (backbone, backbone + count.adapter_final)
     assert count.adapter_initial == count.adapter_final == count.adapter_peak
-    if count.total == backbone:  # it trains the backbone's own numbers, or none
+    if count.total == backbone:  # it trains the backbone's own parameters, or none
         assert count.adapter_final <= backbone - head
     place = subject.place
     model = place.model or started.task.default_model
     rows = make_splits(started.task, place.data_root, None).train
     assert preview(started.method, started.task.backbone(model, meta=True), TrainSpec(), len(rows)) == count
     started.training.run(lambda training: None)
-    count = started.adaptation.parameter_count()
+    count = started.training.sizes.parameters()
     assert 0 <= count.adapter_final <= count.adapter_peak
     assert count.adapter_initial <= count.adapter_peak
+
+
+def every_size_is_counted(subject: Subject) -> None:
+    """The adapter is never larger than its peak, the trajectory's largest size; its first is the count at the start and
+    its last the one at the end. (A method that masks says `Step.resized` where it grows.)"""
+    started = start(subject)
+    adaptation, sizes = started.adaptation, started.training.sizes
+    seen = [adaptation.adapter_parameters()]
+    started.training.run(lambda training: seen.append(adaptation.adapter_parameters()))
+    count, entered = sizes.parameters(), [size.adapter_parameters for size in sizes.trajectory]
+    assert count.adapter_peak == max(entered) >= max(seen), f"{max(seen)} parameters were counted as {max(entered)}"
+    assert (count.adapter_initial, count.adapter_final) == (entered[0], entered[-1]) == (seen[0], seen[-1])
+    ranks = adaptation.ranks()
+    assert sizes.trajectory[-1].rank == (sum(ranks.values()) if ranks else None)
+    assert all(one[1:] != other[1:] for one, other in itertools.pairwise(sizes.trajectory)), "no change was entered"
+    batches = [size.batches for size in sizes.trajectory]
+    assert batches == sorted(batches)
+    assert batches[0] == 0
+    assert batches[-1] <= subject.batches
+
+
+def what_one_batch_sees_is_undone(subject: Subject) -> None:
+    """After `for_batch`, where a method has it, the model is bit-equal to what it was, and so is what it computes."""
+    started = start(subject)
+    _one_update(started.training)
+    adaptation, before = started.adaptation, _model_state(started)
+    around = adaptation.for_batch(started.training)
+    if around is None:
+        return
+    inputs = started.task.collate(started.training.encoded, range(8), None).inputs
+    with torch.no_grad():
+        expected = adaptation.model.eval()(**inputs).logits
+        with around:
+            adaptation.model(**inputs)
+        assert torch.equal(adaptation.model(**inputs).logits, expected), "what the batch saw is still there"
+    assert _same(before, _model_state(started))
 
 
 def ranks_name_layers_of_the_backbone(subject: Subject) -> None:
@@ -91,12 +130,17 @@ def ranks_name_layers_of_the_backbone(subject: Subject) -> None:
 
 
 def the_budget_is_used_exactly(subject: Subject) -> None:
-    """Every batch that is drawn counts, and the run ends when the budget is used."""
+    """Every batch that is drawn counts, and the run ends when the budget is used. A preparation leaves some of it, and
+    no gradients. A method that says so draws from one stream alone."""
     started = start(subject)
+    started.training.prepare()
+    assert started.training.used < subject.batches
+    assert all(p.grad is None for p in started.adaptation.model.parameters())
     started.training.run(lambda training: None)
     assert started.training.used == subject.batches >= sum(started.training.data.drawn.values())
     assert started.training.index <= started.training.used
     rule = started.method.data_rule
+    assert 0 < started.method.upper_share < 1
     assert rule == "halves" or started.training.data.drawn["lower"] == started.training.data.drawn["upper"] == 0
 
 
@@ -153,6 +197,21 @@ def another_seed_gives_another_run(subject: Subject) -> None:
     assert [row["loss"] for row in first.training.history] != [row["loss"] for row in second.training.history]
 
 
+def the_history_holds_what_is_declared(subject: Subject) -> None:
+    """Beside the loop's own values, rows have those of the method's `traces` alone: for a heat map a number for each
+    layer of `ranks`, for other drawings a number."""
+    started = start(subject)
+    started.training.run(lambda training: None)
+    traces, layers = {trace.name: trace for trace in started.method.traces}, len(started.adaptation.ranks())
+    for row in started.training.history:
+        undeclared = row.keys() - {*OF_THE_LOOP, *traces}
+        assert not undeclared, f"no trace of the method declares {sorted(undeclared)}"
+        for name in row.keys() & traces.keys():
+            drawing = traces[name].drawing
+            assert drawing is None or isinstance(row[name], list) == (drawing == "heat_map"), f"{name}: {row[name]!r}"
+            assert drawing != "heat_map" or len(row[name]) == layers, f"{name} has {len(row[name])} of {layers} layers"
+
+
 def nothing_is_pickled(subject: Subject) -> None:
     """Checkpoints and exports are safetensors, JSON and text."""
     started = start(subject)
@@ -190,11 +249,14 @@ METHOD_CONTRACTS = (
     only_the_intended_parameters_train,
     loss_falls_on_a_batch_that_can_be_memorised,
     counts_are_right,
+    every_size_is_counted,
+    what_one_batch_sees_is_undone,
     ranks_name_layers_of_the_backbone,
     the_budget_is_used_exactly,
     a_run_interrupted_after_every_update_equals_the_uninterrupted_one,
     the_same_seed_gives_the_same_record,
     another_seed_gives_another_run,
+    the_history_holds_what_is_declared,
     nothing_is_pickled,
     a_cut_to_a_rank_has_it_and_is_undone,
 )
@@ -231,7 +293,8 @@ def _head(started: Started) -> list[tuple[str, Any]]:
 def _assert_equal_runs(one: Started, two: Started) -> None:
     assert one.training.history == two.training.history
     assert one.adaptation.ranks() == two.adaptation.ranks()
-    assert one.adaptation.parameter_count() == two.adaptation.parameter_count()
+    assert one.training.sizes.parameters() == two.training.sizes.parameters()
+    assert one.training.sizes.trajectory == two.training.sizes.trajectory
     for (name, value), (_, other) in zip(
         one.adaptation.model.state_dict().items(), two.adaptation.model.state_dict().items(), strict=True
     ):

@@ -53,7 +53,7 @@ def start(subject: Subject, seed: int = 0, batches: int | None = None) -> Starte
     seed_everything(seed)
     backbone = task.backbone(model)
     before = copy.deepcopy(backbone)
-    data = TrainingData(len(splits.train), train.batch_size, seed)
+    data = TrainingData(len(splits.train), train.batch_size, seed, upper_share=method.upper_share)
     adaptation = method.start(backbone, train, data, torch.Generator().manual_seed(seed))
     encoded = task.encode(splits.train, model)
     assert train.batches is not None

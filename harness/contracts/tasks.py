@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -103,6 +105,18 @@ def loss_and_predictions_fit_the_metrics(subject: Subject) -> None:
     better = best[task.headline] - found[task.headline]
     assert (better if task.higher_is_better else -better) >= 0
     json.dumps(found)
+    _check_parts(task, predictions, references, found)
+
+
+def _check_parts(task: Task, predictions: np.ndarray, references: np.ndarray, found: Mapping[str, float]) -> None:
+    """The parts of a metric, where it has them and these predictions are of its kind, make its value."""
+    for metric in task.reported:
+        if metric.parts is not None and metric.of_sums is not None:
+            with contextlib.suppress(ValueError):
+                parts = metric.parts(predictions, references)
+                assert parts.ndim == 2
+                assert (parts[:, 0] == 1).all()
+                assert abs(float(metric.of_sums(parts.sum(axis=0))) - found[metric.name]) <= 1e-6, metric.name
 
 
 def a_row_does_not_depend_on_the_rows_beside_it(subject: Subject) -> None:

@@ -99,7 +99,7 @@ def seconds_a_batch(spec: RunSpec) -> float:
     method = registry.make_method(spec.method, spec.method_parameters)
     backbone = task.backbone(place.model, trust_remote_code=place.trust_remote_code)
     backbone.module.to(device)
-    drawn = TrainingData(len(data.splits.train), spec.train.batch_size, spec.seed)
+    drawn = TrainingData(len(data.splits.train), spec.train.batch_size, spec.seed, None, method.upper_share)
     adaptation = method.start(backbone, spec.train, drawn, torch.Generator().manual_seed(spec.seed))
     training = Training(adaptation, task, data.encoded("train"), drawn, spec.train, device, _batches(spec))
     task.set_training(adaptation.model)

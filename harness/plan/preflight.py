@@ -15,6 +15,7 @@ from harness.plan.sweep import Fingerprints, Sweep, model_of, task_cells
 from harness.plan.trial import check_rows
 from harness.record.environment import device_of
 from harness.run.data import Data, data_of
+from harness.run.sizes import Sizes
 from harness.spec import Place, TrainSpec
 from harness.task import Splits, Task
 
@@ -90,7 +91,8 @@ def model_notes(tasks: Sequence[CheckedTask]) -> list[str]:
 def preview(method: Method, backbone: Backbone, train: TrainSpec, num_examples: int) -> ParameterCount:
     """The counts at the start of a run of `num_examples` training rows, from shapes alone. `backbone`: a new one on the
     meta device, which the method adapts."""
-    return method.start(backbone, train, _Undrawn(num_examples), torch.Generator().manual_seed(0)).parameter_count()
+    adaptation = method.start(backbone, train, _Undrawn(num_examples), torch.Generator().manual_seed(0))
+    return Sizes(adaptation).parameters()
 
 
 class _Undrawn:

@@ -40,7 +40,7 @@ class Progress(Strict):
     loss: float | None = None
     holdout: float | None = Field(None, description="headline metric, last time it was taken")
     rank: int | None = Field(None, description="live rank of all adapted layers together")
-    adapter_numbers: int | None = None
+    adapter_parameters: int | None = None
 
     @property
     def share(self) -> float:
@@ -53,7 +53,7 @@ class Progress(Strict):
             ("loss {:.3f}", self.loss),
             ("holdout {:.3f}", self.holdout),
             ("rank {}", self.rank),
-            ("{:,} adapter numbers", self.adapter_numbers),
+            ("{:,} adapter parameters", self.adapter_parameters),
         ]
         return ", ".join(form.format(value) for form, value in parts if value is not None)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from harness import storage
-from harness.parameters import ParameterCount, Strict
+from harness.parameters import ParameterCount, Size, Strict
 from harness.record.environment import Environment
 from harness.spec import RunSpec
 from harness.storage import Damaged
@@ -47,6 +47,9 @@ class RunRecord(Strict):
     )
     parameters: ParameterCount | None = None
     ranks: dict[str, int] = Field({}, description="live rank per adapted layer at the end")
+    trajectory: tuple[Size, ...] = Field(
+        (), description="[batches used, adapter parameters, sum of the ranks] at the start and at every change"
+    )
     batches: int = Field(0, ge=0, description="batches put through forward and backward: the budget's unit")
     updates: int = Field(0, ge=0, description="optimizer steps")
     rows: dict[str, int] = Field({}, description="rows per split, as used")

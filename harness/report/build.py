@@ -8,29 +8,28 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from harness.errors import InputError
+from harness.record.garbage import uncollected
 from harness.record.record import RunRecord
 from harness.record.store import Found, RecordStore
 from harness.report.board.frame import Naming, to_frame
 from harness.report.board.leaderboard import Board, FamilyAverage, leaderboards
 from harness.report.evidence.compare import ExampleReader, with_ties
+from harness.report.evidence.examples import FindMetric, common
 from harness.report.forms.data import csv_text, structured, tidy
 from harness.report.forms.latex import latex
-from harness.report.forms.page import PICTURES, page
+from harness.report.forms.page import page
 from harness.report.forms.text import markdown
-from harness.report.garbage import uncollected
+from harness.report.known import Known
 from harness.report.pictures.histories import Traced, one_line, traced
+from harness.report.pictures.picture import Picture, PictureData
 from harness.report.tables.budget import costs, matched, sweeps, time_to_score
 from harness.report.tables.rank_curves import areas, rank_curves
 from harness.report.tables.trials import learning_rates, trials_frame
 from harness.storage import remove
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MOST_ILLUSTRATED = 6  # settings with pictures of their own
 Tell = Callable[[str], None]
@@ -56,6 +55,7 @@ def build_report(
     boards: Sequence[Board] | None = None,
     forms: Sequence[str] = ("png", "pdf"),
     tell: Tell = to_stderr,
+    known: Known | None = None,
 ) -> list[Path]:
     """Write tables/leaderboard.{md,tex,csv,json}, tables/trials.csv and those of `_tables` that have rows,
     pictures/*.{png,pdf} and report.html, all below `store.results`.
@@ -64,6 +64,7 @@ def build_report(
     records, where they are made already (see `boards_of`).
     `forms`: of the pictures, "png" among them, which the page takes in; a PDF takes as long again, for its fonts.
     `tell`: gets a line about each file of a run that is damaged, and about each picture that cannot be made.
+    `known`: what installed packages tell of their methods' histories and adapters, and their pictures.
     Several settings become sections of the same tables, and the first ones have pictures each, their names ending in
     the setting's key. All is made in a folder of its own first, so that reports at the same time do not meet; then each
     file is replaced whole or stays as it was; files of an earlier report that this one does not make are removed.
@@ -71,8 +72,10 @@ def build_report(
     Returns the paths of the files. Raises InputError where there is no record to report on, and Unwritten, when all
     else is in place, where a file could not be written.
     """
-    from harness.report.pictures.every import pictures  # takes matplotlib a second to import
+    from harness.report.pictures.every import PICTURES  # takes matplotlib a second to import
 
+    known = known or Known()
+    pictures = (*PICTURES, *known.pictures)
     chosen, damaged = store.read_all() if found is None else found
     if all(record.spec.is_trial for record in chosen):
         left_out = f" (unreadable: {', '.join(damaged)})" if damaged else ""
@@ -83,30 +86,35 @@ def build_report(
     with _draft(store) as folder:
         drawing, tables = _Drawing(folder, forms, tell), {}
         for place, board in enumerate(boards):  # one after the other: histories are large
-            of_board, histories = _of(board, trials), _histories(board, store, tell)
+            of_board, histories = _of(board, trials), _histories(board, store, known, tell)
             tables[board.key] = _tables(board, of_board, histories, records)
             if place < MOST_ILLUSTRATED:
-                drawn = pictures(board, _of(board, frame), of_board, store, records, histories)
-                drawing.draw(board.key, drawn, f"_{board.key}" if len(boards) > 1 else "")
+                own = _of(board, frame)
+                data = PictureData(board, own, of_board, store, records, histories, known.singular_values)
+                drawing.draw(pictures, data, f"_{board.key}" if len(boards) > 1 else "")
         whole = {name: _by_setting(name, tables) for name in tables[boards[0].key]} | {"trials": trials}
         texts = _texts(boards, whole, damaged)
         html = {"report.html": page(boards, damaged, tables, drawing.pngs)}
         for name, text in (texts | html).items():
             (folder / name).write_text(text, encoding="utf-8")
         names = [*texts, *drawing.names, *html]
-        _remove_old(store.results, {f"tables/{name}.csv" for name in whole}, {*names, *drawing.failed})
+        old = {f"tables/{name}.csv" for name in whole} | _drawn_before(store.results, pictures)
+        _remove_old(store.results, old, {*names, *drawing.failed})
         return _put(folder, store.results, names)
 
 
-def boards_of(store: RecordStore, frame: pd.DataFrame, average: FamilyAverage | None = None) -> list[Board]:
-    """The leaderboards of a frame (see `to_frame`) with their ties; `average`: see `leaderboards`."""
-    read = ExampleReader(store)
+def boards_of(
+    store: RecordStore, frame: pd.DataFrame, average: FamilyAverage | None = None, metric: FindMetric = common
+) -> list[Board]:
+    """The leaderboards of a frame (see `to_frame`) with their ties; `average`: see `leaderboards`, `metric`: see
+    `ExampleReader`."""
+    read = ExampleReader(store, metric)
     return [with_ties(board, read) for board in leaderboards(frame, average)]
 
 
-def _histories(board: Board, store: RecordStore, tell: Tell) -> list[Traced]:
+def _histories(board: Board, store: RecordStore, known: Known, tell: Tell) -> list[Traced]:
     lines: dict[str, str] = {}
-    found = traced(board, store, lines)
+    found = traced(board, store, lines, known.traces)
     for line in lines.values():
         tell(f"{line}; it is in no picture over time")
     return found
@@ -175,36 +183,40 @@ class _Drawing:
         self._folder, self._forms, self._tell = folder, forms, tell
         self.names: list[str] = []
         self.failed: set[str] = set()
-        self.pngs: dict[str, list[Path]] = {}  # by setting
+        self.pngs: dict[str, list[tuple[str, Path]]] = {}  # by setting: title and file
 
-    def draw(self, key: str, drawn: Mapping[str, Callable[[], Figure | None]], ending: str) -> None:
+    def draw(self, pictures: Iterable[Picture], data: PictureData, ending: str) -> None:
         """Make the pictures of one setting."""
-        from harness.report.pictures.figures import save
+        from harness.report.pictures.figures import in_house_style, save
 
-        self.pngs[key] = []
-        for picture, draw in drawn.items():
-            names = [f"pictures/{picture}{ending}.{form}" for form in self._forms]
+        pngs = self.pngs[data.board.key] = []
+        for picture in pictures:
+            names = [f"pictures/{picture.name}{ending}.{form}" for form in self._forms]
             try:
-                with uncollected():
-                    figure = draw()
+                with uncollected(), in_house_style():
+                    figure = picture.draw(data)
                     if figure is None:
                         continue
                     save(figure, *(self._folder / name for name in names))
                     figure = None
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.failed |= set(names)
-                self._tell(f"picture '{picture}{ending}' cannot be made ({one_line(error)}); the rest of the report is")
+                self._tell(
+                    f"picture '{picture.name}{ending}' cannot be made ({one_line(error)}); the rest of the report is"
+                )
             else:
                 self.names += names
-                self.pngs[key] += [self._folder / name for name in names if name.endswith(".png")]
+                pngs += [(picture.title, self._folder / name) for name in names if name.endswith(".png")]
 
 
-def _remove_old(results: Path, tables: Iterable[str], kept: set[str]) -> None:
-    """Remove what an earlier report has made of these tables and of all pictures, but for what is `kept`."""
-    old = set(tables)
-    for name in PICTURES:
-        for pattern in (f"{name}.p*", f"{name}_????????.p*"):
-            old |= {f"pictures/{path.name}" for path in (results / "pictures").glob(pattern)}
+def _drawn_before(results: Path, pictures: Iterable[Picture]) -> set[str]:
+    """What earlier reports have made of these pictures, of any setting."""
+    patterns = (f"{picture.name}{ending}.p*" for picture in pictures for ending in ("", "_????????"))
+    return {f"pictures/{path.name}" for pattern in patterns for path in (results / "pictures").glob(pattern)}
+
+
+def _remove_old(results: Path, old: set[str], kept: set[str]) -> None:
+    """Remove what an earlier report has made, but for what is `kept`."""
     for name in old - kept:
         if name.endswith((".csv", ".png", ".pdf")):
             with contextlib.suppress(OSError):  # another report may have been faster

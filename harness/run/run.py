@@ -137,6 +137,7 @@ class _Run:
             higher_is_better=self.task.higher_is_better,
             batches=training.used if training else 0,
             updates=training.index if training else 0,
+            trajectory=tuple(training.sizes.trajectory) if training else (),
             seconds=Seconds(
                 training=training.seconds if training else 0.0,
                 evaluation=self.evaluation_seconds,
@@ -181,7 +182,7 @@ class _Run:
         encoded = data.encoded("train")
         self.known["data"] = {split: facts for split in splits.by_name if (facts := data.facts(split))}
         lengths = self.task.lengths(encoded) if spec.train.group_by_length else None
-        drawn = TrainingData(len(splits.train), spec.train.batch_size, spec.seed, lengths)
+        drawn = TrainingData(len(splits.train), spec.train.batch_size, spec.seed, lengths, method.upper_share)
         self.known["rows"] = {"train": len(splits.train), "holdout": len(splits.holdout)} | {
             name: len(examples) for name, examples in splits.evaluation.items()
         }
@@ -220,7 +221,7 @@ class _Run:
             self._tell(training)
 
         training.run(after_update)
-        self.known |= {"ranks": adaptation.ranks(), "parameters": adaptation.parameter_count()}
+        self.known |= {"ranks": adaptation.ranks(), "parameters": training.sizes.parameters()}
 
     def _take_up(self, training: Training, newest: checkpoint.Newest) -> None:
         """Go on from a checkpoint, where there is one. Raises Unusable for one that does not fit."""
@@ -290,7 +291,7 @@ class _Run:
         if training.index % 10 and training.used < training.budget:
             return
         last = training.history[-1] if training.history else {}
-        ranks = training.adaptation.ranks()
+        size = training.sizes.trajectory[-1]
         self.watch(
             Progress(
                 run_id=self.spec.run_id,
@@ -298,8 +299,8 @@ class _Run:
                 budget=training.budget,
                 loss=last.get("loss"),
                 holdout=self.known.get("holdout", {}).get(self.task.headline),
-                rank=sum(ranks.values()) if ranks else None,
-                adapter_numbers=training.adaptation.adapter_numbers(),
+                rank=size.rank,
+                adapter_parameters=size.adapter_parameters,
             )
         )
 

@@ -32,20 +32,24 @@ class TrainingData:
     A stream runs through its rows in one random order after another; a batch may span two of them. With `lengths`
     (what each row costs) an order brings rows of similar length together: it is cut into stretches of 50 batches, each
     is sorted by length and cut into batches, and those come in random order.
+
+    upper_share: share of the rows, between 0 and 1, that is the upper stream's; the lower stream has the others.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, lengths: np.ndarray | None = None) -> None:
+    def __init__(
+        self, size: int, batch_size: int, seed: int, lengths: np.ndarray | None = None, upper_share: float = 0.5
+    ) -> None:
         self.size = size
         self.batch_size = batch_size
         self.seed = seed
         self.lengths = lengths
         self.drawn: dict[Stream, int] = {"all": 0, "lower": 0, "upper": 0}
         shuffled = np.random.default_rng(derived_seed(seed, "halves")).permutation(size)
-        half = size // 2  # of an odd number of rows, one is in neither half
+        lower, upper = _shares(size, upper_share)
         self._rows: dict[Stream, np.ndarray] = {
             "all": np.arange(size),
-            "lower": np.sort(shuffled[:half]),
-            "upper": np.sort(shuffled[half : 2 * half]),
+            "lower": np.sort(shuffled[:lower]),
+            "upper": np.sort(shuffled[lower : lower + upper]),
         }
         self._order: dict[Stream, tuple[int, np.ndarray]] = {}
 
@@ -83,3 +87,13 @@ class TrainingData:
         whole = [batch for batch in batches if len(batch) == size]
         generator.shuffle(whole)
         return np.concatenate([order[:begun], *whole, *(batch for batch in batches if len(batch) < size)])
+
+
+def _shares(size: int, upper_share: float) -> tuple[int, int]:
+    """Rows of the lower and of the upper stream, each at least one where there are two."""
+    if not 0 < upper_share < 1:
+        raise ValueError(f"upper_share = {upper_share} is not between 0 and 1")
+    if upper_share == 0.5:
+        return size // 2, size // 2  # of an odd number of rows, one is in neither half, so that they are equal
+    upper = min(max(1, round(upper_share * size)), size - 1)
+    return size - upper, upper

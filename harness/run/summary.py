@@ -9,6 +9,7 @@ from harness.task import Splits, Task
 
 NAMED = 20  # images left out, and classes, that are named in a record
 LONGEST = 40  # signs of a name that are shown
+OF_CLASS = "_of"  # after the name of a metric: the class that it is of
 SHOWN, RAREST = 8, 4  # classes that are all shown with their counts; of more, the rarest
 
 
@@ -28,8 +29,9 @@ def facts_of(task: Task, splits: Splits, split: str) -> dict[str, Any]:
         found["classes"] = {name: references[name] for name in (rarest if many else references)}
         if many:
             found["num_classes"] = len(references)
-        if split in splits.evaluation and "f1" in task.metric_names and len(references) > 1:
-            found["f1_of"] = list(references)[1]
+        for metric in task.reported if split in splits.evaluation else ():
+            if metric.of_class is not None and metric.of_class < len(references):
+                found[f"{metric.name}{OF_CLASS}"] = list(references)[metric.of_class]
     elif references is not None:
         found["values"] = list(references)
     if examples.left_out:
@@ -63,8 +65,9 @@ def lines(name: str, task: Task, splits: Splits, facts: Mapping[str, dict[str, A
     of each split, see `facts_of`."""
     rows = ", ".join(f"{split} {len(examples):,}" for split, examples in splits.by_name.items())
     scoring = next(iter(splits.evaluation))
-    f1_of = next((f" (f1 of class '{_shown(found['f1_of'])}')" for found in facts.values() if "f1_of" in found), "")
-    said = [f"{name}: {rows} rows; score: {task.headline} of {scoring}{f1_of}"]
+    of_class = {key: value for found in facts.values() for key, value in found.items() if key.endswith(OF_CLASS)}
+    which = "".join(f" ({key.removesuffix(OF_CLASS)} of class '{_shown(each)}')" for key, each in of_class.items())
+    said = [f"{name}: {rows} rows; score: {task.headline} of {scoring}{which}"]
     for key, show in (("classes", _classes), ("values", _values), ("truncated_share", _cut), ("left_out", _left_out)):
         told = {split: show(found) for split, found in facts.items() if split != "holdout" and key in found}
         if shown := [f"{split} {text}" for split, text in told.items() if text]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import time
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from harness.errors import Diverged, InputError
 from harness.method import Adaptation, Indices
+from harness.run.sizes import Sizes
 from harness.run.streams import TrainingData, derived_seed
 from harness.spec import TrainSpec
 from harness.task import Batch, Task
 
 FETCH_EVERY = 10  # updates between fetches of the history from the device: a fetch waits for the device
+COUNT_EVERY = 10  # updates between counts of the adapter's size, where nothing says that it has changed
 
 
 class Training:
@@ -43,10 +46,15 @@ class Training:
         self.budget = budget
         self.index = 0
         self.used = 0
+        self.prepared = False
         self.seconds = 0.0
         self.schedule_start = 0
+        self.rewarm = (0, 0)  # of the last `restart_warmup`: batches used before it, and its length
+        self.sizes = Sizes(adaptation)
         self.history: list[dict[str, Any]] = []
         self._random: tuple[int, Tensor, Tensor | None]  # of the last backward: its number, and torch's random states
+        self._rng: tuple[int, torch.Generator] | None = None  # of an update, by its index
+        self._kept = 0  # batches of the budget that are not for the preparation
         self._waiting: list[dict[str, Any]] = []  # history rows whose values may still be on the device
 
     def run(self, after_update: Callable[[Training], None]) -> None:
@@ -62,23 +70,39 @@ class Training:
                 self.fetch()
             if self.used >= self.budget:
                 self.adaptation.finish(self)
+                self.sizes.count_now(self.used)
                 self._check_finite()
             self.seconds += time.perf_counter() - started
             after_update(self)
 
+    def prepare(self) -> None:
+        """Let the method prepare, before the first update; nothing where that is done."""
+        if self.prepared:
+            return
+        self._kept = 1
+        self.adaptation.prepare(self)
+        self._kept = 0
+        self.sizes.count_now(self.used)
+        self.adaptation.optimizer.zero_grad(set_to_none=True)
+        self.schedule_start = self.used
+        self.prepared = True
+
     def update(self) -> None:
         """One update: draw, forward, backward, clip, step, and the method's hooks around them."""
+        self.prepare()
         adaptation, optimizer = self.adaptation, self.adaptation.optimizer
         adaptation.before_forward(self)
         factor = self._schedule_factor()
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-        loss = self.backward(self.data.draw(adaptation.stream))
+        with adaptation.for_batch(self) or contextlib.nullcontext():
+            loss = self.backward(self.data.draw(adaptation.stream))
         penalty = adaptation.penalty()
         if penalty is not None:
             penalty.backward()
         del penalty  # its graph must not outlive the hooks: they may cut the parameters
         adaptation.before_step(self)
+        self.sizes.count_if_resized(self.used)  # what this update trains; `after_step` may cut it
         row: dict[str, Any] = {"update": self.index, "loss": loss, "learning_rate_factor": factor}
         if self.train.clip_norm > 0:
             trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -89,6 +113,10 @@ class Training:
         row["batches"] = self.used
         self._waiting.append(row)
         self.index += 1
+        if self.index % COUNT_EVERY == 0:
+            self.sizes.count_now(self.used)
+        else:
+            self.sizes.count_if_resized(self.used)
 
     def backward(self, batch: Indices) -> Tensor:
         """See `harness.method.Step`."""
@@ -115,6 +143,11 @@ class Training:
         """See `harness.method.Step`."""
         if self.used + batches > self.budget:
             raise RuntimeError(f"the budget of {self.budget} batches is used up: look at step.used before asking")
+        if self.used + batches > self.budget - self._kept:
+            raise RuntimeError(
+                f"the preparation must leave one of the budget's {self.budget} batches to train with: "
+                "raise the budget, or let it read fewer"
+            )
         self.used += batches
 
     def _losses(self, batch: Indices) -> Iterator[Tensor]:
@@ -130,15 +163,37 @@ class Training:
 
     def restart_schedule(self) -> None:
         """See `harness.method.Step`."""
-        self.schedule_start = self.used
+        self.schedule_start, self.rewarm = self.used, (0, 0)
+
+    def restart_warmup(self, batches: int) -> None:
+        """See `harness.method.Step`."""
+        if batches < 1:
+            raise ValueError(f"a warm-up takes at least 1 batch, not {batches}")
+        self.rewarm = (self.used, batches)
+
+    def resized(self) -> None:
+        """See `harness.method.Step`."""
+        self.sizes.told = True
+
+    @property
+    def rng(self) -> torch.Generator:
+        """See `harness.method.Step`."""
+        if self._rng is None or self._rng[0] != self.index:
+            seed = derived_seed(self.data.seed, "update", self.index)
+            self._rng = self.index, torch.Generator().manual_seed(seed)
+        return self._rng[1]
 
     def _schedule_factor(self) -> float:
-        """Linear warm-up from 0, then linear decay to 0 or constant, as in transformers' schedules."""
+        """Linear warm-up from 0, then linear decay to 0 or constant, as in transformers' schedules; times the warm-up
+        that a method has restarted."""
+        start, length = self.rewarm
+        again = min(1.0, (self.used - start) / length) if length else 1.0
         budget, done = self.budget - self.schedule_start, self.used - self.schedule_start
         warmup = math.ceil(self.train.warmup * budget)
         if done < warmup:
-            return done / warmup
-        return 1.0 if self.train.schedule == "constant" else max(0.0, (budget - done) / max(1, budget - warmup))
+            return again * done / warmup
+        decayed = 1.0 if self.train.schedule == "constant" else (budget - done) / max(1, budget - warmup)
+        return again * max(0.0, decayed)
 
     def fetch(self) -> None:
         """Move the history's waiting rows off the device. Raises Diverged where a loss is not finite."""
@@ -164,8 +219,11 @@ class Training:
         return {
             "index": self.index,
             "used": self.used,
+            "prepared": self.prepared,
             "seconds": self.seconds,
             "schedule_start": self.schedule_start,
+            "rewarm": self.rewarm,
+            "trajectory": self.sizes.trajectory,
             "history": self.history,
             "drawn": self.data.drawn,
             "adaptation": self.adaptation.state_dict(),
@@ -184,8 +242,10 @@ class Training:
         if state["device"] != self.device.type:
             raise InputError(f"the checkpoint was made on {state['device']}, this is {self.device.type}: delete it")
         self.adaptation.load_state_dict(state["adaptation"])
-        for name in ("index", "used", "seconds", "schedule_start", "history"):
+        for name in ("index", "used", "prepared", "seconds", "schedule_start", "history"):
             setattr(self, name, state[name])
+        self.rewarm = tuple(state["rewarm"])
+        self.sizes.load(state["trajectory"])
         self.data.drawn = state["drawn"]
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))

@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import Adaptation, Backbone, Method, TrainData, is_adaptable
+from harness.method import RANK, RANKS, Adaptation, Backbone, Method, Trace, TrainData, is_adaptable
 from harness.parameters import Range
-from methods.debora import schedule as reach
+from methods.debora.schedule import Schedule, batches_a_step
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
     import torch
 
     from harness.spec import TrainSpec
-
-# A step drops about one component of a simplex, and none comes back: so their number decides how much rank is left,
-# whatever the budget. From rank 8 these leave a mean rank of about 2 (docs/debora.md).
-UPPER_STEPS = 45
+    from methods.debora.search import Search
+    from methods.debora.upper_level import HypergradientRule
 
 
 class Debora(Method):
@@ -36,6 +37,21 @@ class Debora(Method):
     version: ClassVar[int] = 3
     data_rule: ClassVar[Literal["all", "halves"]] = "halves"
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
+    traces: ClassVar[tuple[Trace, ...]] = (
+        RANK,
+        Trace("gap", "Frank-Wolfe gap", drawing="log_line"),
+        Trace("active_components", "active components", drawing="steps"),
+        Trace("hypergradient_norm", "norm of the hypergradient", drawing="log_line"),
+        Trace("step_size", "step size"),
+        Trace("jump", "norm of the removed update"),
+        Trace("residual", "relative residual of the solve", drawing="log_line"),
+        Trace("trials", "trials of the backtracking"),
+        Trace("curvature", "curvature", drawing="log_line"),
+        RANKS,
+        Trace("away", "share of away steps", drawing=None),  # one of 0 and 1 on most steps: no line can be read
+        Trace("drop", "share of drop steps", drawing=None),
+        Trace("s", "s of the components that are left", drawing=None),  # fewer and fewer
+    )
     search_space = {
         "learning_rate": Range(1e-4, 1e-2, log=True),
         "tau": Range(1.0, 64.0, log=True),
@@ -135,6 +151,13 @@ class Debora(Method):
             )
         return self
 
+    @classmethod
+    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
+        """See `Method.singular_values`."""
+        from methods.shared.spectrum import spectrum
+
+        return spectrum(folder)
+
     @property
     def start_point(self) -> Literal["interior", "vertex"]:
         """Where s starts."""
@@ -145,10 +168,10 @@ class Debora(Method):
         """Upper-level steps before the first truncation; None: only when the search ends."""
         return 5 if self.n0 is None and self.start_point == "interior" else self.n0
 
-    def lower_updates(self, budget: int) -> int:
-        """T_max; where it is unset, what gives the search `UPPER_STEPS` steps in a run of `budget` batches."""
-        each = round(self.search_fraction * budget / UPPER_STEPS)  # batches
-        return self.T_max or max(1, each - reach.least_upper_batches(self))
+    @property
+    def schedule(self) -> Schedule:
+        """When the upper level moves."""
+        return Schedule(self.T_max, self.search_fraction, batches_a_step(self.hypergradient, self.step_rule))
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
@@ -175,15 +198,72 @@ class Debora(Method):
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
         """See `Method.notes`: which ranks the search can reach."""
-        return reach.lines(self, len(backbone.targets(self.target_modules)), train.budget(num_examples))
+        num_layers, budget = len(backbone.targets(self.target_modules)), train.budget(num_examples)
+        steps, layerwise = self.schedule.upper_steps(budget), self.budget_scope == "layer"
+        components = self.rank if layerwise else self.rank * num_layers
+        where = f"each of {num_layers} simplices" if layerwise else f"the one simplex of {num_layers} layers"
+        batches = min(budget, round(self.search_fraction * budget))
+        found = [f"at most {steps} upper-level steps in {batches} of {budget} batches"]
+        if self.start_point == "vertex":
+            found.append(f"at most {min(steps, components)} of the {components} components of {where} can get weight")
+        elif self.step_size == 1 or self.step_rule == "backtracking":
+            found.append(f"a step may empty {where} but for one of its {components} components")
+        else:
+            found.append(f"at least {max(0, components - steps)} of the {components} components of {where} stay")
+        if self.first_truncation is not None and self.first_truncation >= steps:
+            found.append(f"n0 = {self.first_truncation}: nothing is removed before the search ends")
+        return found
 
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """See `Method.start`."""
-        from methods.debora.adaptation import adapt
+        from methods.debora.adaptation import DeboraAdaptation, adapted
+        from methods.debora.optimizer import manifold_adamw
+        from methods.shared.peft_names import ADAPTER
 
         if data.size < 2:
             raise InputError(f"{data.size} training rows: two halves need at least 2")
-        return adapt(self, backbone, data)
+        targets = backbone.targets(self.target_modules)
+        geometry = {"geometry": self.geometry, "start": self.start_point}
+        model, layers = adapted(backbone, targets, r=self.rank, tau=self.tau, eps=self.eps, **geometry)
+        constrained = [
+            pair
+            for layer in layers.values()
+            for pair in zip(layer.factors(ADAPTER), layer.manifolds(ADAPTER), strict=True)
+        ]
+        optimizer = manifold_adamw(model, constrained, self.learning_rate, self.weight_decay)
+        search = self._search(len(layers), constrained[0][0].device)
+        rule = self._hypergradient_rule()
+        return DeboraAdaptation(model, layers, optimizer, backbone, data, search, self.schedule, rule)
+
+    def _search(self, num_layers: int, device: torch.device) -> Search:
+        from methods.debora.search import Rules, Search
+
+        rules = Rules(
+            tau=self.tau,
+            eps=self.eps,
+            step_size=self.step_size,
+            step_rule=self.step_rule,
+            momentum=self.momentum,
+            tolerance=self.p,
+            rho=self.rho,
+            trials=self.trials,
+            first_truncation=self.first_truncation,
+            face_steps=self.face_steps,
+        )
+        one_simplex, interior = self.budget_scope == "global", self.start_point == "interior"
+        return Search(num_layers, self.rank, rules, one_simplex=one_simplex, interior=interior, device=device)
+
+    def _hypergradient_rule(self) -> HypergradientRule:
+        from methods.debora.upper_level import HypergradientRule
+
+        on_manifolds = self.geometry != "matrix"
+        return HypergradientRule(
+            kind=self.hypergradient,
+            on_manifolds=on_manifolds,
+            paper_coefficient=self.paper_coefficient,
+            damping=self.damping + (0.0 if on_manifolds else self.weight_decay),
+            iterations=self.iterations,
+        )
 
 
 def _not_adaptable(backbone: Backbone, name: str) -> str | None:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from harness.optimizer import can_fuse, decay_groups
 from methods.debora.math import manifolds
+from methods.shared.optimizer_state import gradient_of
 
 
 class ManifoldAdamW(torch.optim.AdamW):
@@ -71,19 +72,3 @@ def manifold_adamw(
     groups = decay_groups((p for p in model.parameters() if id(p) not in on_manifold), weight_decay)
     groups += [{"params": p, "weight_decay": 0.0, "manifold": manifold} for manifold, p in by_manifold.items()]
     return ManifoldAdamW(groups, lr=learning_rate, fused=can_fuse(groups))
-
-
-def keep_optimizer_columns(optimizer: torch.optim.Optimizer, parameter: Tensor, columns: Tensor, dim: int = 1) -> None:
-    """Cut a parameter's moments, shaped like itself, down to these indices of dimension `dim`; call it before the
-    parameter is cut."""
-    if parameter not in optimizer.state:
-        return
-    state = optimizer.state[parameter]
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            state[key] = value.index_select(dim, columns)
-
-
-def gradient_of(tensor: Tensor) -> Tensor:
-    """The gradient, zeros for a tensor that the loss does not depend on."""
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad

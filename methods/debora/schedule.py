@@ -1,48 +1,56 @@
-"""What a plan can reach: upper-level steps in the search, and components that they can add or drop."""
+"""When the upper level moves, in plain numbers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-if TYPE_CHECKING:
-    from methods.debora.method import Debora
+# A step drops about one component of a simplex, and none comes back: so their number decides how much rank is left,
+# whatever the budget. From rank 8 these leave a mean rank of about 2 (docs/debora.md).
+UPPER_STEPS = 45
 
 
-def least_upper_batches(method: Debora) -> int:
+@dataclass(frozen=True)
+class Schedule:
+    """The search's share of a run of `budget` batches.
+
+    T_max:           lower-level updates before each upper-level step; None: what gives the search 45 such steps.
+    search_fraction: share of the budget after which s is frozen at latest.
+    batches_a_step:  fewest batches that one upper-level step takes.
+    """
+
+    T_max: int | None
+    search_fraction: float
+    batches_a_step: int
+
+    def lower_updates(self, budget: int) -> int:
+        """Lower-level updates before each upper-level step, at least 1."""
+        each = round(self.search_fraction * budget / UPPER_STEPS)  # batches
+        return self.T_max or max(1, each - self.batches_a_step)
+
+    def is_due(self, updates: int, used: int, budget: int) -> bool:
+        """Whether an upper-level step comes after so many updates, and fits into what is left of the budget."""
+        return updates % self.lower_updates(budget) == 0 and used + self.batches_a_step <= budget
+
+    def is_over(self, used: int, budget: int) -> bool:
+        """Whether the search has used its share."""
+        return used >= self.search_fraction * budget
+
+    def upper_steps(self, budget: int) -> int:
+        """Most upper-level steps that there is time for: of steps that take more batches than they must, fewer."""
+        updates, used, steps = self.lower_updates(budget), 0, 0
+        while not self.is_over(used, budget):
+            used += updates
+            if used + self.batches_a_step > budget:
+                break
+            if self.is_over(used - 1, budget):  # the search ended before the last of these updates
+                break
+            used += self.batches_a_step
+            steps += 1
+        return steps
+
+
+def batches_a_step(hypergradient: str, step_rule: str) -> int:
     """Fewest batches that one upper-level step takes."""
-    if method.hypergradient == "implicit":
+    if hypergradient == "implicit":
         return 4  # f1, the lower level's gradient, one product with the Hessian, the mixed derivative
-    return 2 if method.step_rule == "backtracking" else 1
-
-
-def upper_steps(method: Debora, budget: int) -> int:
-    """Most upper-level steps that a budget in batches leaves time for: of `implicit` and backtracking the shortest."""
-    cost, updates, used, steps = least_upper_batches(method), method.lower_updates(budget), 0, 0
-    while used < method.search_fraction * budget:
-        used += updates
-        if used + cost > budget or used - updates + 1 > budget:
-            break
-        if used - 1 >= method.search_fraction * budget:  # the search ended before the last of these updates
-            break
-        used += cost
-        steps += 1
-    return steps
-
-
-def lines(method: Debora, num_layers: int, budget: int) -> list[str]:
-    """The reach in words, for a dry run."""
-    steps = upper_steps(method, budget)
-    layerwise = method.budget_scope == "layer"
-    components = method.rank if layerwise else method.rank * num_layers
-    where = f"each of {num_layers} simplices" if layerwise else f"the one simplex of {num_layers} layers"
-    batches = min(budget, round(method.search_fraction * budget))
-    found = [f"at most {steps} upper-level steps in {batches} of {budget} batches"]
-    if method.start_point == "vertex":
-        found.append(f"at most {min(steps, components)} of the {components} components of {where} can get weight")
-    elif method.step_size == 1 or method.step_rule == "backtracking":
-        found.append(f"a step may empty {where} but for one of its {components} components")
-    else:
-        found.append(f"at least {max(0, components - steps)} of the {components} components of {where} stay")
-    if method.first_truncation is not None and method.first_truncation >= steps:
-        found.append(f"n0 = {method.first_truncation}: nothing is removed before the search ends")
-    return found
+    return 2 if step_rule == "backtracking" else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from harness.method import Indices, Step, TrainData
 from methods.debora.math import hypergradient, manifolds
-from methods.debora.optimizer import gradient_of
 from methods.debora.tuner.layer import DeboraLayer
+from methods.shared.optimizer_state import gradient_of
 from methods.shared.peft_names import ADAPTER
 
-if TYPE_CHECKING:
-    from methods.debora.method import Debora
+
+class HypergradientRule(NamedTuple):
+    """Which hypergradient is taken."""
+
+    kind: Literal["closed_form", "direct", "implicit"]
+    on_manifolds: bool  # the factors are confined to manifolds
+    paper_coefficient: bool  # closed_form of a convolution: the paper's coefficient instead of the exact one
+    damping: float  # implicit: added to the Hessian's diagonal, the lower level's weight decay included
+    iterations: int  # implicit: most products with the Hessian
 
 
 class UpperGradient(NamedTuple):
@@ -30,7 +37,11 @@ class UpperGradient(NamedTuple):
 
 
 def upper_gradient(
-    method: Debora, layers: Sequence[DeboraLayer], step: Step, data: TrainData, optimizer: torch.optim.Optimizer
+    rule: HypergradientRule,
+    layers: Sequence[DeboraLayer],
+    step: Step,
+    data: TrainData,
+    optimizer: torch.optim.Optimizer,
 ) -> UpperGradient:
     """G(s) on one batch of the upper half. Leaves no gradients behind, and takes no other layer's into account.
 
@@ -44,20 +55,20 @@ def upper_gradient(
         grad_s = torch.cat([gradient_of(layer.debora_s[ADAPTER]) for layer in layers])
         grads = [[gradient_of(factor) for factor in layer.factors(ADAPTER)] for layer in layers]
         residual = 0.0
-        if method.hypergradient == "implicit":
+        if rule.kind == "implicit":
             optimizer.zero_grad(set_to_none=True)
-            value, residual = _implicit(method, layers, step, data, grad_s, grads)
-        elif method.hypergradient == "direct" or method.geometry != "matrix":
+            value, residual = _implicit(rule, layers, step, data, grad_s, grads)
+        elif rule.kind == "direct" or rule.on_manifolds:
             # On a manifold the Riemannian gradient has no radial part: the closed form is the direct term, exactly.
             value = hypergradient.direct(grad_s)
         else:
-            value = _closed_form(method, layers, grad_s, grads)
+            value = _closed_form(rule, layers, grad_s, grads)
     optimizer.zero_grad(set_to_none=True)
     return UpperGradient(value, loss, batch, residual)
 
 
 def _closed_form(
-    method: Debora, layers: Sequence[DeboraLayer], grad_s: Tensor, grads: Sequence[Sequence[Tensor]]
+    rule: HypergradientRule, layers: Sequence[DeboraLayer], grad_s: Tensor, grads: Sequence[Sequence[Tensor]]
 ) -> Tensor:
     parts = grad_s.split([layer.r[ADAPTER] for layer in layers])
     return torch.cat(
@@ -67,7 +78,7 @@ def _closed_form(
                 [factor.detach() for factor in layer.factors(ADAPTER)],
                 own,
                 layer.debora_s[ADAPTER].detach(),
-                method.paper_coefficient,
+                rule.paper_coefficient,
             )
             for layer, part, own in zip(layers, parts, grads, strict=True)
         ]
@@ -75,7 +86,7 @@ def _closed_form(
 
 
 def _implicit(
-    method: Debora,
+    rule: HypergradientRule,
     layers: Sequence[DeboraLayer],
     step: Step,
     data: TrainData,
@@ -89,11 +100,8 @@ def _implicit(
     """
     system = LowerSystem(layers, step, data.draw("lower"))
     right = system.project([grad for own in grads for grad in own]).detach()
-    decay = method.weight_decay if method.geometry == "matrix" else 0.0
-    iterations = min(method.iterations, step.budget - step.used - 1)  # the mixed derivative takes one as well
-    value, solution = hypergradient.implicit(
-        grad_s, right, system.hessian, system.mixed, decay + method.damping, iterations
-    )
+    iterations = min(rule.iterations, step.budget - step.used - 1)  # the mixed derivative takes one as well
+    value, solution = hypergradient.implicit(grad_s, right, system.hessian, system.mixed, rule.damping, iterations)
     return value, solution.residual
 
 

@@ -13,8 +13,9 @@ from peft import initialize_lora_eva_weights
 from peft.tuners.lora.eva import get_eva_state_dict
 from torch import Tensor, nn
 
-from harness.method import Adaptation, Backbone, Step, TrainData, in_modules
+from harness.method import Adaptation, Backbone, Step, TrainData, as_matrix, in_modules
 from harness.optimizer import decay_groups
+from harness.passes import evaluation_mode, observe_inputs
 from harness.storage import os_errors
 from methods.shared.peft_names import ADAPTER, PREFIX
 
@@ -37,19 +38,18 @@ class PeftAdaptation(Adaptation):
         weight_decay: float,
         awaits_eva: bool,
     ) -> None:
+        super().__init__(model, optimizer, backbone)
         peft_model: Any = model
         self.peft_model = peft_model
         self.weight_decay = weight_decay
         self.awaits_eva = awaits_eva
         self.data = data
-        self.model, self.head = model, backbone.head
         self.adapter = self._trained()
-        super().__init__(model, optimizer, backbone)
 
-    def before_forward(self, step: Step) -> None:
-        """See `Adaptation.before_forward`. EVA's directions come from the data, before the first update."""
+    def prepare(self, step: Step) -> None:
+        """See `Adaptation.prepare`. EVA's directions and ranks come from the data."""
         if self.awaits_eva:
-            self._initialize_eva(step)
+            self._apply_eva(self._eva_directions(step))
 
     def after_step(self, step: Step) -> dict[str, Any]:
         """See `Adaptation.after_step`. AdaMSS counts as in its callback for the Trainer: updates before this one."""
@@ -70,8 +70,8 @@ class PeftAdaptation(Adaptation):
             if name.endswith(".lora_A") and ADAPTER in module
         }
 
-    def adapter_numbers(self) -> int:
-        """Numbers that the tuner has trained, those that it has stopped training included."""
+    def adapter_parameters(self) -> int:
+        """Parameters that the tuner has trained, those that it has stopped training included."""
         parameters = dict(self.model.named_parameters())
         return sum(parameters[name].numel() for name in self.adapter)
 
@@ -88,12 +88,11 @@ class PeftAdaptation(Adaptation):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Adaptation.load_state_dict`."""
         if self.awaits_eva and not state["awaits_eva"]:
-            before: dict[str, Any] = {name: self.model.get_submodule(PREFIX + name) for name in self.ranks()}
             self._apply_eva(
                 {
-                    PREFIX + name: torch.zeros(state["ranks"].get(name, 0), layer.in_features)
-                    for name, layer in before.items()
-                    if not isinstance(layer.get_base_layer(), nn.Conv2d)
+                    name: torch.zeros(state["ranks"].get(name.removeprefix(PREFIX), 0), inputs)
+                    for name, layer in self._eva_layers().items()
+                    for _, inputs in [as_matrix(layer, layer.get_parameter("weight")).shape]
                 }
             )
         super().load_state_dict(state)
@@ -123,12 +122,20 @@ class PeftAdaptation(Adaptation):
     def _importance(layer: Any) -> dict[str, list[Tensor | None]]:
         return {name: getattr(layer, name).get(ADAPTER, []) for name in IMPORTANCE}
 
-    def _initialize_eva(self, step: Step) -> None:
-        """EVA (Paischer et al., 2024, arXiv 2410.07170), PEFT's, on batches of the run, which the budget counts."""
-        masks: list[Tensor | None] = [None]  # of the batch on its way through the model
+    def _eva_layers(self) -> dict[str, nn.Module]:
+        """The layers that EVA has directions for, by their names in PEFT's model."""
+        adapted: dict[str, Any] = {PREFIX + name: self.model.get_submodule(PREFIX + name) for name in self.ranks()}
+        layers: dict[str, nn.Module] = {name: module.get_base_layer() for name, module in adapted.items()}
+        return {name: layer for name, layer in layers.items() if not isinstance(layer, nn.Conv2d)}
 
-        def keep_mask(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-            masks[0] = inputs.get("attention_mask")
+    def _eva_directions(self, step: Step) -> dict[str, Tensor]:
+        """A of each layer, (rank, inputs), by EVA (Paischer et al., 2024, arXiv 2410.07170), PEFT's."""
+        layers = self._eva_layers()
+        latest: dict[str, Tensor] = {}  # the rows of the layer called last, for which PEFT asks when it returns
+
+        def see(name: str, rows: Tensor) -> None:
+            latest.clear()
+            latest[name] = rows
 
         def forward(model: nn.Module, inputs: Any) -> None:
             if step.used + 1 >= step.budget:
@@ -136,32 +143,18 @@ class PeftAdaptation(Adaptation):
                     f"EVA's directions have not converged in {step.used} batches, which leaves none to train with: "
                     "lower tau of eva_config, or raise the batch size or the budget"
                 )
-            step.backward(self.data.draw("all"))  # forward only, since gradients are off
+            observe_inputs(step, self.model, layers, [self.data.draw("all")], see)
 
-        def rows(layer_input: Any, model_input: Any, name: str) -> Tensor:
-            """The layer's inputs as (rows, features), padding left out."""
-            inputs: Tensor = layer_input[0]
-            mask = masks[0]
-            if mask is not None and inputs.dim() == 3 and inputs.shape[:2] == mask.shape:
-                return inputs[mask.bool()]
-            return inputs.flatten(0, -2)
-
-        modes = {module: module.training for module in self.model.modules()}
-        handle = self.model.register_forward_pre_hook(keep_mask, with_kwargs=True)
-        with contextlib.redirect_stdout(io.StringIO()):  # a line for each layer of a batch that is too small
-            found = get_eva_state_dict(
+        with evaluation_mode(self.model), contextlib.redirect_stdout(io.StringIO()):  # a line for each small batch
+            found: dict[str, Tensor] = get_eva_state_dict(
                 self.peft_model,
                 [torch.empty(0)],  # which it goes through again and again: `forward` draws the batches
                 forward_fn=forward,
                 prepare_model_inputs_fn=None,
-                prepare_layer_inputs_fn=rows,
+                prepare_layer_inputs_fn=lambda layer_input, model_input, name: latest[name],
                 show_progress_bar=False,
             )
-        handle.remove()
-        self._apply_eva(found)
-        step.restart_schedule()
-        for module in self.model.modules():
-            module.training = modes.get(module, self.model.training)
+        return found
 
     def _apply_eva(self, directions: dict[str, Tensor]) -> None:
         """Give the layers these A and ranks, (rank, inputs) each; the optimizer gets their new parameters."""
@@ -172,4 +165,3 @@ class PeftAdaptation(Adaptation):
         self.optimizer.param_groups.clear()
         for group in decay_groups(self.model.parameters(), self.weight_decay):
             self.optimizer.add_param_group(group)
-        self.parameter_count()

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from harness.errors import InputError, unknown
-from harness.method import Adaptation, Backbone, Method, TrainData, in_modules
+from harness.method import Adaptation, Backbone, Method, Trace, TrainData, in_modules
 from harness.optimizer import adamw
 from methods.peft_tuners.fields import fields_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
     import torch
 
     from harness.spec import TrainSpec
@@ -88,6 +91,9 @@ class PeftMethod(Method):
     """
 
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d")
+    traces: ClassVar[tuple[Trace, ...]] = (
+        Trace("training_numbers", "parameters in training", drawing="steps"),  # AdaMSS's, fewer and fewer
+    )
     identity_at_start: ClassVar[bool] = False  # prompts are not; most others are
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
@@ -138,6 +144,13 @@ class PeftMethod(Method):
         return ["", "types, as tried on a tiny BERT with PEFT 0.21:"] + [
             f"  {name:<{width}}  {_outcome(name)}" for name in sorted(tuner_types())
         ]
+
+    @classmethod
+    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
+        """See `Method.singular_values`."""
+        from methods.shared.spectrum import spectrum
+
+        return spectrum(folder)
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`. The tuner is put into a copy, on the meta device where PEFT can do that."""

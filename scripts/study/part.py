@@ -10,7 +10,7 @@ import pandas as pd
 from safetensors.numpy import load_file
 from tabulate import tabulate
 
-from harness.commands.report import naming_of
+from harness import installed
 from harness.record.record import RunRecord
 from harness.record.store import RecordStore
 from harness.report.board.frame import METRICS, to_frame
@@ -44,16 +44,17 @@ class Part:
         relabel: Callable[[RunRecord], str | None] = lambda record: None,
     ) -> None:
         self.store = store
-        self._read = ExampleReader(store)
+        self._read = ExampleReader(store, installed.metric_of)
         self._compared: dict[tuple[str, str, str], Comparison] = {}  # by both rows and the task
         self.records = {record.run_id: record for record in records}
-        frame = to_frame(records, naming_of(records))
+        self.traces = installed.traces_of(record.spec.method for record in records)
+        frame = to_frame(records, installed.naming_of(record.spec.method for record in records))
         frame["label"] = [
             relabel(self.records[run_id]) or label
             for run_id, label in zip(frame["run_id"], frame["label"], strict=True)
         ]
         self.frame = _with_reserved(frame)
-        boards = boards_of(store, self.frame)
+        boards = boards_of(store, self.frame, metric=installed.metric_of)
         assert len(boards) == 1, f"{store.results.name} has {len(boards)} settings"
         self.board = boards[0] if self.frame is frame else _with_task_once(boards[0], self.frame)
         self.rows = {row.label: row for row in self.board.rows}

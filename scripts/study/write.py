@@ -28,10 +28,12 @@ from harness.report.forms.text import markdown
 from harness.report.pictures import curves, layers, scatter
 from harness.report.pictures.figures import save
 from harness.report.pictures.histories import traced
+from harness.trace import Trace
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "results" / "study"
 MARKS = "<!-- study: written by scripts/study.sh -->", "<!-- end of the study -->"
+OF_SEARCH = ("rank", "gap", "active_components")  # of dEBORA's history
 LEAST_SEEDS = 3  # a task is in the tables from so many on
 IDENTIFIED = (
     "debora",
@@ -125,12 +127,17 @@ def _pictures(main: Part, parts: Part, convolutions: Part) -> None:
         "main": scatter.draw(main.frame, claimed),
         "sweeps": scatter.draw(sweep, _only(parts.board, set(sweep["label"]))),
         "convolutions": scatter.draw(convolutions.frame, convolutions.board),
-        "active_set": curves.over_time(search, traced(search, main.store)),
+        "active_set": curves.over_time(search, traced(search, main.store, traces=_of_search(main))),
         "ranks": layers.rank_heat_map(both, main.records),
     }
     for name, figure in figures.items():
         assert figure is not None, name
         save(figure, folder / f"{name}.png")
+
+
+def _of_search(main: Part) -> dict[str, tuple[Trace, ...]]:
+    """What the methods declare of how the search went."""
+    return {name: tuple(each for each in traces if each.name in OF_SEARCH) for name, traces in main.traces.items()}
 
 
 def _only(board: Board, labels: set[str]) -> Board:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from harness.method import Backbone
+from harness.metric import Metric, mean_of
 from harness.task import Batch, Examples, Task
 from tasks.dreambooth import pipeline
 from tasks.dreambooth.pictures import read_pictures
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 EVALUATION_SHARE = 0.2  # of the pictures, at least one
 CLASS_FOLDER = "class"
 OUTER = ("conv_in", "conv_out")  # between latents and features: too few channels for a rank
+
+DENOISING_LOSS = mean_of("denoising_loss", lambda losses, perfect: losses - perfect, higher_is_better=False)
 
 
 class DreamBooth(Task):
@@ -39,7 +42,7 @@ class DreamBooth(Task):
 
     default_model: ClassVar[str | None] = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     capabilities: ClassVar[tuple[str, ...]] = ("image", "conv2d", "own data")
-    higher_is_better: ClassVar[bool] = False
+    measures: ClassVar[tuple[Metric, ...]] = (DENOISING_LOSS,)
 
     path: str = Field("", description="set by the task's name, dreambooth:PATH")
     instance_prompt: str = Field(min_length=1, description='the subject, with a rare word: "a photo of sks dog"')
@@ -52,10 +55,6 @@ class DreamBooth(Task):
     samples: int = Field(4, ge=0, le=64, description="pictures drawn of each prompt before and after training")
     sampling_steps: int = Field(50, ge=1, le=1000, description="DDIM steps of a sample")
     guidance: float = Field(7.5, ge=1, description="classifier-free guidance of the samples; 1 is none")
-
-    @property
-    def headline(self) -> str:
-        return "denoising_loss"
 
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
         """Training rows, and evaluation splits "test" and, with class pictures, "class". A label is 0, the loss of a
@@ -105,9 +104,6 @@ class DreamBooth(Task):
         draws = range(batch.labels.shape[1])
         inputs = [{name: value[:, draw] for name, value in batch.inputs.items()} for draw in draws]
         return torch.stack([_losses(model, inputs[draw], batch.labels[:, draw]) for draw in draws]).mean(0)
-
-    def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        return {"denoising_loss": float((predictions - references).mean())}
 
     def artifacts(self, model: nn.Module, source: str | None, folder: Path) -> None:
         """samples.png: a row for each prompt, a column for each starting noise."""

@@ -9,7 +9,10 @@ import torch
 
 from harness import registry
 from harness.contracts import METHOD_CONTRACTS, TASK_CONTRACTS, Subject
-from harness.contracts.methods import a_run_interrupted_after_every_update_equals_the_uninterrupted_one
+from harness.contracts.methods import (
+    a_run_interrupted_after_every_update_equals_the_uninterrupted_one,
+    the_history_holds_what_is_declared,
+)
 from harness.contracts.subject import start
 from harness.method import Backbone
 
@@ -40,6 +43,18 @@ def test_method(method, contract, tmp_path: Path):
 )
 def test_state_that_only_some_settings_need_is_saved_too(method, tmp_path: Path):
     a_run_interrupted_after_every_update_equals_the_uninterrupted_one(Subject(method, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "debora[rank=4,T_max=2,step_rule=backtracking]",
+        "debora[rank=4,T_max=2,hypergradient=implicit,iterations=2]",
+        "peft[type=adamss,r=8,use_asa=true,asa_target_subspaces=10,init_warmup=1,final_warmup=5,mask_interval=2]",
+    ],
+)
+def test_what_only_some_settings_write_is_declared_too(method, tmp_path: Path):
+    the_history_holds_what_is_declared(Subject(method, tmp_path))
 
 
 @pytest.mark.parametrize("method", [*METHODS, "lora[rank=4,init=pissa]", "peft[type=lokr]"])

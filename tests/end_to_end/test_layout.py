@@ -34,8 +34,8 @@ def relative(path: Path) -> str:
 
 
 # What methods and tasks may import of the harness: its vocabulary, the files at its top.
-FOR_METHODS = {"method", "optimizer", "errors", "parameters", "spec", "storage"}
-FOR_TASKS = {"task", "splits", "method", "errors", "parameters", "storage"}
+FOR_METHODS = {"method", "optimizer", "passes", "errors", "parameters", "spec", "storage"}
+FOR_TASKS = {"task", "metric", "splits", "method", "errors", "parameters", "storage"}
 # The rooms in the order of the flow: each may import those after it, and the vocabulary.
 FLOW = ["commands", "plan", "execute", "run", "report", "record"]
 
@@ -62,7 +62,7 @@ def test_directions(path):
     if place.name == "training.py":
         assert parts(names) <= {"errors", "method", "spec", "task", "run"}
     if place.parts[:2] == ("harness", "report"):
-        assert parts(names) <= {"report", "record", "spec", "errors", "notation", "storage"}
+        assert parts(names) <= {"report", "record", "spec", "metric", "trace", "errors", "notation", "storage"}
         assert not within({"torch"}, *imported(path))
 
 

@@ -1,5 +1,7 @@
 """A third-party package is found through its entry point and kept to the contracts; the README shows its code."""
 
+import csv
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from harness.contracts import METHOD_CONTRACTS, Subject
 for contract in METHOD_CONTRACTS:
     folder = pathlib.Path(sys.argv[1]) / contract.__name__
     folder.mkdir()
-    contract(Subject("norm_tuning", folder))
+    contract(Subject(sys.argv[2], folder))
 print(len(METHOD_CONTRACTS), "kept")
 """
 
@@ -45,8 +47,9 @@ def test_listed_and_described(environment):
     assert "bias: train the norms' biases too" in run(environment, "-m", "harness", "list", "norm_tuning").stdout
 
 
-def test_keeps_the_contracts(environment, tmp_path):
-    done = run(environment, "-c", TRY_IT, str(tmp_path))
+@pytest.mark.parametrize("method", ["norm_tuning", "growing"])
+def test_keeps_the_contracts(method, environment, tmp_path):
+    done = run(environment, "-c", TRY_IT, str(tmp_path), method)
     assert done.stdout.strip().endswith("kept"), done.stderr
 
 
@@ -57,6 +60,55 @@ def test_runs_beside_the_others_and_reports_what_it_does_not_support(environment
     assert done.returncode == 0, done.stderr
     assert "norm_tuning · digits · seed 0" in done.stdout
     assert "unsupported: the backbone has no LayerNorm" in done.stdout
+
+
+def test_one_that_grows_and_is_pruned_is_reported_with_its_peak(environment, tmp_path):
+    """One rank in all layers is 448 parameters; the record, whose last size is smaller, and the table have the peak."""
+    what = ["--methods", "growing[rank=2,every=2,keep=0.25]", "--tasks", "synthetic", "--batches", "12"]
+    where = ["--executor", "serial", "--results", str(tmp_path)]
+    done = run(environment, "-m", "harness", "run", *what, *where)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "runs").glob("*/record.json")
+    sizes = [parameters for _, parameters, _ in json.loads(file.read_text())["trajectory"]]
+    assert sizes[:3] == [0, 448, 896]
+    assert 0 < sizes[3] < 448
+    with (tmp_path / "tables" / "leaderboard.csv").open() as table:
+        (row,) = csv.DictReader(table)
+    found = [float(row[f"parameters_{when}"]) for when in ("initial", "peak", "final")]
+    assert found == [0, 896, sizes[3]]
+
+
+@pytest.fixture(scope="module")
+def reported(environment, tmp_path_factory):
+    """A results folder with two methods on the plugin's task, and what `run`, `report` and `compare` said of it."""
+    results = tmp_path_factory.mktemp("results")
+    where = ["--results", str(results)]
+    what = ["--methods", "full[learning_rate=0.01],head[learning_rate=1e-9]", "--tasks", "halfspace", "--seeds", "5"]
+    what += ["--batches", "60"]
+    said = [run(environment, "-m", "harness", "run", *what, "--executor", "serial", *where)]
+    said += [run(environment, "-m", "harness", "report", *where)]
+    said += [run(environment, "-m", "harness", "compare", "full", "head", *where)]
+    assert [done.returncode for done in said] == [0, 0, 0], [done.stderr for done in said]
+    return results, [done.stdout for done in said]
+
+
+def test_a_picture_of_a_package_is_made_and_on_the_page(reported):
+    results, _ = reported
+    for form in ("png", "pdf"):
+        assert (results / "pictures" / f"score_vs_seconds.{form}").stat().st_size > 1000
+    page = (results / "report.html").read_text(encoding="utf-8")
+    assert "Score against the seconds of training" in page
+
+
+def test_a_metric_of_a_package_has_its_sense_and_its_paired_test(reported):
+    """From the one declaration: no file of the harness knows the metric."""
+    results, (_, leaderboard, compared) = reported
+    rows = [line.split()[0] for line in leaderboard.splitlines() if line.startswith(("full", "head"))]
+    assert rows[0].startswith("full"), "the one with fewer errors is first"
+    assert "seeds and 120 examples" in compared
+    assert "is better than head" in compared
+    assert "McNemar" in compared
+    assert "error_rate, lower is better" in (results / "tables" / "leaderboard.md").read_text()
 
 
 def test_a_plugin_that_does_not_import_is_named_and_harms_nothing(tmp_path):
@@ -170,7 +222,17 @@ def test_a_name_that_is_claimed_twice_is_told_and_leaves_the_others(tmp_path):
     assert run(environment, "-m", "harness", "list", "head").returncode == 0
 
 
-def test_the_readme_shows_this_very_code():
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [("README.md", "norm_tuning.py"), ("docs/extending.md", "growing.py")],
+)
+def test_the_docs_show_this_very_code(page, name):
+    assert (PLUGIN / name).read_text().strip() in (ROOT / page).read_text(), f"{page} does not show {name} as it is"
+
+
+def test_the_readme_shows_lines_of_this_very_package():
     readme = (ROOT / "README.md").read_text()
-    for name in ("norm_tuning.py", "pyproject.toml"):
-        assert (PLUGIN / name).read_text().strip() in readme, f"README.md does not show tests/plugin/{name} as it is"
+    shown = readme.partition("```toml\n[build-system]")[2].partition("```")[0]
+    there = (PLUGIN / "pyproject.toml").read_text().splitlines()
+    assert len(shown.splitlines()) > 10
+    assert [line for line in shown.splitlines() if line not in there] == [], "more is added there, and nothing else"

@@ -1,5 +1,6 @@
 """Claims on runs, and `status`, which reads them."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -28,8 +29,8 @@ def dead():
 
 def claim_of(folder, owner, run_id="a", sweep=""):
     told = Progress(run_id=run_id, batches=30, budget=40)
-    content = locks._Content(owner=owner, token="theirs", sweep=sweep, progress=told)
-    (folder / f"{run_id}.json").write_text(content.text())
+    content = {"owner": owner.model_dump(), "token": "theirs", "sweep": sweep, "progress": told.model_dump()}
+    (folder / f"{run_id}.json").write_text(storage.sealed_text({storage.VERSION: locks.SCHEMA} | content))
 
 
 def other(**changes):
@@ -69,11 +70,12 @@ def test_a_process_is_known_by_its_start_and_not_by_its_number_alone(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the state of a process is read from Linux's /proc")
 def test_a_zombie_is_dead():
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    owner = other(process=child.pid, started=processes._started(child.pid) or 0)
+    command = "from harness.record import processes; print(processes.own().started)"
+    child = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, text=True)
+    owner = other(process=child.pid, started=int(child.stdout.readline()))
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked how
     assert owner.state == "dead"
-    child.wait()
+    child.communicate()
 
 
 def test_a_live_process_of_this_machine_keeps_its_claim_whatever_its_age(tmp_path):
@@ -186,19 +188,21 @@ def test_a_claim_that_is_being_written_is_one(tmp_path):
 
 
 def test_of_two_takers_of_an_abandoned_claim_one_gets_it(tmp_path, dead, monkeypatch):
-    path = tmp_path / "a.json"
     claim_of(tmp_path, dead)
     rename = Path.rename
 
-    def late(self, target):
-        monkeypatch.undo()
-        assert locks._take(path)  # the other, between our look and our taking
-        return rename(self, target)
+    with contextlib.ExitStack() as stack:
 
-    monkeypatch.setattr(Path, "rename", late)
-    assert not locks._take(path)
-    assert locks.progress(tmp_path, "a") is not None
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+        def late(self, target):
+            monkeypatch.undo()
+            assert stack.enter_context(locks.locked(tmp_path, "a"))  # the other, between our look and our taking
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", late)
+        with locks.locked(tmp_path, "a") as lock:
+            assert lock is None
+        assert locks.progress(tmp_path, "a") is not None
+        assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_claim_shows_signs_of_life(tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ def trained_convolutions(dilation: int = 1, updates: int = 12) -> AdaLoraAdaptat
         assert penalty is not None
         penalty.backward()
         adaptation.optimizer.step()
-        adaptation.after_step(SimpleNamespace(index=index))
+        adaptation.after_step(SimpleNamespace(index=index, resized=lambda: None))
         adaptation.optimizer.zero_grad()
     return adaptation
 
@@ -82,9 +82,9 @@ def test_the_phases_of_the_schedule():
 @pytest.mark.parametrize("tfinal", ["0", "6"])
 def test_what_is_left_is_exactly_the_budget(tfinal):
     run = started(f"init_rank=6,target_rank=2,tfinal={tfinal}")
-    start_numbers = run.adaptation.parameter_count()
+    start_numbers = run.training.sizes.parameters()
     run.training.run(lambda training: None)
-    ranks, count = run.adaptation.ranks(), run.adaptation.parameter_count()
+    ranks, count = run.adaptation.ranks(), run.training.sizes.parameters()
     assert sum(ranks.values()) == 2 * NUM_LAYERS
     assert len(set(ranks.values())) > 1, "every layer has the same rank: nothing was allocated"
     assert {name: int(E.count_nonzero()) for name, E in singular_values(run).items()} == ranks
@@ -192,7 +192,7 @@ def test_convolutions():
     ranks = adaptation.ranks()
     assert sum(ranks.values()) == 3
     sizes = {"0": 6 + 4 * 9 + 1, "1": 8 + 6 * 3 + 1, "4": 8 + 8 + 1}
-    assert adaptation.adapter_numbers() == sum(rank * sizes[name] for name, rank in ranks.items())
+    assert adaptation.adapter_parameters() == sum(rank * sizes[name] for name, rank in ranks.items())
 
 
 def test_grouped_convolutions_are_a_reason():

@@ -27,7 +27,7 @@ def test_the_biases_and_the_head_train_and_nothing_else(tmp_path):
 def test_counts(tmp_path):
     """Width 16, feed-forward 32, two layers: eight vectors of 16 and one of 32 in each, and the embeddings' norm."""
     started = start(Subject("bitfit", tmp_path))
-    count = started.adaptation.parameter_count()
+    count = started.training.sizes.parameters()
     assert count.adapter_initial == count.adapter_final == 2 * (7 * 16 + 32) + 16
     assert count.total == sum(p.numel() for p in started.before.module.parameters())
     assert count.stored_bytes == 4 * (count.adapter_final + count.head)

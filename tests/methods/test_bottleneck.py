@@ -18,6 +18,7 @@ from torch import nn
 from harness import registry
 from harness.errors import InputError
 from harness.method import Backbone, in_modules
+from harness.run.sizes import Sizes
 from harness.spec import TrainSpec
 from methods.bottleneck import load
 from tests.support.deberta import base_config
@@ -354,7 +355,7 @@ def test_counts_on_deberta_v3_base(name, numbers):
     """At the default bottlenecks, 32 and 64: the counts of the published comparisons' settings."""
     with torch.device("meta"):
         backbone = backbone_of(transformers.AutoModelForSequenceClassification.from_config(base_config()))
-    count = start(name, backbone).parameter_count()
+    count = Sizes(start(name, backbone)).parameters()
     assert count.adapter_initial == count.adapter_peak == count.adapter_final == numbers
     assert count.head == 590_592 + 2 * 768 + 2  # pooler and classifier
     assert count.stored_bytes == 4 * (numbers + count.head)
@@ -415,5 +416,5 @@ def test_a_bottleneck_below_one_is_told(name, value):
 @both_methods
 def test_a_bottleneck_above_the_width_is_allowed(name):
     per_adapter = 2 * WIDTH * 3 * WIDTH + 4 * WIDTH
-    count = start(name, tiny("bert"), bottleneck=3 * WIDTH).parameter_count()
-    assert count.adapter_final == LAYERS * per_adapter * (2 if name == "hadapter" else 1)
+    count = start(name, tiny("bert"), bottleneck=3 * WIDTH).adapter_parameters()
+    assert count == LAYERS * per_adapter * (2 if name == "hadapter" else 1)

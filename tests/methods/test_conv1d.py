@@ -25,7 +25,7 @@ from harness.record.store import RecordStore
 from harness.spec import Place
 from methods.shared.peft_model import shuffled
 from tasks.glue import Glue
-from tasks.pretrained import _head_and_layers, load_backbone
+from tasks.pretrained import head_and_layers, load_backbone
 from tests.support import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:lora with eva initialization:UserWarning")
@@ -137,7 +137,7 @@ def test_conv1d_is_found_in_every_family_that_has_it(auto_class, config):
 
     with torch.device("meta"):
         module = getattr(transformers, auto_class).from_config(config)
-    _, layers = _head_and_layers(module, "tiny")
+    _, layers = head_and_layers(module, "tiny")
     assert set(layers) == {name for name, part in module.named_modules() if isinstance(part, Conv1D)}
 
 
@@ -150,7 +150,7 @@ def test_a_method_does_what_it_does_on_linear_layers(name, tmp_path, place, line
     losses = [[row["loss"] for row in run.training.history] for run in (own, twin)]
     assert losses[0] == pytest.approx(losses[1], rel=0, abs=1e-6)
     assert own.adaptation.ranks() == twin.adaptation.ranks()
-    assert own.adaptation.parameter_count() == twin.adaptation.parameter_count()
+    assert own.training.sizes.parameters() == twin.training.sizes.parameters()
     files = [load_file(next((tmp_path / side).glob("*.safetensors"))) for side in ("own", "twin")]
     assert files[0].keys() == files[1].keys()
     for key, value in files[0].items():
@@ -207,7 +207,7 @@ def test_counts(method, place):
     whole = sum(p.numel() for p in backbone.module.parameters())
     run = start(subject(method, Path(), place))
     extra = 0 if "[rank=3]" in method and "lora" in method else 3 * 4 * BLOCKS  # E or s
-    count = run.adaptation.parameter_count()
+    count = run.training.sizes.parameters()
     assert count.adapter_initial == 3 * SIDES + extra
     assert count.total == whole - WIDTH + 3 * SIDES + extra  # the task has two classes, not three
 

@@ -67,7 +67,7 @@ def test_ranks_by_layer(tmp_path):
     for layer, rank in ranks.items():
         wanted = {"query": 3, "value": 0}.get(layer.rsplit(".", 1)[-1], 4)
         assert rank == (2 if layer == "bert.encoder.layer.1.output.dense" else wanted), layer
-    count = started.adaptation.parameter_count()
+    count = started.training.sizes.parameters()
     assert count.adapter_final == sum(rank * sum(started.before.shape(layer)) for layer, rank in ranks.items())
 
 
@@ -122,8 +122,8 @@ def test_changed_frozen_weights_come_back_with_a_checkpoint(init, tmp_path):
 
 @pytest.mark.parametrize("init", CHANGING)
 def test_what_an_init_took_from_the_backbone_is_counted_as_stored(init, tmp_path):
-    plain = start(Subject("lora[rank=4]", tmp_path)).adaptation.parameter_count()
-    count = start(Subject(f"lora[rank=4,init={init}]", tmp_path)).adaptation.parameter_count()
+    plain = start(Subject("lora[rank=4]", tmp_path)).training.sizes.parameters()
+    count = start(Subject(f"lora[rank=4,init={init}]", tmp_path)).training.sizes.parameters()
     assert count.adapter_final == plain.adapter_final
     assert count.stored_bytes == plain.stored_bytes + 4 * plain.adapter_final
 
@@ -221,7 +221,7 @@ def test_convolutions(options):
     before = backbone.module(x)
     adaptation = method.start(backbone, None, None, torch.Generator())
     torch.testing.assert_close(adaptation.model(x), before)
-    assert adaptation.adapter_numbers() == 2 * (4 + 36) + (4 if method.dora else 0)
+    assert adaptation.adapter_parameters() == 2 * (4 + 36) + (4 if method.dora else 0)
 
 
 # The controls, from the command line.

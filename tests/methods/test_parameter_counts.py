@@ -7,6 +7,7 @@ from harness import registry
 from harness.contracts import Subject, start
 from harness.contracts.subject import method_of
 from harness.method import in_modules
+from harness.run.sizes import Sizes
 from tasks.glue import Glue
 from tests.support.deberta import base_config
 
@@ -57,7 +58,7 @@ def test_the_head_and_the_layers(backbone):
 def test_counts_at_the_start(method, numbers, ranks, backbone):
     whole = sum(p.numel() for p in backbone.module.parameters())
     adaptation = method_of(method).start(backbone, None, FewRows(), torch.Generator().manual_seed(0))
-    count = adaptation.parameter_count()
+    count = Sizes(adaptation).parameters()
     assert count.adapter_initial == count.adapter_peak == count.adapter_final == numbers
     assert count.head == HEAD
     assert count.total == whole + (0 if method in ("head", "bitfit") else numbers)
@@ -72,7 +73,7 @@ class FewRows:
 
 def test_full_fine_tuning_counts_the_backbone_without_the_head(backbone):
     whole = sum(p.numel() for p in backbone.module.parameters())
-    count = method_of("full").start(backbone, None, FewRows(), torch.Generator()).parameter_count()
+    count = Sizes(method_of("full").start(backbone, None, FewRows(), torch.Generator())).parameters()
     assert (count.adapter_final, count.head, count.total) == (whole - HEAD, HEAD, whole)
     assert count.stored_bytes == 4 * whole
 
@@ -87,7 +88,7 @@ def test_initial_peak_and_final_are_told_apart(tmp_path):
     """One rank costs 448 numbers over the 12 layers of the synthetic task."""
     started = start(Subject("pruned_lora[rank=4,components=6,selection=random]", tmp_path))
     started.training.run(lambda training: None)
-    count, ranks = started.adaptation.parameter_count(), started.adaptation.ranks()
+    count, ranks = started.training.sizes.parameters(), started.adaptation.ranks()
     left = sum(rank * sum(started.before.shape(layer)) for layer, rank in ranks.items())
     assert sum(ranks.values()) == 6
     assert (count.adapter_initial, count.adapter_peak, count.adapter_final) == (4 * 448, 4 * 448, left)

@@ -18,6 +18,7 @@ from harness.method import Backbone
 from harness.plan.sweep import Sweep, method_cells
 from harness.run import checkpoint
 from harness.spec import Place
+from methods.peft_tuners import adaptation as peft_adaptation
 from methods.peft_tuners.adaptation import ADAPTER, PeftAdaptation
 from methods.peft_tuners.method import TRIED, PeftMethod, tuner_types
 from tests.support import tiny
@@ -88,7 +89,7 @@ def test_the_table_of_what_was_tried_is_true(kind, tmp_path, text):
     moved = {n for n, p in run.adaptation.model.named_parameters() if not torch.equal(p, parameters[n])}
     assert isinstance(run.adaptation, PeftAdaptation)
     assert moved & set(run.adaptation.adapter)
-    assert 0 < run.adaptation.parameter_count().adapter_final < 30_000
+    assert 0 < run.training.sizes.parameters().adapter_final < 30_000
 
 
 def contracts(kinds: tuple[str, ...]) -> list:
@@ -135,7 +136,7 @@ def test_eva_starts_from_the_directions_of_the_inputs_and_counts_its_batches():
     assert all(part.training for part in adaptation.model.modules())
 
     again, before_training = started(EVA)
-    before_training.before_forward(again.training)
+    again.training.prepare()
     found = before_training.model.get_submodule(f"base_model.model.{QUERY}").lora_A[ADAPTER].weight
     rows = torch.cat(seen[1:-1])  # the first batch only tells which layers share their inputs, the last is the update's
     _, _, directions = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
@@ -154,16 +155,18 @@ def test_eva_leaves_padding_out(text, monkeypatch):
     model.register_forward_pre_hook(
         lambda module, args, inputs: real.append(int(inputs["attention_mask"].sum())), with_kwargs=True
     )
-    run.adaptation.before_forward(run.training)
+    run.training.prepare()
     assert set(rows) <= set(real)
     assert len(set(real)) > 1
 
 
-def test_layers_that_eva_gives_no_rank(tmp_path):
+def test_layers_that_eva_gives_no_rank(tmp_path, monkeypatch):
     """Their adapter goes, and the optimizer holds what is left; a resume builds the same."""
     run, adaptation = started(EVA)
     ranks = dict.fromkeys(adaptation.ranks(), 2) | {QUERY: 0}
-    adaptation._apply_eva({f"base_model.model.{n}": torch.eye(r, run.before.shape(n)[1]) for n, r in ranks.items()})
+    directions = {f"base_model.model.{n}": torch.eye(r, run.before.shape(n)[1]) for n, r in ranks.items()}
+    monkeypatch.setattr(peft_adaptation, "get_eva_state_dict", lambda *arguments, **options: directions)
+    run.training.prepare()
     assert QUERY not in adaptation.ranks()
     held = {id(p) for group in adaptation.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in adaptation.model.parameters() if p.requires_grad}
@@ -183,19 +186,19 @@ def test_layers_that_eva_gives_no_rank(tmp_path):
 
 
 def test_eva_that_does_not_converge_is_told():
-    run, adaptation = started(EVA.replace("tau=0.5", "tau=1.0"), batches=5)
+    run, _ = started(EVA.replace("tau=0.5", "tau=1.0"), batches=5)
     with pytest.raises(RuntimeError, match="EVA's directions have not converged in 4 batches"):
-        adaptation.before_forward(run.training)
+        run.training.prepare()
 
 
 def test_adamss_stops_training_subspaces_which_stay_in_effect():
     run, adaptation = started(named("adamss"), batches=8, task=SMALL)
-    before = adaptation.adapter_numbers()
+    before = adaptation.adapter_parameters()
     run.training.run(lambda training: None)
     training = [row["training_numbers"] for row in run.training.history]
     assert training == sorted(training, reverse=True)
     assert training[0] == before > training[-1] > 0
-    assert adaptation.adapter_numbers() == adaptation.parameter_count().adapter_final == before
+    assert adaptation.adapter_parameters() == run.training.sizes.parameters().adapter_final == before
     parameters = dict(adaptation.model.named_parameters())
     stopped = [parameters[name] for name in adaptation.adapter if not parameters[name].requires_grad]
     assert sum(p.numel() for p in stopped) == before - training[-1]

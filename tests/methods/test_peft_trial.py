@@ -21,8 +21,9 @@ from harness.cli import main
 from harness.contracts.subject import method_of
 from harness.method import Backbone
 from harness.record.store import RecordStore
+from harness.run.sizes import Sizes
 from methods.peft_tuners.trial import trial_inputs, with_values, without_values
-from tasks.pretrained import _head_and_layers
+from tasks.pretrained import head_and_layers
 from tests.support import tiny
 
 TEXT = "AutoModelForSequenceClassification"
@@ -57,7 +58,7 @@ def backbone_of(family: str, device: str = "cpu") -> Backbone:
     auto_class, config = MODELS[family]
     with torch.device(device):
         module = getattr(transformers, auto_class).from_config(config)
-    return Backbone(module, *_head_and_layers(module, family))
+    return Backbone(module, *head_and_layers(module, family))
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -123,10 +124,10 @@ def test_counts_of_encoders_with_decoders(family):
     head = WIDTH * WIDTH + WIDTH + 3 * WIDTH + 3
     for name, numbers in (("lora[rank=2]", 2 * each), ("debora[rank=2]", 2 * (each + len(backbone.layers)))):
         run = method_of(name).start(backbone_of(family), None, FewRows(), torch.Generator())
-        count = run.parameter_count()
+        count = Sizes(run).parameters()
         assert (count.adapter_initial, count.head, count.total) == (numbers, head, whole + head + numbers)
         assert run.ranks() == dict.fromkeys(backbone.layers, 2)
-    count = method_of("full").start(backbone_of(family), None, FewRows(), torch.Generator()).parameter_count()
+    count = Sizes(method_of("full").start(backbone_of(family), None, FewRows(), torch.Generator())).parameters()
     assert (count.adapter_initial, count.head, count.total) == (whole, head, whole + head)
 
 

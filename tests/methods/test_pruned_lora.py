@@ -44,41 +44,49 @@ def sizes(started):
     return found
 
 
-def test_magnitude_keeps_the_largest_of_all_layers(tmp_path, monkeypatch):
-    started = trained(tmp_path, "components=10,prune_at=0.5", updates=11)
-    before, size = pairs(started), {}
-    adaptation = started.adaptation
-    cut = adaptation._cut
+def look_before_pruning(started, look) -> None:
+    """Call `look` between the optimizer's step and the method's hook after it."""
+    after_step = started.adaptation.after_step
 
-    def watch(kept):
+    def watched(step):
+        look()
+        return after_step(step)
+
+    started.adaptation.after_step = watched
+
+
+def test_magnitude_keeps_the_largest_of_all_layers(tmp_path):
+    started = trained(tmp_path, "components=10,prune_at=0.5", updates=11)
+    before, size = {}, {}
+
+    def look():
         before.update(pairs(started))
         size.update(sizes(started))
-        cut(kept)
 
-    monkeypatch.setattr(adaptation, "_cut", watch)
+    look_before_pruning(started, look)
     started.training.update()
     largest = sorted(size, key=lambda key: -size[key])[:10]
-    assert sum(adaptation.ranks().values()) == 10
+    assert sum(started.adaptation.ranks().values()) == 10
     for name, (B, A) in pairs(started).items():
         kept = [i for i in range(4) if (name, i) in largest]
         assert torch.equal(A, before[name][1][kept])
         assert torch.equal(B, before[name][0][:, kept])
 
 
-def test_the_optimizer_state_of_what_stays_is_kept(tmp_path, monkeypatch):
+def test_the_optimizer_state_of_what_stays_is_kept(tmp_path):
     started = trained(tmp_path, "selection=random,keep=0.5,prune_at=0.5", updates=11)
-    optimizer, layers = started.adaptation.optimizer, started.adaptation.layers
-    seen, cut = {}, started.adaptation._cut
+    optimizer, layers, seen = started.adaptation.optimizer, started.adaptation.layers, {}
+    drawn = set(started.adaptation.drawn.tolist())
 
-    def watch(kept):
-        for (name, layer), own in zip(layers.items(), kept, strict=True):
+    def look():
+        for number, (name, layer) in enumerate(layers.items()):
             A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            own = [i for i in range(4) if 4 * number + i in drawn]
             seen[name] = optimizer.state[A]["exp_avg_sq"][own].clone(), optimizer.state[B]["exp_avg"][:, own].clone()
-        cut(kept)
 
-    monkeypatch.setattr(started.adaptation, "_cut", watch)
+    look_before_pruning(started, look)
     started.training.update()
-    assert seen
+    assert sum(len(of_A) for of_A, _ in seen.values()) == 24
     for name, (of_A, of_B) in seen.items():
         assert torch.equal(optimizer.state[layers[name].lora_A["default"].weight]["exp_avg_sq"], of_A)
         assert torch.equal(optimizer.state[layers[name].lora_B["default"].weight]["exp_avg"], of_B)
@@ -98,14 +106,14 @@ def test_it_prunes_once_and_then_draws_from_all_rows(tmp_path):
     rows = [row["update"] for row in started.training.history if "rank" in row]
     assert rows == [11]
     assert started.training.data.drawn == {"all": 12, "lower": 12, "upper": 0}
-    count = started.adaptation.parameter_count()
+    count = started.training.sizes.parameters()
     assert count.adapter_final < count.adapter_peak == count.adapter_initial
     ranks = started.adaptation.ranks()
     assert sum(ranks.values()) == COMPONENTS / 4
     assert count.adapter_final == sum(rank * sum(started.before.shape(name)) for name, rank in ranks.items())
 
 
-def test_an_emptied_layer_is_the_base_layer(tmp_path):
+def test_a_layer_without_components_is_the_base_layer(tmp_path):
     started = trained(tmp_path, "components=1")
     (live,) = [name for name, rank in started.adaptation.ranks().items() if rank]
     for name, layer in started.adaptation.layers.items():
@@ -139,7 +147,7 @@ def test_convolutions():
     adaptation.after_step(FakeStep())
     assert adaptation.ranks() == {"0": 2, "2": 0}
     assert adaptation.model(torch.randn(1, 3, 5, 5)).shape == (1, 2, 5, 5)
-    assert adaptation.adapter_numbers() == 2 * (4 + 27)
+    assert adaptation.adapter_parameters() == 2 * (4 + 27)
 
 
 @pytest.mark.parametrize(

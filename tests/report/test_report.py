@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import scipy.stats
 
-from harness.commands.report import family_average
+from harness.installed import family_average
 from harness.record.record import RunRecord
 from harness.report.board.frame import to_frame
 from harness.report.board.leaderboard import Board, leaderboards

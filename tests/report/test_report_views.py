@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from safetensors.numpy import save_file
 
 from harness import cli
 from harness.record.record import HISTORY, SCHEMA, RunRecord
@@ -28,6 +26,7 @@ from harness.report.pictures.histories import History, mean_series, traced
 from harness.report.tables import budget, rank_curves
 from harness.report.tables.paper import against_paper, reported
 from harness.report.tables.trials import learning_rates, trials_frame
+from harness.trace import RANK, RANKS, Trace
 from tests.support.report_records import NAMING, board, chosen, record, rewritten, stored, trial
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -174,6 +173,15 @@ class TestBudget:
         assert [row.label for row in sorted_by(found, "method")[0].rows] == ["full", "head", "lora"]
 
 
+TRACES = (
+    RANK,
+    Trace("gap", "Frank-Wolfe gap", "loss", drawing="log_line"),
+    Trace("active_components", "active components", drawing="steps"),
+    RANKS,
+    Trace("s", "s", drawing=None),
+)
+
+
 class TestPictures:
     def test_mean_of_curves(self) -> None:
         batches, means, halves = mean_series([History(history(seed)) for seed in (0, 1)], "loss")
@@ -187,20 +195,25 @@ class TestPictures:
         runs = [record(m, seed=s, ranks=ranks, numbers=n) for m, n in (("debora", 50), ("lora", 90)) for s in (0, 1)]
         store = with_histories(tmp_path, *runs)
         (only,) = leaderboards(to_frame(store.records(), NAMING))
-        found = traced(only, store)
+        found = traced(only, store, traces=dict.fromkeys(("debora", "lora"), TRACES))
         learning, over_time = curves.learning_curves(only, found), curves.over_time(only, found)
         heat = layers.rank_heat_map(only, {run.run_id: run for run in runs})
         assert [panel.get_ylabel() for panel in axes(learning)] == ["training loss", "holdout accuracy"]
         assert [panel.get_ylabel() for panel in axes(over_time)] == [
-            "rank, all layers", "Frank-Wolfe gap", "active components",
+            "rank, all layers", "Frank-Wolfe gap (loss)", "active components",
         ]  # fmt: skip
+        layered = layers.over_time(only, found)
+        (mesh,) = axes(layered)[0].collections
+        assert mesh.get_array().shape == (2, 4), "two layers, four rows with ranks"
+        assert mesh.get_coordinates()[0, :, 0].tolist() == [10, 20, 30, 40, 41]
+        assert axes(layered)[2].get_ylabel() == "rank"
         image = axes(heat)[0].images[0].get_array()
         assert image is not None
         assert image.tolist() == [[4, 4], [3, 3]]
         assert [text.get_text() for text in axes(heat)[0].get_xticklabels()] == ["attention.query", "attention.value"]
         points = axes(scatter.draw(to_frame(runs, NAMING), only))[0]
         assert points.get_xlabel() == "adapter parameters"
-        assert layers.singular_values(only, store) is None
+        assert layers.singular_values(only, store, lambda method, folder: {}) is None
         assert critical.draw(only) is None
 
     @pytest.mark.parametrize(
@@ -277,7 +290,33 @@ class TestPictures:
         assert scatter.draw(to_frame(store.records()), only) is None
         assert curves.learning_curves(only, traced(only, store)) is None
         assert curves.over_time(only, traced(only, store)) is None
+        assert layers.over_time(only, traced(only, store)) is None
         assert layers.rank_heat_map(only, {run.run_id: run for run in store.records()}) is None
+
+    def test_of_a_method_that_declares_nothing_nothing_is_drawn_and_of_an_unknown_one_all(self, tmp_path: Path) -> None:
+        store = with_histories(tmp_path, record("lora"), record("gone", score=0.4))
+        (only,) = leaderboards(to_frame(store.records()))
+        found = traced(only, store, traces={"lora": ()})
+        figure = curves.over_time(only, found)
+        assert [panel.get_ylabel() for panel in axes(figure)] == ["active components", "gap", "rank"]
+        (label,) = {text.get_text() for text in figure.legends[0].get_texts()} if figure else set()
+        assert label == "gone"
+
+    def test_methods_share_a_panel_of_what_both_declare(self, tmp_path: Path) -> None:
+        store = with_histories(tmp_path, record("lora"), record("debora", score=0.4))
+        (only,) = leaderboards(to_frame(store.records()))
+        other = Trace("gap", "another gap")
+        figure = curves.over_time(only, traced(only, store, traces={"lora": (RANK, other), "debora": (RANK,)}))
+        assert [panel.get_ylabel() for panel in axes(figure)] == ["rank, all layers", "another gap"]
+        assert [len({line.get_color() for line in panel.lines}) for panel in axes(figure)] == [2, 1]
+
+    def test_lists_that_are_no_table_are_passed_over(self) -> None:
+        rows: list[dict[str, Any]] = [{"batches": 1, "a": [1, 2], "b": [1], "c": [1, "x"], "d": 3}]
+        rows.append({"batches": 2, "a": [3, 4], "b": [1, 2], "c": [1, 2]})
+        found = History(rows, ("a", "b", "c", "d", "e"))
+        batches, table = found.table("a")
+        assert (batches.tolist(), table.tolist()) == ([1, 2], [[1, 2], [3, 4]])
+        assert not any(len(found.table(name)[0]) for name in "bcde")
 
     @pytest.mark.parametrize(
         ("name", "parts"),
@@ -289,57 +328,6 @@ class TestPictures:
     )
     def test_names_of_layers(self, name: str, parts: tuple[str, str]) -> None:
         assert layers.split_name(name) == parts
-
-    def test_spectrum_is_that_of_the_scaled_product(self, tmp_path: Path) -> None:
-        random = np.random.default_rng(0)
-        B, A = random.standard_normal((7, 3)), random.standard_normal((3, 5))
-        prefix = "base_model.model.encoder.query"
-        save_file({f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}, tmp_path / "adapter_model.safetensors")
-        config = {"lora_alpha": 1, "alpha_pattern": {"query": 6}}
-        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-        found = layers.spectrum(tmp_path)
-        expected = np.linalg.svd(2 * B @ A, compute_uv=False)[:3]
-        assert found["encoder.query"] == pytest.approx(expected)
-        assert layers.spectrum(tmp_path / "nothing") == {}
-
-    @pytest.mark.parametrize(
-        ("tensors", "config"),
-        [
-            ({"A": np.full((3, 5), np.nan)}, {}),
-            ({"B": np.full((7, 3), np.inf)}, {}),
-            ({"B": np.full((7, 3), 1e300), "A": np.full((3, 5), 1e300)}, {}),
-            ({"B": np.ones((7, 4))}, {}),
-            ({"B": np.ones(7)}, {}),
-            ({"A": np.ones(())}, {}),
-            ({"A": np.ones((0, 5)), "B": np.ones((7, 0))}, {}),
-            ({"A": np.ones((3, 5), dtype=np.int32)}, {}),
-            ({"B": None}, {}),
-            ({}, {"lora_alpha": "16"}),
-            ({}, {"lora_alpha": None}),
-            ({}, {"lora_alpha": True}),
-            ({}, {"lora_alpha": -4}),
-            ({}, {"lora_alpha": float("nan")}),
-            ({}, {"lora_alpha": 10**400}),
-            ({}, {"alpha_pattern": {"(query": 6}}),
-            ({}, {"alpha_pattern": {"query": "6"}}),
-            ({}, {"use_rslora": "no"}),
-            ({}, [1]),
-            ({}, "[" * 100_000),
-            ({}, "{"),
-            ("no tensors", {}),
-        ],
-    )
-    def test_a_garbled_adapter_has_no_spectrum(self, tmp_path: Path, tensors: Any, config: Any) -> None:
-        whole = {"A": np.ones((3, 5)), "B": np.ones((7, 3))}
-        weights = tmp_path / "adapter_model.safetensors"
-        if isinstance(tensors, str):
-            weights.write_text(tensors)
-        else:
-            kept = {name: value for name, value in (whole | tensors).items() if value is not None}
-            save_file({f"base_model.model.query.lora_{name}.weight": value for name, value in kept.items()}, weights)
-        told = {"lora_alpha": 4} | config if isinstance(config, dict) else config
-        (tmp_path / "adapter_config.json").write_text(told if isinstance(told, str) else json.dumps(told))
-        assert layers.spectrum(tmp_path) == {}
 
     def test_diagram_of_mean_ranks(self) -> None:
         runs = [record(f"m{i}", f"t{j}", score=0.5 + 0.1 * i + 0.01 * j) for i in range(4) for j in range(6)]

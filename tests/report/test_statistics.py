@@ -10,8 +10,9 @@ import pytest
 import scipy.stats
 from safetensors.numpy import save_file
 
+from harness.metric import ACCURACY, MATTHEWS, METRICS, Metric, mean_of
 from harness.record.record import PREDICTIONS
-from harness.report.evidence.examples import METRICS, example_scores
+from harness.report.evidence.examples import example_scores
 from harness.report.pictures.critical import cliques, mean_ranks, refusal
 from harness.report.statistics import (
     Difference,
@@ -24,7 +25,6 @@ from harness.report.statistics import (
     probability_of_improvement,
 )
 from harness.storage import Damaged
-from tasks.metrics import METRICS as OF_TASKS
 from tests.support.report_records import board, record
 from tests.support.report_records import predicted as write_predictions
 
@@ -176,36 +176,48 @@ def both(predictions: np.ndarray, references: np.ndarray) -> dict[str, np.ndarra
     return {"validation/predictions": predictions, "validation/references": references}
 
 
+OF_EXAMPLES = {name: metric for name, metric in METRICS.items() if metric.parts is not None}
+
+
 class TestExamples:
-    @pytest.mark.parametrize("metric", sorted(METRICS))
-    def test_mean_is_the_score_and_spread_is_the_jackknifes(self, tmp_path: Path, metric: str) -> None:
+    @pytest.mark.parametrize("metric", OF_EXAMPLES.values(), ids=OF_EXAMPLES)
+    def test_mean_is_the_score_and_spread_is_the_jackknifes(self, tmp_path: Path, metric: Metric) -> None:
         random = np.random.default_rng(0)
         references = random.integers(0, 2, 60)
         predictions = np.where(random.random(60) < 0.8, references, 1 - references)
-        if metric in ("pearson", "spearmanr"):
+        if metric.name in ("pearson", "spearmanr"):
             references, predictions = references + random.random(60), predictions + random.random(60)
-        score = float(OF_TASKS[metric](predictions, references))
+        score = float(metric.value(predictions, references))
         write_predictions(tmp_path, predictions, references)
         values = example_scores(tmp_path / PREDICTIONS, "validation", metric, score, 60)
         assert values is not None
         assert values.mean() == pytest.approx(score)
-        left_out = np.array([OF_TASKS[metric](np.delete(predictions, i), np.delete(references, i)) for i in range(60)])
+        left_out = np.array([metric.value(np.delete(predictions, i), np.delete(references, i)) for i in range(60)])
         error = math.sqrt(59 / 60 * ((left_out - left_out.mean()) ** 2).sum())
-        tolerance = 0.1 if metric == "spearmanr" else 1e-6  # its ranks are held fixed
+        tolerance = 0.1 if metric.name == "spearmanr" else 1e-6  # its ranks are held fixed
         assert values.std(ddof=1) / math.sqrt(60) == pytest.approx(error, rel=tolerance)
+
+    def test_a_mean_over_examples_gives_their_own_scores_whatever_a_prediction_is(self, tmp_path: Path) -> None:
+        predictions, references = np.array([[1, 2], [3, 4], [5, 6]]), np.array([[1, 2, 0], [3, 0, 0], [0, 0, 0]])
+        shared = mean_of("shared", lambda one, other: (one == other[:, :2]).mean(axis=1))
+        write_predictions(tmp_path, predictions, references)
+        values = example_scores(tmp_path / PREDICTIONS, "validation", shared, 0.5, 3)
+        assert values == pytest.approx([1.0, 0.5, 0.0])
 
     def test_nothing_to_go_by(self, tmp_path: Path) -> None:
         path = tmp_path / PREDICTIONS
         with pytest.raises(OSError, match="No such file"):
-            example_scores(path, "validation", "accuracy", 0.5)
+            example_scores(path, "validation", ACCURACY, 0.5)
         write_predictions(tmp_path, np.array([0, 1, 2]), np.array([0, 1, 1]))
-        assert example_scores(path, "validation", "accuracy", 2 / 3) is not None
-        assert example_scores(path, "validation", "accuracy", 0.9) is None, "not this run's score"
-        assert example_scores(path, "validation", "matthews_correlation", 0.5) is None, "three classes"
-        assert example_scores(path, "validation", "perplexity", 0.5) is None
+        assert example_scores(path, "validation", ACCURACY, 2 / 3) is not None
+        assert example_scores(path, "validation", ACCURACY, 0.9) is None, "not this run's score"
+        assert example_scores(path, "validation", MATTHEWS, 0.5) is None, "three classes"
+        write_predictions(tmp_path, np.zeros((3, 1)), np.zeros((3, 1)))
+        assert example_scores(path, "validation", ACCURACY, 1.0) is None, "no classes"
+        assert example_scores(path, "validation", METRICS["r2"], 0.5) is None, "it has no parts"
 
-    @pytest.mark.parametrize("metric", sorted(METRICS))
-    def test_huge_values_are_no_score(self, tmp_path: Path, metric: str) -> None:
+    @pytest.mark.parametrize("metric", OF_EXAMPLES.values(), ids=OF_EXAMPLES)
+    def test_huge_values_are_no_score(self, tmp_path: Path, metric: Metric) -> None:
         """Their sums are beyond floats, which is no warning, and never equal to a score."""
         write_predictions(tmp_path, np.array([1e200, -1e300, 1e308]), np.array([1e300, 1e308, -1e308]))
         assert example_scores(tmp_path / PREDICTIONS, "validation", metric, 0.25, 3) is None
@@ -218,7 +230,7 @@ class TestExamples:
             ({"test/predictions": np.arange(3), "test/references": np.arange(3)}, "validation/predictions"),
             (both(np.arange(2), np.arange(3)), "shapes"),
             (both(np.arange(2), np.arange(2)), r"shapes \(2,\)"),
-            (both(np.zeros((3, 1)), np.zeros((3, 1))), "shapes"),
+            (both(np.zeros((3, 1)), np.zeros((2, 1))), "shapes"),
             (both(np.zeros(()), np.zeros(())), "shapes"),
             (both(np.array([0, np.nan, 1]), np.zeros(3)), "finite numbers"),
             (both(np.zeros(3), np.array([0, np.inf, 1])), "finite numbers"),
@@ -231,7 +243,7 @@ class TestExamples:
         path = tmp_path / PREDICTIONS
         path.write_bytes(arrays) if isinstance(arrays, bytes) else save_file(arrays, path)
         with pytest.raises(Damaged, match=message) as caught:
-            example_scores(path, "validation", "accuracy", 0.5, 3)
+            example_scores(path, "validation", ACCURACY, 0.5, 3)
         assert "\n" not in str(caught.value)
 
 

@@ -132,7 +132,7 @@ def submitted(place, tmp_path_factory) -> Path:
 def official_rows(monkeypatch) -> None:
     """The tiny test sets' sizes for the official ones."""
     files = [
-        file._replace(rows=tiny.EVALUATION_ROWS) if file.task[5:] in TABLE else file
+        glue_submission.TestFile(*file[:3], tiny.EVALUATION_ROWS, *file[4:]) if file.task[5:] in TABLE else file
         for file in glue_submission.TEST_FILES
     ]
     monkeypatch.setattr(glue_submission, "TEST_FILES", tuple(files))

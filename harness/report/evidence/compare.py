@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.errors import unknown
+from harness.metric import Metric
 from harness.record.record import PREDICTIONS
 from harness.record.store import RecordStore
 from harness.report.board.leaderboard import Board, Cell, Column, Row, Run, is_present, score_text
-from harness.report.evidence.examples import METRICS, example_scores
+from harness.report.evidence.examples import FindMetric, common, example_scores
 from harness.report.pictures.histories import one_line
 from harness.report.statistics import (
     CONFIDENCE,
@@ -31,24 +32,30 @@ LEAST_TASKS = 3  # for an interquartile mean over tasks
 
 
 class ExampleReader:
-    """Per-example scores of runs of a store, each file read once. `damaged`: what is wrong, by run_id, with the
-    predictions that could not be used."""
+    """Per-example scores of runs of a store, each file read once. `metric`: finds what a run's score is by its task.
+    `damaged`: what is wrong, by run_id, with the predictions that could not be used."""
 
-    def __init__(self, store: RecordStore) -> None:
-        self._store = store
+    def __init__(self, store: RecordStore, metric: FindMetric = common) -> None:
+        self._store, self._metric = store, metric
         self.damaged: dict[str, str] = {}
         self._known: dict[tuple[str, str], np.ndarray | None] = {}  # by run_id and split
 
     def __call__(self, run: Run, column: Column) -> np.ndarray | None:
         """See `example_scores`; None also where no predictions were kept, or they are damaged."""
-        if column.headline not in METRICS or not is_present(run["split"]):
+        metric = self._metric(run["task"], column.headline)
+        if metric is None or metric.parts is None or not is_present(run["split"]):
             return None
         key = run["run_id"], run["split"]
         if key not in self._known:
-            self._known[key] = self._read(run, column.headline)
+            self._known[key] = self._read(run, metric)
         return self._known[key]
 
-    def _read(self, run: Run, metric: str) -> np.ndarray | None:
+    def tells_right_from_wrong(self, run: Run, column: Column) -> bool:
+        """Whether a score is a share of examples that are right or wrong."""
+        metric = self._metric(run["task"], column.headline)
+        return metric is not None and metric.right_or_wrong
+
+    def _read(self, run: Run, metric: Metric) -> np.ndarray | None:
         split = run["split"]
         try:
             path = self._store.verified(run["run_id"], PREDICTIONS)
@@ -74,7 +81,7 @@ class Comparison:
     scores: tuple[np.ndarray, np.ndarray]  # (seeds,) of the first and of the second
     difference: Difference | None  # first less second, in the score's unit; None: not available
     num_examples: int | None  # None: the examples are not in the difference's interval
-    mcnemar: tuple[float, ...]  # p within each seed; only for the accuracy
+    mcnemar: tuple[float, ...]  # p within each seed; only of a share of right answers
     adjusted_p: float | None = None  # Holm's, over the tasks compared
 
     @property
@@ -125,7 +132,7 @@ def compare_cells(first: Cell, second: Cell, column: Column, read: ExampleReader
     runs = [[of_seed[seed] for seed in seeds] for of_seed in by_seed]
     scores = [np.array([run["score"] for run in of_row], dtype=float) for of_row in runs]
     differences = _by_example(runs[0], runs[1], column, read)
-    within = tuple(_mcnemar(row) for row in differences) if differences is not None else ()
+    binary = differences is not None and read.tells_right_from_wrong(runs[0][0], column)
     return Comparison(
         column,
         first.runs[0]["task"],
@@ -133,7 +140,7 @@ def compare_cells(first: Cell, second: Cell, column: Column, read: ExampleReader
         (scores[0], scores[1]),
         difference=paired(scores[0] - scores[1]) if differences is None else crossed(differences),
         num_examples=None if differences is None else differences.shape[1],
-        mcnemar=within if column.headline == "accuracy" else (),
+        mcnemar=tuple(_mcnemar(row) for row in differences) if binary and differences is not None else (),
     )
 
 

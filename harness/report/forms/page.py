@@ -16,16 +16,6 @@ from harness.report.forms.text import LEGEND
 from harness.report.redact import cut, one_line
 from harness.report.wording import cell_text, decimal, human
 
-PICTURES = {  # by name: what a picture shows
-    "score_vs_parameters": "Score against adapter parameters",
-    "learning_rate_sensitivity": "Learning-rate sensitivity",
-    "rank_curves": "Scores of trained adapters cut to several ranks",
-    "learning_curves": "Learning curves",
-    "over_time": "Ranks, gap and active set over time",
-    "rank_heat_map": "Rank per layer and module",
-    "singular_values": "Singular values of the updates",
-    "critical_difference": "Mean ranks over tasks",
-}
 TABLES = {  # by name: what a table of the page shows
     "costs": "Costs of each row in all: its runs on every task and seed, failed ones too, and its searches",
     "learning_rates": "Learning-rate sensitivity: scores of the searches' trials on the holdout",
@@ -37,11 +27,11 @@ def page(
     boards: Sequence[Board],
     damaged: Iterable[str],
     tables: Mapping[str, Mapping[str, pd.DataFrame]],
-    pictures: Mapping[str, Sequence[Path]],
+    pictures: Mapping[str, Sequence[tuple[str, Path]]],
 ) -> str:
-    """The page. By a board's key, `tables`: frames by their names, of which it shows some, and `pictures`: PNG files,
-    taken into the page but for links to others. Hyperlinks lead to runs/<run_id>/record.json beside it. Scripts and
-    styles are in it: it loads nothing."""
+    """The page. By a board's key, `tables`: frames by their names, of which it shows some, and `pictures`: titles and
+    PNG files, which are taken into the page but for links to others. Hyperlinks lead to runs/<run_id>/record.json
+    beside it. Scripts and styles are in it: it loads nothing."""
     sections = [_section(board, tables.get(board.key, {}), pictures.get(board.key, ())) for board in boards]
     return _template().render(sections=sections, legend=LEGEND, damaged=[one_line(cut(name)) for name in damaged])
 
@@ -54,7 +44,7 @@ def _template() -> Template:
     )
 
 
-def _section(board: Board, tables: Mapping[str, pd.DataFrame], pictures: Sequence[Path]) -> dict[str, Any]:
+def _section(board: Board, tables: Mapping[str, pd.DataFrame], pictures: Sequence[tuple[str, Path]]) -> dict[str, Any]:
     headings = [("method", ""), ("parameters", "")]
     headings += [("rank", "")] if board.has_ranks else []
     headings += [(column.title, column.metric.replace("_", " ")) for column in board.columns]
@@ -69,16 +59,12 @@ def _section(board: Board, tables: Mapping[str, pd.DataFrame], pictures: Sequenc
         "tables": [(TABLES[name], _plain(tables[name])) for name in TABLES if name in tables and len(tables[name])],
         "cells": _details(board),
         "notes": board.notes,
-        "pictures": [(_title(path), base64.b64encode(path.read_bytes()).decode()) for path in _files(pictures)],
+        "pictures": [
+            (title, base64.b64encode(path.read_bytes()).decode())
+            for title, path in pictures
+            if path.is_file() and not path.is_symlink()
+        ],
     }
-
-
-def _files(paths: Iterable[Path]) -> list[Path]:
-    return [path for path in paths if path.is_file() and not path.is_symlink()]
-
-
-def _title(picture: Path) -> str:
-    return next((title for name, title in PICTURES.items() if picture.stem.startswith(name)), picture.stem)
 
 
 def _row(board: Board, row: Row, place: int) -> list[dict[str, Any]]:

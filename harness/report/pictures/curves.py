@@ -1,8 +1,9 @@
-"""Pictures over time: learning curves; ranks, Frank-Wolfe gap and the active set."""
+"""Pictures over time: learning curves, and what methods report of themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import rc_context
@@ -12,11 +13,13 @@ from matplotlib.figure import Figure
 from harness.report.board.leaderboard import Board, Column
 from harness.report.pictures.figures import STYLE, Style, line_handles, log_if_wide, panels, plain, styles, widths
 from harness.report.pictures.histories import History, Traced, excerpt, mean_series
+from harness.trace import HOLDOUT, Trace
 
 SMOOTH = 0.1  # share of a run over which the training loss is averaged
 MARKED = 12  # points: fewer are marked, more are a line
 LINES = ("-", "--", "-.", ":")
-OVER_TIME = (("rank", "rank, all layers"), ("gap", "Frank-Wolfe gap"), ("active_components", "active components"))
+DRAWN = ("line", "log_line", "steps")
+MOST_TRACES = 8  # panels down
 
 
 def learning_curves(board: Board, found: Sequence[Traced]) -> Figure | None:
@@ -36,7 +39,7 @@ def learning_curves(board: Board, found: Sequence[Traced]) -> Figure | None:
             for each, width in zip(of_task, widths(len(of_task)), strict=True):
                 _band(axes[0][place], each, "loss", names[each.label], width, SMOOTH)
                 if holdouts:
-                    _band(axes[1][place], each, f"holdout_{column.headline}", names[each.label], width)
+                    _band(axes[1][place], each, HOLDOUT + column.headline, names[each.label], width)
             _finish(axes[0][place], "training loss")
             if holdouts:
                 _finish(axes[1][place], f"holdout {column.metric}".replace("_", " "))
@@ -45,36 +48,46 @@ def learning_curves(board: Board, found: Sequence[Traced]) -> Figure | None:
 
 
 def over_time(board: Board, found: Sequence[Traced]) -> Figure | None:
-    """Rank, gap and size of the active set, whichever the histories have, a column for each task; None without any.
+    """What the methods declare of their histories (see `harness.trace.Trace`) and the histories have, a row of panels
+    each, a column for each task; None without any.
 
-    One line for each seed; a dot where the active set changed last: from there on it counts as identified.
+    One line for each seed; a dot where a size changed last.
     """
-    shown = [(name, text) for name, text in OVER_TIME if any(_has(each.histories, name) for each in found)]
-    able = [each for each in found if any(_has(each.histories, name) for name, _ in shown)]
+    shown = list(dict.fromkeys(trace for each in found for trace in _drawn(each)))[:MOST_TRACES]
+    able = [each for each in found if any(trace in shown for trace in _drawn(each))]
     titles = list(dict.fromkeys(each.title for each in able))
     if not titles:
         return None
     names = styles(row.label for row in board.rows)
     handles = line_handles(names, (each.label for each in able))
-    caption = f"{board.caption} A line a seed; dots: the number of active components changed last.{excerpt(board)}"
+    caption = f"{board.caption} A line a seed; dots: where a size changed last.{excerpt(board)}"
     with rc_context(STYLE):
         figure, axes = panels(len(shown), len(titles), caption, handles, height=1.5)
-        for down, (name, text) in enumerate(shown):
+        for down, trace in enumerate(shown):
             for across, title in enumerate(titles):
-                panel = axes[down][across]
-                for each in able:
-                    if each.title == title:
-                        _lines(panel, each, name, names[each.label])
-                last = [history.last for each in able if each.title == title for history in each.histories]
-                panel.set_xlim(0, 1.02 * max(last))
-                _finish(panel, text)
-                if name == "gap":
-                    log_if_wide(panel, [float(y) for line in panel.lines for y in np.asarray(line.get_ydata())])
+                of_task = [each for each in able if each.title == title]
+                _trace(axes[down][across], trace, of_task, names)
                 if down == 0:
-                    panel.set_title(title, fontsize=8)
+                    axes[down][across].set_title(title, fontsize=8)
                 if down == len(shown) - 1:
-                    panel.set_xlabel("batches")
+                    axes[down][across].set_xlabel("batches")
     return figure
+
+
+def _drawn(each: Traced) -> list[Trace]:
+    """The traces of a method that are lines and that its histories have."""
+    return [trace for trace in each.traces if trace.drawing in DRAWN and _has(each.histories, trace.name)]
+
+
+def _trace(panel: Axes, trace: Trace, of_task: Sequence[Traced], names: Mapping[str, Style]) -> None:
+    """One panel: a value on one task."""
+    for each in of_task:
+        if trace in each.traces:
+            _lines(panel, each, trace, names[each.label])
+    panel.set_xlim(0, 1.02 * max(history.last for each in of_task for history in each.histories))
+    _finish(panel, textwrap.fill(trace.title, 20))
+    if trace.drawing == "log_line":
+        log_if_wide(panel, [float(y) for line in panel.lines for y in np.asarray(line.get_ydata())])
 
 
 def last_change(values: np.ndarray) -> int:
@@ -83,18 +96,17 @@ def last_change(values: np.ndarray) -> int:
     return int(changes[-1]) + 1 if len(changes) else 0
 
 
-def _lines(panel: Axes, each: Traced, name: str, style: Style) -> None:
-    """One line for each seed. A size holds until it changes, so it reaches to the end of the run; a gap does not."""
+def _lines(panel: Axes, each: Traced, trace: Trace, style: Style) -> None:
+    """One line for each seed. A size holds until it changes, so it reaches to the end of the run; others do not."""
     colour, marker = style
     for place, history in enumerate(each.histories):
-        batches, values = history.series(name)
+        batches, values = history.series(trace.name)
         if not len(batches):
             continue
-        if name == "active_components":
-            last = last_change(values)
+        step = "default"
+        if trace.drawing == "steps":
+            last, step = last_change(values), "steps-post"
             panel.plot(batches[last], values[last], marker, color=colour, markersize=4)
-        step = "default" if name == "gap" else "steps-post"
-        if step != "default":
             batches, values = np.append(batches, history.last), np.append(values, values[-1])
         panel.plot(batches, values, LINES[place % len(LINES)], color=colour, linewidth=0.9, drawstyle=step)
 
@@ -115,7 +127,7 @@ def _finish(panel: Axes, text: str) -> None:
 
 
 def _holdout(each: Traced, column: Column) -> bool:
-    return each.title == column.title and _has(each.histories, f"holdout_{column.headline}")
+    return each.title == column.title and _has(each.histories, HOLDOUT + column.headline)
 
 
 def _has(histories: Sequence[History], name: str) -> bool:

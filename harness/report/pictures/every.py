@@ -1,36 +1,36 @@
-"""Every picture of a board, by name."""
+"""The report's own pictures. A package adds one through the entry-point group `harness.pictures`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-
-import pandas as pd
-from matplotlib.figure import Figure
-
-from harness.record.record import RunRecord
-from harness.record.store import RecordStore
-from harness.report.board.leaderboard import Board
 from harness.report.pictures import critical, curves, layers, lines, scatter
-from harness.report.pictures.histories import Traced
+from harness.report.pictures.picture import Picture
 
-
-def pictures(
-    board: Board,
-    frame: pd.DataFrame,
-    trials: pd.DataFrame,
-    store: RecordStore,
-    records: Mapping[str, RunRecord],
-    found: Sequence[Traced],
-) -> dict[str, Callable[[], Figure | None]]:
-    """What draws each picture, by name; it gives None where the board's runs have nothing for it. `frame` and `trials`
-    hold the runs and the searches' trials of the board's setting, `found` its histories."""
-    return {
-        "score_vs_parameters": lambda: scatter.draw(frame, board),
-        "learning_rate_sensitivity": lambda: lines.learning_rates(board, trials),
-        "rank_curves": lambda: lines.rank_curves(board, records),
-        "learning_curves": lambda: curves.learning_curves(board, found),
-        "over_time": lambda: curves.over_time(board, found),
-        "rank_heat_map": lambda: layers.rank_heat_map(board, records),
-        "singular_values": lambda: layers.singular_values(board, store),
-        "critical_difference": lambda: critical.draw(board),
-    }
+PICTURES = (
+    Picture(
+        "score_vs_parameters", "Score against adapter parameters", lambda data: scatter.draw(data.frame, data.board)
+    ),
+    Picture(
+        "learning_rate_sensitivity",
+        "Learning-rate sensitivity",
+        lambda data: lines.learning_rates(data.board, data.trials),
+    ),
+    Picture(
+        "rank_curves",
+        "Scores of trained adapters cut to several ranks",
+        lambda data: lines.rank_curves(data.board, data.records),
+    ),
+    Picture("learning_curves", "Learning curves", lambda data: curves.learning_curves(data.board, data.histories)),
+    Picture("over_time", "What methods report over time", lambda data: curves.over_time(data.board, data.histories)),
+    Picture(
+        "layers_over_time",
+        "What methods report of each layer over time",
+        lambda data: layers.over_time(data.board, data.histories),
+    ),
+    Picture("rank_heat_map", "Rank per layer and module", lambda data: layers.rank_heat_map(data.board, data.records)),
+    Picture(
+        "singular_values",
+        "Singular values of the updates",
+        lambda data: layers.singular_values(data.board, data.store, data.singular_values),
+    ),
+    Picture("critical_difference", "Mean ranks over tasks", lambda data: critical.draw(data.board)),
+)

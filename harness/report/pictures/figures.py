@@ -6,7 +6,8 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ STYLE: Any = {"font.family": fonts.FAMILY, "font.size": 8, "pdf.fonttype": 42, "
 STYLE["axes.titley"] = 1.0  # where it would be anyway, looked up by drawing the panel once more
 
 Style = tuple[str, str]  # colour and marker
+
+
+@contextmanager
+def in_house_style() -> Iterator[None]:
+    """Fonts and sizes of every picture."""
+    with rc_context(STYLE):
+        yield
 
 
 def save(figure: Figure, *paths: Path) -> None:

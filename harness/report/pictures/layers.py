@@ -1,12 +1,10 @@
-"""Pictures over layers: the rank of each as a heat map, and singular values of kept adapters."""
+"""Pictures over layers: the rank of each as a heat map, what changes over time, singular values of kept adapters."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
@@ -28,7 +26,8 @@ from harness.report.pictures.figures import (
     panels_for,
     plain,
 )
-from harness.report.pictures.histories import MOST_ROWS, excerpt
+from harness.report.pictures.histories import MOST_ROWS, Traced, excerpt
+from harness.report.pictures.picture import SingularValues
 
 MOST_MODULES = 14  # that a panel of a third of a page has room for
 MOST_LINES = 40  # layers of which a panel of singular values shows each
@@ -131,13 +130,50 @@ def _short_modules(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def singular_values(board: Board, store: RecordStore) -> Figure | None:
-    """Singular values of the update B A of each layer, from kept adapters (`--save-adapter`), a panel for each of the
-    board's first rows: its first run with an adapter. None where no run kept a low-rank one."""
+def over_time(board: Board, found: Sequence[Traced]) -> Figure | None:
+    """What methods declare as a number for each layer (see `harness.trace.Trace`), layers down and batches across, a
+    panel for each of the board's first rows on its first task with such values; None without any.
+
+    One run each, its first seed; a value holds until the next one.
+    """
+    shown = [
+        (each, trace)
+        for each in found
+        for trace in each.traces
+        if trace.drawing == "heat_map" and len(each.histories[0].table(trace.name)[0])
+    ]
+    shown = [(each, trace) for each, trace in shown if each.title == shown[0][0].title][:MOST_ROWS]
+    if not shown:
+        return None
+    title = shown[0][0].title
+    caption = f"{board.caption} On {title}, the first seed of each; layers in the method's order.{excerpt(board)}"
+    with rc_context(STYLE):
+        figure, axes = panels_for(len(shown), caption)
+        for place, (each, trace) in enumerate(shown):
+            panel, history = axes[place], each.histories[0]
+            batches, table = history.table(trace.name)
+            edges = np.append(batches, max(history.last, batches[-1] + 1))
+            layers = np.arange(table.shape[1] + 1) + 0.5
+            image = panel.pcolormesh(edges, layers, table.T, vmin=min(0, table.min()), cmap=SEQUENTIAL, rasterized=True)
+            panel.invert_yaxis()
+            panel.yaxis.set_major_locator(MaxNLocator(integer=True))
+            panel.set_title(folded(each.label, 34), fontsize=7)
+            panel.set_xlabel("batches")
+            panel.set_ylabel("layer")
+            whole = bool((table == table.round()).all())
+            figure.colorbar(image, ax=panel, label=trace.title, ticks=MaxNLocator(5, integer=whole))
+    return figure
+
+
+def singular_values(board: Board, store: RecordStore, of_adapter: SingularValues) -> Figure | None:
+    """Singular values of the update of each layer, from kept adapters (`--save-adapter`), a panel for each of the
+    board's first rows: its first run with an adapter that has any. None where no run has one.
+
+    `of_adapter`: reads them, (method, folder) -> by layer."""
     found = {}
     for row in board.rows[:MOST_ROWS]:
         runs = (run for cell in row.cells.values() for run in cell.scored)
-        tried = (spectrum(store.folder(run["run_id"]) / "adapter") for run in runs)
+        tried = (of_adapter(run["method"], store.folder(run["run_id"]) / "adapter") for run in runs)
         first = next((each for each in tried if each), None)
         if first:
             found[row.label] = first
@@ -167,56 +203,3 @@ def _draw_spectra(panel: Axes, spectra: Mapping[str, np.ndarray]) -> None:
     panel.set_ylabel("singular value")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     plain(panel)
-
-
-def spectrum(folder: Path) -> dict[str, np.ndarray]:
-    """Singular values of scaling x B A by layer, (rank,), from a stock LoRA adapter's folder.
-
-    {} without one, for one in a precision that NumPy does not know, and for one that is damaged.
-    """
-    from safetensors.numpy import load_file
-
-    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    if not (weights.is_file() and settings.is_file()):
-        return {}
-    try:
-        with np.errstate(all="ignore"):
-            found = _spectra(load_file(weights), json.loads(settings.read_bytes()))
-    except Exception:  # a picture is not worth a report: whatever other content makes the readers and NumPy raise
-        return {}
-    return found if all(np.isfinite(values).all() for values in found.values()) else {}
-
-
-def _spectra(tensors: Mapping[str, np.ndarray], config: Mapping[str, object]) -> dict[str, np.ndarray]:
-    """As `spectrum`. Raises an error of any kind for what is no stock LoRA adapter."""
-    found = {}
-    for name, down in tensors.items():
-        if ".lora_A." in name:
-            up = tensors[name.replace(".lora_A.", ".lora_B.")]
-            if not all(matrix.ndim >= 2 and matrix.dtype.kind == "f" for matrix in (up, down)):
-                raise TypeError(f"{name} and its counterpart are no matrices of numbers")
-            layer = name.split(".lora_A.")[0].removeprefix("base_model.model.")
-            B, A = up.reshape(up.shape[0], -1), down.reshape(down.shape[0], -1)
-            found[layer] = _scaling(layer, len(A), config) * _product_singular_values(B, A)
-    return found
-
-
-def _product_singular_values(B: np.ndarray, A: np.ndarray) -> np.ndarray:
-    """Of B A, with B (m, r) and A (r, n), without the product: those of R_B R_A^T of two thin QR factorisations."""
-    triangles = [np.asarray(np.linalg.qr(matrix.astype(np.float64), mode="r")) for matrix in (B, A.T)]
-    return np.linalg.svd(triangles[0] @ triangles[1].T, compute_uv=False)
-
-
-def _scaling(layer: str, rank: int, config: Mapping[str, object]) -> float:
-    """alpha / rank, or alpha / sqrt(rank) for rsLoRA; patterns are matched as PEFT does, at the end of the name."""
-    alpha = config.get("lora_alpha", rank)
-    patterns = config.get("alpha_pattern")
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            alpha = value
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or alpha < 0:
-        raise ValueError(f"alpha = {alpha!r} of layer {layer} is no scale")
-    root = config.get("use_rslora", False)
-    if not isinstance(root, bool):
-        raise TypeError(f"use_rslora = {root!r} is neither true nor false")
-    return float(alpha) / (rank**0.5 if root else rank)

@@ -111,12 +111,12 @@ def take_step(
     full_away = direction.away & (alpha >= direction.max_step)
     moved = moved.masked_fill(vertex & full_away[:, None], 0.0).clamp(min=0)
     moved = torch.where(moves[:, None], moved / moved.sum(-1, keepdim=True), weights)
-    emptied = moved.gather(-1, direction.vertex[:, None])[:, 0] == 0
+    weightless = moved.gather(-1, direction.vertex[:, None])[:, 0] == 0
     return StepTaken(
         weights=moved,
         step_size=alpha,
-        away=moves & direction.away & ~emptied,
-        drop=moves & direction.away & emptied,
+        away=moves & direction.away & ~weightless,
+        drop=moves & direction.away & weightless,
     )
 
 

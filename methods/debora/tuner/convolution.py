@@ -19,8 +19,8 @@ class DeboraConv2d(DeboraLayer):
 
     Psi = sum_i s_i u_i^(1) (x) u_i^(2) (x) u_i^(3) (x) u_i^(4),    U^(k) of (C_out, r), (C_in, r), (kH, r), (kW, r).
 
-    That is r (C_out + C_in + kH + kW) numbers and s. The full kernel is never built in a forward: the input goes to r
-    channels, each of which is convolved along the height and then along the width, and the r channels go to C_out.
+    That is r (C_out + C_in + kH + kW) parameters and s. The full kernel is never built in a forward: the input goes to
+    r channels, each of which is convolved along the height and then along the width, and the r channels go to C_out.
     Raises ValueError for a grouped convolution.
     """
 

@@ -10,18 +10,20 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from harness.method import is_transposed
 from methods.debora.tuner.config import DeboraConfig
 from methods.debora.tuner.fused import fused_linear
 from methods.debora.tuner.initial import initial_factors
+from methods.shared.optimizer_state import keep
 
 MANIFOLDS = {"matrix": "euclidean", "oblique": "oblique", "stiefel": "stiefel"}  # of a channel factor, by geometry
 
 
 class DeboraLayer(BaseTunerLayer, nn.Module):
-    """A layer with adapters: their numbers by adapter name, and what they add to the base layer.
+    """A layer with adapters: their parameters by adapter name, and what they add to the base layer.
 
     The factors U^(1), ..., U^(d) are (n_k, r), one for each mode of the weight, the lower level's variables: U for the
     outputs, V for the inputs, and what a subclass adds. s is (r,), the upper level's: a buffer, so that no optimizer
@@ -96,8 +98,8 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
         """Add an adapter that leaves the layer's function as it is, up to the eps shift where `initial_factors` says.
 
         s starts at eps, or in the interior of the layer's simplex, s_i = eps + tau / r, so that with r = 8 and tau = 16
-        the matrix geometry's step from there is that of LoRA with alpha = 16. The numbers are at least float32: neither
-        a manifold nor a small s bears less. Raises ValueError where the rank does not fit the layer.
+        the matrix geometry's step from there is that of LoRA with alpha = 16. They are at least float32: neither a
+        manifold nor a small s bears less. Raises ValueError where the rank does not fit the layer.
         """
         weight = self.get_base_layer().weight
         like: dict[str, Any] = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
@@ -118,15 +120,12 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
         """Where the factor `name` lives."""
         return MANIFOLDS[geometry]
 
-    def keep_columns(self, adapter_name: str, columns: Tensor) -> None:
-        """Remove every component whose index is not in `columns` (int64, any number of them, also none).
-
-        The Parameter objects stay; their data is replaced and their gradient dropped. A graph from an earlier forward
-        that is still referenced then fails in the next backward, so let it go before.
+    def keep_columns(self, adapter_name: str, columns: Tensor, optimizer: Optimizer | None = None) -> None:
+        """Remove every component whose index is not in `columns` (int64, any number of them, also none), and what an
+        optimizer holds of it. The Parameter objects stay; see `methods.shared.optimizer_state`.
         """
         for parameter in self.factors(adapter_name):
-            parameter.grad = None
-            parameter.data = parameter.data.index_select(1, columns)
+            keep(parameter, columns, 1, optimizer)
         self.debora_s[adapter_name] = self.debora_s[adapter_name].index_select(0, columns)
         self.r[adapter_name] = len(columns)
 

@@ -8,6 +8,7 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from harness.method import is_transposed
 from methods.debora.tuner.config import PEFT_TYPE, DeboraConfig
@@ -49,14 +50,16 @@ class DeboraModel(BaseTuner):
         # own (a pooler) does not have.
         setattr(parent, child_name, new_module)
 
-    def keep_columns(self, adapter_name: str, columns: Mapping[str, Tensor]) -> None:
+    def keep_columns(
+        self, adapter_name: str, columns: Mapping[str, Tensor], optimizer: Optimizer | None = None
+    ) -> None:
         """Cut layers, named as in the base model, down to these components; see `DeboraLayer.keep_columns`.
 
         The configuration takes the new ranks.
         """
         for name, kept in columns.items():
             layer: Any = self.model.get_submodule(name)
-            layer.keep_columns(adapter_name, kept)
+            layer.keep_columns(adapter_name, kept, optimizer)
             self.peft_config[adapter_name].rank_pattern[name] = len(kept)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from harness.contracts.subject import Started, Subject, start
 from harness.notation import split_list
 from methods.debora.adaptation import DeboraAdaptation
+from methods.debora.upper_level import upper_gradient
 
 # What a test does not set, so that a changed default changes no test.
 BASE = {
@@ -45,6 +47,32 @@ def numbers(adaptation: DeboraAdaptation) -> dict[str, tuple[torch.Tensor, torch
         name: tuple(part["default"].detach().clone() for part in (layer.debora_U, layer.debora_s, layer.debora_V))
         for name, layer in adaptation.layers.items()
     }
+
+
+def hypergradient(adaptation: DeboraAdaptation, step) -> torch.Tensor:
+    """G(s) on the next batch of the upper half."""
+    layers = list(adaptation.layers.values())
+    return upper_gradient(adaptation.hypergradient, layers, step, adaptation.data, adaptation.optimizer).value
+
+
+def watch(adaptation: DeboraAdaptation, before: Callable[[torch.Tensor], None], after: Callable | None = None) -> None:
+    """Call `before` with the hypergradient of every step of the search, and `after` with what became of the step."""
+    step = adaptation.search.step
+
+    def watched(value, objective=None):
+        before(value)
+        moved = step(value, objective)
+        if after is not None:
+            after(moved)
+        return moved
+
+    adaptation.search.step = watched
+
+
+def empty(adaptation: DeboraAdaptation) -> float:
+    """Let a step drop every component, as a hypergradient does that is positive everywhere (n0=0, step_size=1)."""
+    moved = adaptation.search.step(torch.ones(len(adaptation.search.live)))
+    return float(adaptation.cut(moved.dropped))
 
 
 def dense(parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -46,7 +46,9 @@ def with_full_kernel(layer: DeboraConv2d, x: torch.Tensor) -> torch.Tensor:
     base = layer.base_layer
     weight, padding = base.weight + layer.get_delta_weight("default"), base.padding
     if base.padding_mode != "zeros":
-        x, padding = pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
+        both = [d * (k - 1) for d, k in zip(base.dilation, base.kernel_size, strict=True)]
+        sides = [(size // 2, size - size // 2) for size in both] if padding == "same" else [(p, p) for p in padding]
+        x, padding = pad(x, (*sides[1], *sides[0]), mode=base.padding_mode), 0  # the width's come first
     return conv2d(x, weight, base.bias, base.stride, padding, base.dilation)
 
 

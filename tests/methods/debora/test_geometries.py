@@ -22,11 +22,19 @@ from harness.run.streams import TrainingData
 from harness.run.training import Training
 from harness.spec import TrainSpec
 from harness.task import Batch
-from methods.debora import schedule as reach
-from methods.debora.math import manifolds
+from methods.debora.math import frank_wolfe, manifolds
 from methods.debora.method import Debora
 from tests.methods.debora.bert import tiny_backbone
-from tests.methods.debora.runs import adaptation_of, dense, logits, logits_without_adapter, numbers, started
+from tests.methods.debora.runs import (
+    adaptation_of,
+    dense,
+    empty,
+    hypergradient,
+    logits,
+    logits_without_adapter,
+    numbers,
+    started,
+)
 
 FAST = "rank=4,T_max=2,step_size=0.5,search_fraction=0.8"
 SETTINGS = {
@@ -100,7 +108,7 @@ def test_on_a_manifold_every_closed_form_is_the_direct_term():
     found = {}
     for kind in ("closed_form", "direct"):
         run = started(f"geometry=oblique,rank=4,hypergradient={kind},T_max=100", 4)
-        found[kind] = adaptation_of(run)._hypergradient(run.training).value
+        found[kind] = hypergradient(adaptation_of(run), run.training)
     assert torch.equal(found["closed_form"], found["direct"])
 
 
@@ -110,25 +118,25 @@ def test_backtracking_keeps_what_it_promised_and_counts_its_trials():
         batches=100,
     )
     adaptation, seen = adaptation_of(run), []
-    take = adaptation._take
+    search, training, step = adaptation.search, run.training, adaptation.search.step
 
-    def watched(step, direction, upper):
-        before = step.used
-        taken, history = take(step, direction, upper)
-        assert step.used - before == history["trials"]
-        adaptation._write_s(adaptation.weights)
-        step.budget += 2  # for the test
-        start = step.loss(upper.batch).detach()
-        torch.testing.assert_close(start, upper.loss)  # the same random numbers, the same loss
-        adaptation._write_s(taken.weights)
-        end = step.loss(upper.batch).detach()
-        step.used, step.budget = step.used - 2, step.budget - 2
-        promised = 0.25 * (taken.step_size * direction.slope).sum()
+    def watched(value, objective):
+        weights, live, used = search.weights, search.live, training.used
+        moved = step(value, objective)
+        assert training.used - used == moved.history["trials"]
+        alive = torch.zeros(48, dtype=torch.bool)
+        alive[live] = True
+        direction = frank_wolfe.choose_direction(weights, search.gradient, alive[None], 16.0)
+        training.budget += 2  # for the test
+        start, end = (objective.at(frank_wolfe.points(w, 16.0, 1e-3)[0, live]) for w in (weights, search.weights))
+        training.used, training.budget = training.used - 2, training.budget - 2
+        torch.testing.assert_close(start, objective.value)  # the same random numbers, the same loss
+        promised = 0.25 * (moved.history["step_size"] * direction.slope).sum()
         assert end <= start - promised
         seen.append(float(promised))
-        return taken, history
+        return moved
 
-    adaptation._take = watched
+    search.step = watched
     adaptation.model.train()  # with dropout
     run.training.run(lambda training: None)
     assert run.training.used == 100
@@ -146,19 +154,20 @@ def test_a_hypergradient_that_is_not_finite_is_a_divergence(name):
 
 @pytest.mark.parametrize("name", ["oblique", "stiefel", "implicit-stiefel"])
 def test_training_goes_on_where_every_component_is_gone(name, tmp_path):
-    run = started(SETTINGS[name], 3, batches=30)
+    run = started(SETTINGS[name] + ",T_max=100,n0=0,step_size=1", 3, batches=30)
     adaptation = adaptation_of(run)
-    adaptation._truncate([True] * 48)
+    empty(adaptation)
+    assert set(adaptation.ranks().values()) == {0}
     run.training.run(lambda training: None)
     assert set(adaptation.ranks().values()) == {0}
-    assert adaptation.parameter_count().adapter_final == 0
+    assert adaptation.adapter_parameters() == 0
     adaptation.export(tmp_path)
 
 
 def test_without_a_head_and_with_every_component_gone_a_run_still_ends():
     module = nn.Sequential(nn.Linear(4, 4))
     data = TrainingData(8, 4, 0)
-    adaptation = Debora(rank=2, T_max=1).start(Backbone(module, (), ("0",)), None, data, None)
+    adaptation = Debora(rank=2, T_max=9, n0=0, step_size=1).start(Backbone(module, (), ("0",)), None, data, None)
 
     class Task:
         def collate(self, encoded, rows, generator):
@@ -169,7 +178,7 @@ def test_without_a_head_and_with_every_component_gone_a_run_still_ends():
 
     training = Training(adaptation, Task(), None, data, TrainSpec(batches=12), torch.device("cpu"), 12)
     training.update()
-    adaptation._truncate([True] * len(adaptation.live))
+    empty(adaptation)
     training.run(lambda training: None)
     assert adaptation.stream == "all"
     assert training.used == 12
@@ -232,7 +241,7 @@ def test_a_convolutions_closed_form_has_the_coefficient_that_was_asked_for(paper
             return loss.detach()
 
     direct: list[torch.Tensor] = []
-    found = adaptation._hypergradient(Step()).value
+    found = hypergradient(adaptation, Step())
     torch.testing.assert_close(found, direct[0] * (-3 if paper else -1 / 3), rtol=1e-3, atol=1e-4)
 
 
@@ -247,14 +256,14 @@ def test_the_dry_runs_number_of_upper_steps_is_the_runs(settings, batches):
     text = ",".join(f"{name}={value}" for name, value in settings.items())
     run = start(Subject(f"debora[rank=2,hypergradient=closed_form,{text}]", Path(), batches=batches))
     run.training.run(lambda training: None)
-    assert reach.upper_steps(method, batches) == run.training.data.drawn["upper"]
+    assert method.schedule.upper_steps(batches) == run.training.data.drawn["upper"]
 
 
 @pytest.mark.parametrize(("batches", "each"), [(80, 1), (600, 3), (1500, 9), (36000, 239)])
 def test_the_search_has_45_upper_steps_unless_told_otherwise(batches, each):
-    assert Debora().lower_updates(batches) == each
-    assert Debora(T_max=5).lower_updates(batches) == 5
-    assert reach.upper_steps(Debora(), batches) == (12 if batches == 80 else 45)
+    assert Debora().schedule.lower_updates(batches) == each
+    assert Debora(T_max=5).schedule.lower_updates(batches) == 5
+    assert Debora().schedule.upper_steps(batches) == (12 if batches == 80 else 45)
 
 
 def test_a_manifold_has_defaults_of_its_own():

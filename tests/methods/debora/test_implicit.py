@@ -251,7 +251,7 @@ def test_implicit_on_a_model_solves_its_system_and_counts_every_pass(geometry):
     adaptation, step = adaptation_of(run), Recorded(run.training)
     used = run.training.used
     layers = list(adaptation.layers.values())
-    found = upper_gradient(adaptation.method, layers, step, run.training.data, adaptation.optimizer)
+    found = upper_gradient(adaptation.hypergradient, layers, step, run.training.data, adaptation.optimizer)
     assert used + 4 <= run.training.used <= used + 3 + iterations  # fewer where it has converged
     assert 0 < found.residual < 1e-3
     assert found.value.shape == (24,)

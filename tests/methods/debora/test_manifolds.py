@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from methods.debora.math import manifolds
-from methods.debora.optimizer import keep_optimizer_columns, manifold_adamw
+from methods.debora.optimizer import manifold_adamw
+from methods.shared.optimizer_state import keep
 from tests.methods.debora.draws import normal
 
 CONSTRAINED = ["oblique", "stiefel"]
@@ -167,8 +168,7 @@ def test_columns_go_with_their_moments(generator, kind):
     factors, _, _, optimizer = trained(generator, kind, 3)
     kept, parameter = torch.tensor([2, 0]), factors[0]
     moments = optimizer.state[parameter]["exp_avg"].clone()
-    keep_optimizer_columns(optimizer, parameter, kept)
-    parameter.data = parameter.data[:, kept]
+    keep(parameter, kept, 1, optimizer)
     assert torch.equal(optimizer.state[parameter]["exp_avg"], moments[:, kept])
     optimizer.zero_grad()
     (parameter**3).sum().backward()

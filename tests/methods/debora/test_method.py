@@ -15,30 +15,9 @@ from harness.errors import Diverged, InputError
 from harness.method import Backbone
 from harness.run.streams import TrainingData
 from methods.debora.method import Debora
+from methods.debora.search import Rules
 from tests.methods.debora.bert import tiny_backbone
-from tests.methods.debora.runs import adaptation_of, numbers, started
-
-
-def slow_frank_wolfe(s: list[float], g: list[float], tau: float, eps: float, size: float) -> list[float]:
-    """Algorithm 1, steps 3 to 6, for one simplex, over a list of all vertices."""
-    r = len(s)
-    corners = [[eps] * r] + [[eps + tau * (i == j) for i in range(r)] for j in range(r)]
-    weights = [(x - eps) / tau for x in s]
-    weights = [1 - sum(weights), *weights]
-
-    def dot(a, b):
-        return sum(x * y for x, y in zip(a, b, strict=True))
-
-    z = min(corners, key=lambda corner: dot(g, corner))
-    carrying = [j for j in range(r + 1) if weights[j] > 1e-5]
-    away = max(carrying, key=lambda j: dot(g, corners[j]))
-    h = [a - b for a, b in zip(z, s, strict=True)]
-    b = [a - c for a, c in zip(s, corners[away], strict=True)]
-    if -dot(g, h) >= -dot(g, b):
-        d, limit = h, 1.0
-    else:
-        d, limit = b, weights[away] / (1 - weights[away])
-    return [x + min(size, limit) * y for x, y in zip(s, d, strict=True)]
+from tests.methods.debora.runs import adaptation_of, hypergradient, numbers, started, watch
 
 
 def slow_hypergradient(run: Started, rows: tuple[int, ...], kind: str) -> dict[str, list[float]]:
@@ -62,54 +41,45 @@ def slow_hypergradient(run: Started, rows: tuple[int, ...], kind: str) -> dict[s
     return found
 
 
-def peek(run: Started) -> tuple[int, ...]:
-    """The next batch of the upper half, without taking it."""
-    rows = run.training.data.draw("upper")
+def last_upper_batch(run: Started) -> tuple[int, ...]:
     run.training.data.drawn["upper"] -= 1
-    return rows
+    return run.training.data.draw("upper")
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("kind", ["closed_form", "direct"])
-@pytest.mark.parametrize("step", ["fixed", "diminishing"])
-def test_an_upper_step_against_a_slow_reference(scope, kind, step):
-    run = started(f"rank=4,T_max=100,step_size=0.3,budget_scope={scope},hypergradient={kind},step_rule={step}", 6)
-    adaptation = adaptation_of(run)
-    for n in range(3):
-        before = numbers(adaptation)
-        gradient = slow_hypergradient(run, peek(run), kind)
-        size = 0.3 if step == "fixed" else 0.3 * 2 / (n + 2)
-        groups = [[name] for name in before] if scope == "layer" else [list(before)]
-        expected: list[float] = []
-        for names in groups:
-            s = [x for name in names for x in before[name][1].tolist()]
-            expected += slow_frank_wolfe(s, [x for name in names for x in gradient[name]], 16.0, 1e-3, size)
-        history = adaptation._upper_step(run.training)
-        after = numbers(adaptation)
-        torch.testing.assert_close(
-            torch.cat([s for _, s, _ in after.values()]), torch.tensor(expected), rtol=1e-5, atol=1e-5
-        )
-        flat = torch.tensor([x for values in gradient.values() for x in values])
-        torch.testing.assert_close(history["hypergradient_norm"], flat.norm(), rtol=1e-4, atol=1e-8)
+def test_in_the_loop_the_search_follows_the_upper_batchs_hypergradient(scope, kind):
+    """Against a slow reference: the lower level's gradients stay out of it, and the layers get the search's s."""
+    run = started(f"rank=4,T_max=2,n0=100,search_fraction=1,budget_scope={scope},hypergradient={kind}", batches=12)
+    adaptation, norms = adaptation_of(run), []
+
+    def look(value):
+        own = slow_hypergradient(run, last_upper_batch(run), kind)
+        expected = torch.tensor([x for values in own.values() for x in values])
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-6)
+        norms.append(float(expected.norm()))
+
+    watch(adaptation, look)
+    while run.training.used < 12:
+        run.training.update()
+        assert torch.equal(torch.cat([s for _, s, _ in numbers(adaptation).values()]), adaptation.search.s)
+    run.training.fetch()
+    rows = [row for row in run.training.history if "hypergradient_norm" in row]
+    assert len(rows) == len(norms) == 4
+    assert [row["hypergradient_norm"] for row in rows] == pytest.approx(norms, rel=1e-3)
+    assert len({tuple(row["s"]) for row in rows}) == 4
 
 
-def test_with_momentum_a_step_follows_the_average_of_the_hypergradients_so_far():
-    run = started("rank=4,T_max=100,step_size=0.3,hypergradient=direct,momentum=0.75", 6)
-    adaptation = adaptation_of(run)
-    average: list[float] | None = None
-    for _ in range(3):
-        before = numbers(adaptation)
-        gradient = slow_hypergradient(run, peek(run), "direct")
-        own = [x for name in before for x in gradient[name]]
-        average = own if average is None else [0.75 * a + 0.25 * g for a, g in zip(average, own, strict=True)]
-        expected = [
-            x
-            for place, (_, s, _) in enumerate(before.values())
-            for x in slow_frank_wolfe(s.tolist(), average[4 * place : 4 * place + 4], 16.0, 1e-3, 0.3)
-        ]
-        adaptation._upper_step(run.training)
-        after = torch.cat([s for _, s, _ in numbers(adaptation).values()])
-        torch.testing.assert_close(after, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+def test_the_methods_settings_reach_the_search():
+    search = adaptation_of(
+        started("rank=4,step_rule=diminishing,step_size=0.3,momentum=0.75,p=0.5,n0=7,face_steps=3,tau=8,eps=0.01")
+    ).search
+    assert search.rules == Rules(
+        tau=8, eps=0.01, step_size=0.3, step_rule="diminishing", momentum=0.75, tolerance=0.5, first_truncation=7,
+        face_steps=3,
+    )  # fmt: skip
+    rules = adaptation_of(started("rank=4,step_rule=backtracking,rho=0.1,trials=9,hypergradient=direct")).search.rules
+    assert (rules.step_rule, rules.rho, rules.trials) == ("backtracking", 0.1, 9)
 
 
 def test_momentum_that_is_off_is_no_part_of_a_runs_identity():
@@ -117,41 +87,32 @@ def test_momentum_that_is_off_is_no_part_of_a_runs_identity():
     assert Debora(momentum=0.9).model_dump()["momentum"] == 0.9
 
 
-def test_in_the_loop_the_lower_levels_gradients_stay_out_of_it(monkeypatch):
-    run = started("rank=4,T_max=2", batches=12)
-    adaptation = adaptation_of(run)
-    step, expected = adaptation._upper_step, []
-
-    def watched(training):
-        gradient = slow_hypergradient(run, peek(run), "closed_form")
-        expected.append(torch.tensor([x for values in gradient.values() for x in values]).norm().item())
-        return step(training)
-
-    monkeypatch.setattr(adaptation, "_upper_step", watched)
-    run.training.run(lambda training: None)
-    found = [row["hypergradient_norm"] for row in run.training.history if "hypergradient_norm" in row]
-    assert len(found) == 2
-    assert found == pytest.approx(expected, rel=1e-3)
-
-
 def test_an_upper_step_moves_s_alone_and_leaves_no_gradient():
-    run = started("rank=4,T_max=100", 4)
-    adaptation = adaptation_of(run)
-    trained = {name: p.detach().clone() for name, p in adaptation.model.named_parameters()}
-    moments = copy.deepcopy(adaptation.optimizer.state_dict())
-    before, used = numbers(adaptation), run.training.used
-    adaptation._upper_step(run.training)
-    assert run.training.used == used + 1
-    assert run.training.data.drawn == {"all": 0, "lower": 4, "upper": 1}
+    run = started("rank=4,T_max=4,n0=100", batches=24)
+    adaptation, data = adaptation_of(run), run.training.data
+    draw, held = data.draw, {}
+
+    def watched(stream):
+        if stream == "upper":  # between the optimizer's step and the upper level's
+            held["trained"] = {name: p.detach().clone() for name, p in adaptation.model.named_parameters()}
+            held["moments"] = str(copy.deepcopy(adaptation.optimizer.state_dict()))
+            held["s"], held["used"] = numbers(adaptation), run.training.used
+        return draw(stream)
+
+    data.draw = watched
+    for _ in range(4):
+        run.training.update()
+    assert run.training.used == held["used"] + 1
+    assert data.drawn == {"all": 0, "lower": 4, "upper": 1}
     for name, parameter in adaptation.model.named_parameters():
-        assert torch.equal(parameter, trained[name]), name
+        assert torch.equal(parameter, held["trained"][name]), name
         assert parameter.grad is None
-    assert str(adaptation.optimizer.state_dict()) == str(moments)
+    assert str(adaptation.optimizer.state_dict()) == held["moments"]
     for name, layer in adaptation.layers.items():
         s = layer.debora_s["default"]
         assert not s.requires_grad
         assert s.grad is None
-        assert not torch.equal(s, before[name][1])
+        assert not torch.equal(s, held["s"][name][1])
 
 
 def test_the_closed_form_is_the_direct_gradient_turned_round():
@@ -159,7 +120,7 @@ def test_the_closed_form_is_the_direct_gradient_turned_round():
     found = {}
     for kind in ("closed_form", "direct"):
         run = started(f"rank=4,T_max=100,hypergradient={kind}", 6)
-        found[kind] = adaptation_of(run)._hypergradient(run.training).value
+        found[kind] = hypergradient(adaptation_of(run), run.training)
     assert found["direct"].norm() > 0
     torch.testing.assert_close(found["closed_form"], -found["direct"], rtol=1e-3, atol=1e-6)
 
@@ -169,7 +130,7 @@ def test_accumulation_gives_the_same_hypergradient():
     for pieces in (1, 4):
         run = started("rank=4,T_max=100", 4)
         run.training.train = run.training.train.model_copy(update={"micro_batches": pieces})
-        found.append(adaptation_of(run)._hypergradient(run.training).value)
+        found.append(hypergradient(adaptation_of(run), run.training))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-6)
 
 

@@ -13,58 +13,76 @@ from peft import PeftModel
 
 from harness.contracts.methods import a_run_interrupted_after_every_update_equals_the_uninterrupted_one
 from harness.contracts.subject import Started, Subject
-from tests.methods.debora.runs import FAST, adaptation_of, dense, logits, logits_without_adapter, numbers, started
+from tests.methods.debora.runs import (
+    FAST,
+    adaptation_of,
+    dense,
+    empty,
+    logits,
+    logits_without_adapter,
+    numbers,
+    started,
+    watch,
+)
 
 
-def test_truncation_takes_the_eps_term_and_nothing_else(monkeypatch):
-    """Values, moments and the function of what is left are bit-equal; the recorded jump is the eps u v^T that went."""
+def test_truncation_takes_the_eps_term_and_nothing_else():
+    """Values, moments and the function of what is left are bit-equal; `jump` is the norm of the eps u v^T removed."""
     run = started(FAST + ",eps=0.25", batches=30)
-    adaptation = adaptation_of(run)
-    truncate, jumps = adaptation._truncate, []
+    adaptation, held, removals = adaptation_of(run), {}, []
 
     def moments(parameter):
         state = adaptation.optimizer.state[parameter]
         return state["exp_avg"].clone(), state["exp_avg_sq"].clone(), state["step"].clone()
 
-    def watched(emptied):
-        layers = adaptation.layers
-        before, flags = numbers(adaptation), iter(emptied)
-        held = {n: [moments(p["default"]) for p in (m.debora_U, m.debora_V)] for n, m in layers.items()}
-        objects = {n: (m.debora_U["default"], m.debora_V["default"]) for n, m in layers.items()}
-        function = logits(run)
-        jump = truncate(emptied)
-        assert not torch.equal(logits(run), function)
+    def factors():
+        return {n: (m.debora_U["default"], m.debora_V["default"]) for n, m in adaptation.layers.items()}
+
+    def before(value):
+        held["live"] = adaptation.search.live
+
+    def after(moved):
+        """The step is made, and the layers are not cut yet: what they would be at the new s."""
+        weights = adaptation.search.weights[:, 1:].flatten()[held["live"]]
+        new = (0.25 + 16 * weights).split(list(adaptation.ranks().values()))
+        held["before"] = {n: (U, s, V) for (n, (U, _, V)), s in zip(numbers(adaptation).items(), new, strict=True)}
+        held["moments"] = {n: [moments(p) for p in own] for n, own in factors().items()}
+        held["objects"], held["dropped"] = factors(), dict(zip(adaptation.layers, moved.dropped, strict=True))
+
+    watch(adaptation, before, after)
+    while run.training.used < 30:
+        held.clear()
+        run.training.update()
+        if "dropped" not in held or not any(map(any, held["dropped"].values())):
+            continue
         square = 0.0
         for name, parts in numbers(adaptation).items():
-            gone = [next(flags) for _ in before[name][1]]
+            gone = held["dropped"][name]
             left = [i for i, flag in enumerate(gone) if not flag]
-            assert (before[name][1][gone] == 0.25).all()
-            for old, new in zip(before[name], parts, strict=True):
+            assert (held["before"][name][1][gone] == 0.25).all()
+            for old, new in zip(held["before"][name], parts, strict=True):
                 assert torch.equal(old[..., left], new)
-            U, _, V = before[name]
+            U, _, V = held["before"][name]
             difference = sum(
                 (0.25 * torch.outer(U[:, i], V[:, i]) for i, flag in enumerate(gone) if flag), 0 * dense(parts)
             )
-            torch.testing.assert_close(dense(before[name]) - dense(parts), difference, rtol=0, atol=1e-6)
+            torch.testing.assert_close(dense(held["before"][name]) - dense(parts), difference, rtol=0, atol=1e-6)
             square += float((difference**2).sum())
-            for parameter, old_moments in zip(objects[name], held[name], strict=True):
+            assert factors()[name] == held["objects"][name]
+            for parameter, old_moments in zip(factors()[name], held["moments"][name], strict=True):
                 average, squares, count = moments(parameter)
                 assert average.shape == squares.shape == parameter.shape
                 assert torch.equal(average, old_moments[0][:, left])
                 assert torch.equal(squares, old_moments[1][:, left])
                 assert torch.equal(count, old_moments[2])
-            now = layers[name]
-            assert (now.debora_U["default"], now.debora_V["default"]) == objects[name]
-        torch.testing.assert_close(float(jump), square**0.5, rtol=1e-4, atol=1e-7)
-        jumps.append(float(jump))
-        return jump
-
-    monkeypatch.setattr(adaptation, "_truncate", watched)
-    run.training.run(lambda training: None)
-    assert len(jumps) > 1
-    assert [row["jump"] for row in run.training.history if row.get("jump")] == pytest.approx(jumps)
-    held = {id(p) for group in adaptation.optimizer.param_groups for p in group["params"]}
-    assert held == {id(p) for p in adaptation.model.parameters() if p.requires_grad}
+        removals.append(square**0.5)
+    run.training.fetch()
+    assert len(removals) > 1
+    assert all(removals)
+    found = [row["jump"] for row in run.training.history if row.get("jump") and "gap" in row]
+    assert found == pytest.approx(removals, rel=1e-4)
+    parameters = {id(p) for group in adaptation.optimizer.param_groups for p in group["params"]}
+    assert parameters == {id(p) for p in adaptation.model.parameters() if p.requires_grad}
 
 
 def test_truncation_waits_for_n0():
@@ -80,7 +98,7 @@ def test_truncation_waits_for_n0():
 def test_what_is_truncated_is_gone_from_counts_and_ranks():
     run = started(FAST, batches=40)
     run.training.run(lambda training: None)
-    ranks, count = run.adaptation.ranks(), run.adaptation.parameter_count()
+    ranks, count = run.adaptation.ranks(), run.training.sizes.parameters()
     assert len(set(ranks.values())) > 1
     shapes = {name: run.before.shape(name) for name in ranks}
     assert count.adapter_final == sum(rank * (sum(shapes[name]) + 1) for name, rank in ranks.items())
@@ -110,10 +128,10 @@ def test_one_global_simplex_loses_at_most_one_component_a_step():
 
 
 def test_with_every_component_gone_the_head_still_trains(tmp_path):
-    run = started("rank=4,T_max=2", 5, batches=20)
+    run = started("rank=4,T_max=100,n0=0,step_size=1", 5, batches=20)
     adaptation = adaptation_of(run)
-    whole = torch.stack([dense(parts).norm() for parts in numbers(adaptation).values()]).norm()
-    torch.testing.assert_close(adaptation._truncate([True] * 48), whole, rtol=1e-4, atol=0)
+    at_eps = [dense((U, torch.full_like(s, 1e-3), V)) for U, s, V in numbers(adaptation).values()]
+    assert empty(adaptation) == pytest.approx(float(torch.stack([update.norm() for update in at_eps]).norm()), rel=1e-4)
     assert set(adaptation.ranks().values()) == {0}
     torch.testing.assert_close(logits(run), logits_without_adapter(run))
     head = {n: p.detach().clone() for n, p in adaptation.model.named_parameters() if ".modules_to_save." in n}
@@ -121,7 +139,7 @@ def test_with_every_component_gone_the_head_still_trains(tmp_path):
     assert adaptation.stream == "all"
     run.training.run(lambda training: None)
     assert all(not torch.equal(dict(adaptation.model.named_parameters())[n], p) for n, p in head.items())
-    assert adaptation.parameter_count().adapter_final == 0
+    assert adaptation.adapter_parameters() == 0
     adaptation.export(tmp_path)
     expected = logits(run)
     adaptation.model = PeftModel.from_pretrained(run.before.module, tmp_path).eval()
@@ -170,7 +188,7 @@ def test_the_export_is_a_stock_lora_adapter(tmp_path):
     adaptation = adaptation_of(run)
     first = next(iter(adaptation.layers))
     flags = [name == first for name, rank in adaptation.ranks().items() for _ in range(rank)]
-    adaptation._truncate(flags)  # one layer at rank 0
+    adaptation.cut(adaptation.search.drop(flags))  # one layer at rank 0
     ranks = adaptation.ranks()
     assert len(set(ranks.values())) > 2
     adaptation.export(tmp_path)

@@ -150,5 +150,5 @@ def test_the_network_of_stable_diffusion_1():
     assert sum(p.numel() for p in network.parameters()) == 859_520_964
     backbone = Backbone(network, head=(), layers=layers_of(network))
     lora = method_of(f"lora[rank=4,{ATTENTION}]").start(backbone, None, None, torch.Generator())
-    assert lora.parameter_count().adapter_initial == 797_184
+    assert lora.adapter_parameters() == 797_184
     assert len(lora.ranks()) == 128
