@@ -29,8 +29,6 @@ from harness.backbone import as_matrix
 from harness.method import Indices, Step
 
 Layers = Mapping[str, nn.Module]
-
-
 Take = Callable[[str, Tensor], None]
 
 

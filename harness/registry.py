@@ -168,6 +168,8 @@ def _load(group: str, name: str) -> object:
         if isinstance(loaded, type) and issubclass(loaded, (Method, Task)):
             if inspect.isabstract(loaded):
                 raise TypeError(f"{loaded.__name__} does not define {', '.join(sorted(loaded.__abstractmethods__))}")
+            if issubclass(loaded, Task) and loaded.headline is Task.headline and not loaded.measures:
+                raise TypeError(f"{loaded.__name__} declares no metric: it needs `measures` or its own `headline`")
             loaded.defaults()  # raises for what is no JSON, as in a record
             _ = ", ".join((*loaded.capabilities, *getattr(loaded, "members", ())))  # raises for other than words
     return loaded

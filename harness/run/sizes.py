@@ -49,8 +49,9 @@ class Sizes:
         )
 
     def load(self, trajectory: Iterable[Iterable[Any]]) -> None:
-        """Go on from a trajectory of the same run, read from a checkpoint."""
+        """Go on from a trajectory of the same run, read from a checkpoint, once the adaptation is as it was."""
         self.trajectory = [Size(*size) for size in trajectory]
+        self._seen = self._trained_sizes()
 
     def _trained_sizes(self) -> list[int]:
         groups = self.adaptation.optimizer.param_groups

@@ -238,6 +238,27 @@ def test_a_plugin_that_cannot_be_described_is_one_line(value, tmp_path):
     assert "method 'broken' of package broken cannot be described: " in done.stderr
 
 
+NO_METRIC = """
+from harness.task import Task
+
+class Scoreless(Task):
+    def load(self, data_root): ...
+    def backbone(self, model, *, meta=False, trust_remote_code=False): ...
+    def collate(self, encoded, rows, generator): ...
+    def loss(self, model, batch, generator): ...
+    def predict(self, model, batch): ...
+"""
+
+
+def test_a_task_without_a_metric_is_one_line(tmp_path):
+    environment = installed(tmp_path)
+    (tmp_path / "scoreless.py").write_text(NO_METRIC)
+    (tmp_path / "broken-1.0.dist-info" / "entry_points.txt").write_text("[harness.tasks]\nodd = scoreless:Scoreless\n")
+    done = run(environment, "-m", "harness", "run", "--methods", "head", "--tasks", "odd", "--dry-run")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert "TypeError: Scoreless declares no metric: it needs `measures` or its own `headline`" in done.stderr
+
+
 def test_a_name_that_is_claimed_twice_is_told_and_leaves_the_others(tmp_path):
     environment = installed(tmp_path, lora="broken:Fine")
     done = run(environment, "-m", "harness", "run", "--methods", "lora", "--tasks", "synthetic", "--dry-run")

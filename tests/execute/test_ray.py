@@ -228,15 +228,15 @@ def test_twenty_kills_at_random_moments_with_two_drivers_one_of_them_suspended(t
     assert results_of(store.results) == results_of(tmp_path / "serial")
 
 
-def test_what_a_cluster_does_not_have_is_one_line(tmp_path, environment):
+def test_what_a_cluster_does_not_have_is_one_line(tmp_path, capsys):
     for options, message in (
         (["--address", "127.0.0.1:1"], "--address '127.0.0.1:1': nothing answers there"),
         (["--address", "somewhere"], "--address 'somewhere' is not allowed: give auto, or HOST:PORT"),
         (["--gpus-per-run", "1"], "--gpus-per-run 1 is more than there is: this machine has"),
         (["--threads", "4096"], "--threads 4096 is more than there is: this machine has"),
     ):
-        code, _, errors = ended(started(environment, command(tmp_path / "results", ["head"], *options)))
-        assert code == 2
+        assert main(command(tmp_path / "results", ["head"], *options)[3:]) == 2
+        errors = capsys.readouterr().err
         assert errors.startswith(f"error: {message}")
         assert errors.count("\n") == 1
     assert not (tmp_path / "results").exists()

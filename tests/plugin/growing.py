@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from harness.method import Adaptation, Backbone, Method, Step, TrainData
+from harness.method import RANK, Adaptation, Backbone, Method, Step, TrainData
 from harness.optimizer import adamw, decay_groups
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ class Growing(Method):
     """Rank-one pairs are added to every linear layer, and the smallest of the network are removed again."""
 
     capabilities = ("linear", "rank-adaptive")
+    traces = (RANK,)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     every: int = Field(3, ge=1, description="updates between two pairs")

@@ -203,7 +203,7 @@ class TestPictures:
         heat = layers.rank_heat_map(only, {run.run_id: run for run in runs})
         assert [panel.get_ylabel() for panel in axes(learning)] == ["training loss", "holdout accuracy"]
         assert [panel.get_ylabel() for panel in axes(over_time)] == [
-            "rank, all layers", "Frank-Wolfe gap (loss)", "active components",
+            "rank, all layers", "Frank-Wolfe gap\n(loss)", "active components",
         ]  # fmt: skip
         layered = layers.over_time(only, found)
         (mesh,) = axes(layered)[0].collections

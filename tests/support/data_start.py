@@ -94,7 +94,6 @@ class DataStartAdaptation(Adaptation):
         for name, A in directions.items():
             self.updates[name].set_directions(A.clone(memory_format=torch.contiguous_format))
         self.optimizer = adamw(self.model, self.method.learning_rate, 0.0)
-        self.parameter_count()
 
     def _of_gradients(self, step: Step, batches: Iterator[Indices]) -> dict[str, tuple[Tensor, Tensor]]:
         """Each layer's (values, directions), the largest first: singular values as shares of all of the layer."""
