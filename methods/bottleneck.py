@@ -173,7 +173,7 @@ def load(module: nn.Module, path: Path) -> None:
 
     Raises InputError, in one line, where `path` holds no such export, where it is damaged, or where it does not fit the
     model (its class, its widths, its number of labels, adapters that are there already); do not use the model then. An
-    export of an earlier version, without checksums, is checked for names, shapes, types and finite numbers alone.
+    export of an earlier version, without checksums, is checked for names, shapes, types and finite values alone.
     """
     try:
         placement, bottleneck, trained = _exported(path)
@@ -195,7 +195,7 @@ def load(module: nn.Module, path: Path) -> None:
 
 
 def _exported(path: Path) -> tuple[str, int, dict[str, Tensor]]:
-    """(placement, bottleneck, numbers by name) of an export. Raises Damaged, naming the file, or OSError."""
+    """(placement, bottleneck, parameters by name) of an export. Raises Damaged, naming the file, or OSError."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file

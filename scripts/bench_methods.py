@@ -8,7 +8,7 @@
              clipping, and PEFT's allocation after the step. At most 1.03 for a baseline. A method's passes of its own
              (dEBORA's upper level) are on our side only.
     peak MB  most bytes that an update allocates on top of what is there before it
-    numbers  of the adapter at the start
+    parameters  of the adapter at the start
 
 For each method, the three sides take turns within one process on the same batches; ratios are those of the medians.
 Times are the process's CPU time: with one thread that is what a clock would show on a machine with nothing else to do.

@@ -2,7 +2,7 @@
 
     python scripts/make_tiny_diffusion.py FOLDER [--updates 3000]
 
-FOLDER/pipeline       a Stable Diffusion pipeline in diffusers' layout (about 0.7M numbers, 16 x 16 pixels), trained on
+FOLDER/pipeline       a Stable Diffusion pipeline in diffusers' layout (about 0.7M parameters, 16 x 16 pixels), trained on
                       scikit-learn's handwritten digits in random colours: "a photo of a three"
 FOLDER/subject        20 threes that it has not seen, all in one pair of colours: "a photo of a sks three"
 FOLDER/subject/class  60 threes that it has not seen, in random colours: "a photo of a three"
@@ -47,7 +47,7 @@ def main() -> None:
 def write(folder: Path, updates: int) -> dict[str, float]:
     """Write the pipeline and the two folders of pictures.
 
-    Returns the last losses of the autoencoder (mean squared error) and of the denoising network, and its numbers.
+    Returns the last losses of the autoencoder (mean squared error) and of the denoising network, and its parameters.
     """
     torch.manual_seed(0)
     generator = np.random.default_rng(0)

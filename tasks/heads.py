@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def beside_base(module: nn.Module, model: str) -> list[str]:
-    """Names of the modules with numbers beside the base model. Raises InputError where there is no base model."""
+    """Names of the modules with parameters beside the base model. Raises InputError where there is no base model."""
     prefix = getattr(module, "base_model_prefix", "")
     children = dict(module.named_children())
     if prefix not in children:
@@ -27,7 +27,7 @@ def has_numbers(module: nn.Module) -> bool:
 
 
 def draw_anew(module: nn.Module, model: str, missing: Iterable[str], unfit: Iterable[str], state: Tensor) -> None:
-    """Give a checkpoint's classifier new numbers: those that the head would have if the checkpoint had none.
+    """Give a checkpoint's classifier new parameters: those that the head would have if the checkpoint had none.
 
     missing, unfit: names of the parameters that the checkpoint lacks, or has in another shape; they were drawn already.
     state: torch's random state before that. Without an output layer in the checkpoint, what it has of the head is of

@@ -108,7 +108,7 @@ def load_backbone(
     """The model with a new head for `num_labels` (None: as it is, no new head), in float32, built by transformers'
     class `auto_class`.
 
-    The head's numbers, and others that the checkpoint does not have, are drawn from torch's global generator, the same
+    The head's parameters, and others that the checkpoint does not have, are drawn from torch's global generator, the same
     whether the checkpoint brings a head or not. What a base model has of its pretraining (BERT's pooler) stays.
     `kept_classes`: the checkpoint's own head is kept instead, its classes put into this order by name. `meta`: shapes
     only; no weights are read.
@@ -282,7 +282,7 @@ def head_and_layers(module: nn.Module, model: str) -> tuple[tuple[str, ...], tup
 
 
 def _check_complete(model: str, missing: Iterable[str], head: tuple[str, ...]) -> None:
-    """A backbone whose numbers are not in the checkpoint would be a random one, without a word."""
+    """A backbone whose parameters are not in the checkpoint would be a random one, without a word."""
     lost = sorted(name for name in missing if not in_modules(name, head))
     if lost:
         raise InputError(

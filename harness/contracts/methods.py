@@ -145,7 +145,7 @@ def the_budget_is_used_exactly(subject: Subject) -> None:
 
 
 def a_run_interrupted_after_every_update_equals_the_uninterrupted_one(subject: Subject) -> None:
-    """Saved to disk after each update and taken up in a new adaptation, again and again, training ends bit-equal."""
+    """Saved to disk after each update and resumed in a new adaptation, again and again, training ends bit-equal."""
     whole = start(subject)
     whole.training.run(lambda training: None)
     interrupted = start(subject)

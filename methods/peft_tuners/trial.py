@@ -68,10 +68,10 @@ def failure(module: Any, config: Any, inputs: dict[str, Tensor] | None) -> Excep
         warnings.simplefilter("ignore")
         try:
             model = peft_model(module, copy.deepcopy(config))
-            numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            if numbers > most:
+            count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            if count > most:
                 kind = str(config.peft_type.value).lower()
-                return InputError(f"peft[type={kind}] would train {numbers:,} numbers here: give smaller sizes", kind)
+                return InputError(f"peft[type={kind}] would train {count:,} parameters here: give smaller sizes", kind)
             if (left := _left_out(model, config)) is not None:
                 return left
             if inputs is not None:
