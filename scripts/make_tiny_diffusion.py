@@ -2,8 +2,8 @@
 
     python scripts/make_tiny_diffusion.py FOLDER [--updates 3000]
 
-FOLDER/pipeline       a Stable Diffusion pipeline in diffusers' layout (about 0.7M parameters, 16 x 16 pixels), trained on
-                      scikit-learn's handwritten digits in random colours: "a photo of a three"
+FOLDER/pipeline       a Stable Diffusion pipeline in diffusers' layout (about 0.7M parameters, 16 x 16 pixels), trained
+                      on scikit-learn's handwritten digits in random colours: "a photo of a three"
 FOLDER/subject        20 threes that it has not seen, all in one pair of colours: "a photo of a sks three"
 FOLDER/subject/class  60 threes that it has not seen, in random colours: "a photo of a three"
 

@@ -108,8 +108,8 @@ def load_backbone(
     """The model with a new head for `num_labels` (None: as it is, no new head), in float32, built by transformers'
     class `auto_class`.
 
-    The head's parameters, and others that the checkpoint does not have, are drawn from torch's global generator, the same
-    whether the checkpoint brings a head or not. What a base model has of its pretraining (BERT's pooler) stays.
+    The head's parameters, and others that the checkpoint does not have, are drawn from torch's global generator, the
+    same whether the checkpoint brings a head or not. What a base model has of its pretraining (BERT's pooler) stays.
     `kept_classes`: the checkpoint's own head is kept instead, its classes put into this order by name. `meta`: shapes
     only; no weights are read.
 
