@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from harness.errors import unknown
 from harness.report.board.columns import COLUMNS, Form, TableColumn, usable
-from harness.report.board.rows import Cell, Column, Row
+from harness.report.board.rows import Cell, Column, Row, Section
 from harness.report.board.runs import Run
 from harness.report.statistics import summarize
 from harness.report.wording import score_text
@@ -43,6 +43,11 @@ class Board:
         """Runs behind most scores: a short table names this once, and other numbers in their cells. None: no score."""
         sizes = Counter(cell.score.n for row in self.rows for cell in row.cells.values() if cell.score.n)
         return max(sizes, key=lambda n: (sizes[n], n)) if sizes else None
+
+    @functools.cached_property
+    def sections(self) -> tuple[Section, ...]:
+        """The rows in groups, in the order in which every form of the table shows them."""
+        return (Section("", self.rows),)
 
     @functools.cached_property
     def tasks(self) -> tuple[Column, ...]:

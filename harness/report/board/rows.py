@@ -83,6 +83,15 @@ class Row:
         return dataclasses.replace(self, cells={title: self.cells[title]}, average=None)
 
 
+@dataclass(frozen=True)
+class Section:
+    """Rows of a table that stand together."""
+
+    title: str  # a heading above them; "" for none
+    rows: tuple[Row, ...]
+    ranked: bool = True  # whether they compete for the best; else they stand below a rule, in grey
+
+
 def over(runs: Iterable[Run], name: str, of: Callable[[list[float]], float] | None = None) -> float | None:
     """The mean of an attribute over `runs`, or what `of` makes of it; None where no run has a value."""
     values = [float(value) for run in runs if (value := getattr(run, name)) is not None]
