@@ -9,8 +9,8 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from harness import registry
-from harness.errors import InputError
-from harness.method import Method, unknown
+from harness.errors import InputError, unknown
+from harness.method import Method
 from harness.parameters import Strict
 from harness.plan import sweep_file
 
