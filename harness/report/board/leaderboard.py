@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from harness.errors import unknown
 from harness.report.board.columns import COLUMNS, Form, TableColumn, usable
+from harness.report.board.ranking import among, common_seeds, has_all, two_best
 from harness.report.board.rows import Cell, Column, Row, Section
 from harness.report.board.runs import Run
 from harness.report.statistics import summarize
@@ -31,8 +32,9 @@ class Board:
     caption: str  # the setting in words
     columns: tuple[Column, ...]  # the scores
     rows: tuple[Row, ...]  # best mean of scores first, after them the rows that lack a run's score
-    best: Mapping[str, float]  # by title: the best mean of a cell without failures, where two or more have a score
+    best: Mapping[str, float]  # by title: the best mean, see `report.board.ranking`
     second: Mapping[str, float]  # by title: the next best that prints differently
+    seeds: Mapping[str, tuple[int, ...]]  # by title: those that a row needs to be ranked; none where nothing is ranked
     table: tuple[TableColumn, ...] = COLUMNS  # beside the scores
     notes: tuple[str, ...] = ()
     # By title: labels whose scores are not significantly different from the best.
@@ -41,13 +43,24 @@ class Board:
     @functools.cached_property
     def n(self) -> int | None:
         """Runs behind most scores: a short table names this once, and other numbers in their cells. None: no score."""
-        sizes = Counter(cell.score.n for row in self.rows for cell in row.cells.values() if cell.score.n)
+        ranked = [row for section in self.sections if section.ranked for row in section.rows]
+        sizes = Counter(cell.score.n for row in ranked for cell in row.cells.values() if cell.score.n)
         return max(sizes, key=lambda n: (sizes[n], n)) if sizes else None
 
     @functools.cached_property
     def sections(self) -> tuple[Section, ...]:
-        """The rows in groups, in the order in which every form of the table shows them."""
-        return (Section("", self.rows),)
+        """The rows in the order in which every form of the table shows them, those that are not ranked below a rule."""
+        ranked = tuple(row for row in self.rows if self.is_ranked(row))
+        others = tuple(row for row in self.rows if not self.is_ranked(row))
+        if not ranked or not others:
+            return (Section("", self.rows),)
+        return Section("", ranked), Section("", others, ranked=False)
+
+    @functools.cached_property
+    def among(self) -> str:
+        """Which rows the best, the second and ties are among: a sentence for the table's caption; "" without scores."""
+        scored = {title for row in self.rows for title, cell in row.cells.items() if cell.score.n}
+        return among({column.title: self.seeds[column.title] for column in self.columns if column.title in scored})
 
     @functools.cached_property
     def tasks(self) -> tuple[Column, ...]:
@@ -65,6 +78,11 @@ class Board:
         before = [column for column in shown if column.before_scores]
         return [*before, *self.columns, *(column for column in shown if not column.before_scores)]
 
+    def is_ranked(self, row: Row, column: Column | None = None) -> bool:
+        """Whether the row has every seed of this column, and so may be best in it; of any column, where none is
+        given."""
+        return _is_ranked(row, self.seeds if column is None else {column.title: self.seeds[column.title]})
+
     def is_best(self, row: Row, column: Column) -> bool:
         """Whether this cell may be called best: every run of it gave a score, and its mean prints as the best does."""
         return self._has(row, column, self.best)
@@ -80,6 +98,8 @@ class Board:
     def _has(self, row: Row, column: Column, scores: Mapping[str, float]) -> bool:
         score, cell = scores.get(column.title), row.cells.get(column.title)
         if score is None or cell is None or cell.score.mean is None or cell.failures:
+            return False
+        if not self.is_ranked(row, column):
             return False
         return score_text(cell.score.mean) == score_text(score)
 
@@ -120,7 +140,10 @@ def sorted_by(boards: Sequence[Board], name: str) -> list[Board]:
             return value is None, 0.0, value or "", row.label
         return False, sign * value, "", row.label
 
-    return [dataclasses.replace(board, rows=tuple(sorted(board.rows, key=key))) for board in boards]
+    return [
+        dataclasses.replace(board, rows=tuple(sorted(board.rows, key=lambda row: (not board.is_ranked(row), key(row)))))
+        for board in boards
+    ]
 
 
 def words_of(boards: Iterable[Board], form: Form) -> dict[str, str]:
@@ -141,10 +164,18 @@ def _board(runs: list[Run], average: FamilyAverage | None, table: Sequence[Table
         if counted != rows:
             notes.append("average: as the family of these tasks counts it, from more than the scores shown")
         rows = counted
-    rows.sort(key=lambda row: _order(row, columns))
-    best, second = _two_best(rows, columns)
+    seeds = {
+        column.title: common_seeds(row.cells[column.title] for row in rows if column.title in row.cells)
+        for column in columns
+    }
+    rows.sort(key=lambda row: (not _is_ranked(row, seeds), *_order(row, columns)))
+    best, second = two_best(rows, columns, seeds)
     kept, told = usable(table, rows)
-    return Board(runs[0].setting, _caption(runs), columns, tuple(rows), best, second, kept, (*notes, *told))
+    return Board(runs[0].setting, _caption(runs), columns, tuple(rows), best, second, seeds, kept, (*notes, *told))
+
+
+def _is_ranked(row: Row, seeds: Mapping[str, Sequence[int]]) -> bool:
+    return any(has_all(row.cells.get(title), of_column) for title, of_column in seeds.items())
 
 
 def _with_family_average(row: Row, columns: Sequence[Column], average: FamilyAverage) -> Row:
@@ -162,21 +193,6 @@ def _with_family_average(row: Row, columns: Sequence[Column], average: FamilyAve
         return row
     own = average(families.pop(), {task.partition("/")[2]: of_task for task, of_task in metrics.items()})
     return row if own is None else dataclasses.replace(row, average=own)
-
-
-def _two_best(rows: Iterable[Row], columns: Iterable[Column]) -> tuple[dict[str, float], dict[str, float]]:
-    """Best and second best mean by title, where two or more rows have a score."""
-    best: dict[str, float] = {}
-    second: dict[str, float] = {}
-    for column in columns:
-        scored = [cell for row in rows if (cell := row.cells.get(column.title)) is not None and cell.score.n]
-        means = [cell.score.mean for cell in scored if cell.score.mean is not None and not cell.failures]
-        means.sort(key=column.merit, reverse=True)
-        if means and len(scored) > 1:
-            best[column.title] = means[0]
-            others = [mean for mean in means if score_text(mean) != score_text(means[0])]
-            second.update({column.title: others[0]} if others else {})
-    return best, second
 
 
 def _columns(runs: list[Run]) -> tuple[Column, ...]:
