@@ -39,6 +39,10 @@ class Board:
     notes: tuple[str, ...] = ()
     # By title: labels whose scores are not significantly different from the best.
     ties: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    # What is shown of it, see `report.board.selection`; best, second, seeds and ties are those of all of its rows.
+    groups: Mapping[str, frozenset[str]] = field(default_factory=dict)  # labels by the heading they stand under
+    picked: tuple[str, ...] = ()  # titles and names of the columns across, in this order; none: all
+    hidden: int = 0  # rows left out
 
     @functools.cached_property
     def n(self) -> int | None:
@@ -49,18 +53,27 @@ class Board:
 
     @functools.cached_property
     def sections(self) -> tuple[Section, ...]:
-        """The rows in the order in which every form of the table shows them, those that are not ranked below a rule."""
-        ranked = tuple(row for row in self.rows if self.is_ranked(row))
-        others = tuple(row for row in self.rows if not self.is_ranked(row))
-        if not ranked or not others:
-            return (Section("", self.rows),)
-        return Section("", ranked), Section("", others, ranked=False)
+        """The rows in the order in which every form of the table shows them: those of no group first, and in each group
+        those that are not ranked below a rule."""
+        group_of = {label: title for title, labels in self.groups.items() for label in labels}
+        any_ranked = any(map(self.is_ranked, self.rows))
+        found = []
+        for title in ("", *self.groups):
+            rows = [row for row in self.rows if group_of.get(row.label, "") == title]
+            ranked = tuple(row for row in rows if self.is_ranked(row) or not any_ranked)
+            others = tuple(row for row in rows if any_ranked and not self.is_ranked(row))
+            found += [Section(title, ranked)] if ranked else []
+            found += [Section("" if ranked else title, others, ranked=False)] if others else []
+        return tuple(found)
 
     @functools.cached_property
     def among(self) -> str:
         """Which rows the best, the second and ties are among: a sentence for the table's caption; "" without scores."""
         scored = {title for row in self.rows for title, cell in row.cells.items() if cell.score.n}
-        return among({column.title: self.seeds[column.title] for column in self.columns if column.title in scored})
+        sentence = among({column.title: self.seeds[column.title] for column in self.columns if column.title in scored})
+        if self.hidden and self.best:
+            sentence += f" Marks are those of all {len(self.rows) + self.hidden} rows; {len(self.rows)} are shown."
+        return sentence
 
     @functools.cached_property
     def tasks(self) -> tuple[Column, ...]:
@@ -74,6 +87,9 @@ class Board:
 
     def across(self, form: Form) -> list[TableColumn | Column]:
         """The columns of this form of the table from left to right, after the rows' labels."""
+        if self.picked:
+            by_name = {column.name: column for column in self.table} | {column.title: column for column in self.columns}
+            return [by_name[name] for name in self.picked if name in by_name]
         shown = [column for column in self.table if form in column.forms and column.shown(self.rows)]
         before = [column for column in shown if column.before_scores]
         return [*before, *self.columns, *(column for column in shown if not column.before_scores)]
@@ -81,7 +97,8 @@ class Board:
     def is_ranked(self, row: Row, column: Column | None = None) -> bool:
         """Whether the row has every seed of this column, and so may be best in it; of any column, where none is
         given."""
-        return _is_ranked(row, self.seeds if column is None else {column.title: self.seeds[column.title]})
+        titles = self.seeds if column is None else [column.title]
+        return any(has_all(row.cells.get(title), self.seeds[title]) for title in titles)
 
     def is_best(self, row: Row, column: Column) -> bool:
         """Whether this cell may be called best: every run of it gave a score, and its mean prints as the best does."""
@@ -140,10 +157,13 @@ def sorted_by(boards: Sequence[Board], name: str) -> list[Board]:
             return value is None, 0.0, value or "", row.label
         return False, sign * value, "", row.label
 
-    return [
-        dataclasses.replace(board, rows=tuple(sorted(board.rows, key=lambda row: (not board.is_ranked(row), key(row)))))
-        for board in boards
-    ]
+    return [arranged(board, sorted(board.rows, key=key)) for board in boards]
+
+
+def arranged(board: Board, rows: Iterable[Row]) -> Board:
+    """The board with these rows, in the order of its sections."""
+    found = dataclasses.replace(board, rows=tuple(rows))
+    return dataclasses.replace(found, rows=tuple(row for section in found.sections for row in section.rows))
 
 
 def words_of(boards: Iterable[Board], form: Form) -> dict[str, str]:
@@ -168,14 +188,11 @@ def _board(runs: list[Run], average: FamilyAverage | None, table: Sequence[Table
         column.title: common_seeds(row.cells[column.title] for row in rows if column.title in row.cells)
         for column in columns
     }
-    rows.sort(key=lambda row: (not _is_ranked(row, seeds), *_order(row, columns)))
+    rows.sort(key=lambda row: _order(row, columns))
     best, second = two_best(rows, columns, seeds)
     kept, told = usable(table, rows)
-    return Board(runs[0].setting, _caption(runs), columns, tuple(rows), best, second, seeds, kept, (*notes, *told))
-
-
-def _is_ranked(row: Row, seeds: Mapping[str, Sequence[int]]) -> bool:
-    return any(has_all(row.cells.get(title), of_column) for title, of_column in seeds.items())
+    board = Board(runs[0].setting, _caption(runs), columns, (), best, second, seeds, kept, (*notes, *told))
+    return arranged(board, rows)
 
 
 def _with_family_average(row: Row, columns: Sequence[Column], average: FamilyAverage) -> Row:
