@@ -89,7 +89,7 @@ def names_of(column: TableColumn | Column) -> tuple[str, ...]:
     if not column.is_further:
         return (column.title,)
     task, _, split = column.title.rpartition(", ")
-    return column.title, f"{task}:{split}", f"{task}:{split.partition('_')[2]}"
+    return column.title, f"{task}:{split}", f"{task}:{split.partition('_')[2] or split}"
 
 
 def _in_group(pattern: str, label: str) -> bool:
