@@ -20,6 +20,7 @@ from harness.report.board.labels import Naming
 from harness.report.board.leaderboard import Board, FamilyAverage, leaderboards
 from harness.report.board.notes import with_notes
 from harness.report.board.runs import Run, runs_of
+from harness.report.board.selection import selected
 from harness.report.evidence.compare import ExampleReader, with_ties
 from harness.report.evidence.examples import FindMetric, common
 from harness.report.forms.data import csv_text, structured, tidy
@@ -32,6 +33,7 @@ from harness.report.pictures.picture import Picture, PictureData
 from harness.report.tables.budget import costs, matched, sweeps, time_to_score
 from harness.report.tables.rank_curves import areas, rank_curves
 from harness.report.tables.trials import learning_rates, trials_frame
+from harness.spec import EVERYTHING, Selection
 from harness.storage import remove
 
 MOST_ILLUSTRATED = 6  # settings with pictures of their own
@@ -111,11 +113,14 @@ def boards_of(
     average: FamilyAverage | None = None,
     metric: FindMetric = common,
     table: Sequence[TableColumn] = COLUMNS,
+    selection: Selection = EVERYTHING,
+    tell: Tell | None = None,
 ) -> list[Board]:
     """The leaderboards of runs (see `runs_of`) with their notes and ties; `average`, `table`: see `leaderboards`,
-    `metric`: see `ExampleReader`."""
+    `metric`: see `ExampleReader`, `selection`, `tell`: see `selected`."""
     read = ExampleReader(store, metric)
-    return [with_ties(with_notes(board), read) for board in leaderboards(runs, average, table)]
+    boards = [with_ties(board, read) for board in leaderboards(runs, average, table)]
+    return [with_notes(board) for board in selected(boards, selection, tell)]
 
 
 def _histories(board: Board, store: RecordStore, known: Known, tell: Tell) -> list[Traced]:

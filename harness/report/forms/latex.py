@@ -43,7 +43,7 @@ def _table(board: Board) -> str:
     lines = [
         r"\begin{table}[tbp]",
         r"\centering",
-        rf"\caption{{{escape(board.caption)} {_metrics(board)} {escape(_legend(board))}}}",
+        rf"\caption{{{escape(board.caption)} {_metrics(board)} {escape(board.among)} {escape(_legend(board))}}}",
         rf"\label{{tab:leaderboard-{board.key}}}",
         rf"\medskip\footnotesize\setlength{{\tabcolsep}}{{{GAP / 2:g}pt}}",
         "\n\\par\\medskip\n".join(_tabular(block) for block in _blocks(_columns(board))),

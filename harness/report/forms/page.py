@@ -55,7 +55,7 @@ def _section(board: Board, tables: Mapping[str, pd.DataFrame], pictures: Sequenc
             headings.append((column.heading, ""))
     return {
         "key": board.key,
-        "caption": f"{board.caption} Intervals are over n = {board.n or 0} runs, or n as given.",
+        "caption": f"{board.caption} Intervals are over n = {board.n or 0} runs, or n as given. {board.among}",
         "headings": headings,
         "rows": [_row(board, row, place) for place, row in enumerate(board.rows)],
         "tables": [(TABLES[name], _plain(tables[name])) for name in TABLES if name in tables and len(tables[name])],
