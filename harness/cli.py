@@ -162,6 +162,9 @@ def _add_report(commands: Any) -> None:
         action="store_true",
         help="give a task's further evaluation splits (MNLI's mismatched one) columns of their own",
     )
+    report.add_argument(
+        "--latex-style", default="subscript", metavar="STYLE", help="of LaTeX cells: subscript (default), side, siunitx"
+    )
     report.add_argument("--against", metavar="paper", help="print what the paper reports beside ours")
     report.add_argument("--to-mlflow", action="store_true", help="log every record that MLflow does not have yet")
     _add_tracking(report)
@@ -291,7 +294,12 @@ def _report(options: argparse.Namespace) -> int:
     from harness.commands import report
 
     wanted = report.Wanted(
-        options.sort, options.against, options.to_mlflow, options.tracking_uri, every_split=options.every_split
+        options.sort,
+        options.against,
+        options.to_mlflow,
+        options.tracking_uri,
+        every_split=options.every_split,
+        latex_style=options.latex_style,
     )
     return report.command(options.results, options.methods, options.tasks, wanted)
 
