@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from harness.errors import unknown
 from harness.report.forms.latex_signs import escape
-from harness.report.names import lines_of
 
 STYLES = ("subscript", "side", "siunitx")  # of a value with its interval; see `number`
 NOTHING = "--"
@@ -20,7 +19,8 @@ LETTER = 0.56  # any other sign
 FOREIGN, STAND_IN = re.compile(r"([^\x00-\x7f]+)"), "[99]"  # what may become a stand-in
 FOOTNOTE, SCRIPT, SUBSCRIPT = 8.5, 8.0, 7.4  # points: that unit in \footnotesize, \scriptsize, a subscript
 BOLD = 1.16  # wider than upright by this much
-LONGEST_WORD, PIECE = 130.0, 12  # points beyond which a word may be broken, and signs of its pieces
+LONGEST_WORD, PIECE = 120.0, 13  # points beyond which a word may be broken; signs of what is cut anywhere
+BREAKS = r"[^=_/,:.-]*[=_/,:.-]|[^=_/,:.-]+"  # what may end a line within a word
 
 
 class Text(NamedTuple):
@@ -63,7 +63,8 @@ def number(
     if style == "side":
         return Text(rf"{shown}{_math(sign)} $\pm$ {interval}", width + points(f"+ + {interval}"))
     short = interval.removeprefix("0") if interval.startswith("0.") else interval
-    return Text(shown + _math(rf"{sign}_{{\pm{short}}}"), width + points(f"+{short}", SUBSCRIPT))
+    low = rf"_{{\pm{short}}}" + ("{}" + sign if tie else "")  # beside it, not above, where it would crowd the row
+    return Text(shown + _math(low), width + points(f"+{short}" + "+" * tie, SUBSCRIPT))
 
 
 def checked(style: str) -> str:
@@ -86,9 +87,13 @@ def points(text: str, size: float = FOOTNOTE) -> float:
 
 
 def _breakable(word: str) -> str:
-    """The word with places to break it, but within what becomes a stand-in."""
-    runs = [run for run in FOREIGN.split(word) if run]
-    pieces = [piece for run in runs for piece in (lines_of(run, PIECE) if run.isascii() else [run])]
+    """The word with places to break it: after signs between names and, of what is longer, anywhere but within what
+    becomes a stand-in."""
+    pieces: list[str] = []
+    for run in filter(None, FOREIGN.split(word)):
+        for part in re.findall(BREAKS, run) if run.isascii() else [run]:
+            cut = PIECE if part.isascii() and points(part) > LONGEST_WORD else len(part)
+            pieces += [part[at : at + cut] for at in range(0, len(part), cut)]
     return r"\allowbreak{}".join(map(escape, pieces))
 
 
