@@ -15,6 +15,7 @@ import pytest
 from harness import cli
 from harness.report.board.columns import COLUMNS, TableColumn
 from harness.report.board.leaderboard import Board, leaderboards
+from harness.report.board.rows import Section
 from harness.report.board.runs import runs_of
 from harness.report.forms.latex import latex
 from harness.report.forms.latex_cells import STYLES, number, plain
@@ -60,6 +61,20 @@ def with_ties() -> Board:
     return dataclasses.replace(found, ties={"digits": frozenset(f"method_{row}" for row in (1, 2, 3))})
 
 
+class Grouped(Board):
+    """A board whose third row stands below a title and whose last is not ranked."""
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        rows = self.rows
+        return Section("", rows[:2]), Section("controls", rows[2:-1]), Section("", rows[-1:], ranked=False)
+
+
+def grouped() -> Board:
+    found = scored(4)
+    return Grouped(**{field.name: getattr(found, field.name) for field in dataclasses.fields(found)})
+
+
 def with_a_long_column() -> Board:
     own = TableColumn(
         "own_words_that_fill_more_than_a_line", lambda row: 1.0, "of one's own", lambda _: "wide words " * 9
@@ -92,6 +107,7 @@ def many_kinds() -> list[Board]:
         *boards(*(record(f"评{place}[论", f"[{place}]*", score=12345.6 * place - 2) for place in range(4))),
         failing(),
         with_ties(),
+        grouped(),
         with_a_long_column(),
     ]
 
@@ -132,8 +148,9 @@ class TestSource:
                 r"\\begin\{(?:tabular|longtable)\}.*?\\end\{(?:tabular|longtable)\}", text, re.DOTALL
             ):
                 assert table.count(r"\begin{") == 1
-                assert len({len(re.findall(r"(?<!\\)&", row)) for row in rows_of(table)}) == 1
-            named = [row for row in rows_of(text) if not row.startswith(("Method", " &"))]
+                rows = [row for row in rows_of(table) if not row.startswith(r"\multicolumn")]
+                assert len({len(re.findall(r"(?<!\\)&", row)) for row in rows}) == 1
+            named = [row for row in rows_of(text) if not row.startswith(("Method", " &", r"\multicolumn"))]
             assert len(named) % len(found.rows) == 0
 
     def test_a_run_alone_has_no_interval(self):
@@ -181,6 +198,15 @@ class TestSource:
         assert r"{}[a] & 0.801 $\pm$ 0.016 \\" in lines
         assert r"{}[1] & 0.801 $\pm$ 0.016 \\" in lines
         assert r"\textcolor{gray}{lora[rank=4, alpha=8]} & \textcolor{gray}{0.801 $\pm$ 0.016} \\" in lines
+
+    def test_sections_of_a_board_are_parts(self):
+        text = latex([grouped()])
+        body = text[text.index(r"\midrule") : text.index(r"\bottomrule")].splitlines()
+        assert [line.partition(" &")[0] for line in body] == [
+            *(r"\midrule", r"method\_3", r"method\_2"),
+            *(r"\midrule", r"\multicolumn{5}{l}{\itshape controls} \\", r"method\_1"),
+            *(r"\midrule", r"\textcolor{gray}{method\_0}"),
+        ]
 
     def test_failures_are_words(self):
         text = latex([failing()])
