@@ -165,6 +165,9 @@ def _add_report(commands: Any) -> None:
     )
     report_options.add_to(report)
     report.add_argument("--config", type=_path, metavar="FILE", help="the [report] table of a sweep; options win")
+    report.add_argument(
+        "--latex-style", default="subscript", metavar="STYLE", help="of LaTeX cells: subscript (default), side, siunitx"
+    )
     report.add_argument("--against", metavar="paper", help="print what the paper reports beside ours")
     report.add_argument("--to-mlflow", action="store_true", help="log every record that MLflow does not have yet")
     _add_tracking(report)
@@ -301,6 +304,7 @@ def _report(options: argparse.Namespace) -> int:
         every_split=options.every_split,
         selection=report_options.selection_of(options),
         is_complete=options.config is None,
+        latex_style=options.latex_style,
     )
     return report.command(options.results, options.methods, options.tasks, wanted)
 

@@ -15,6 +15,7 @@ from harness.record.chosen import chosen
 from harness.record.garbage import uncollected
 from harness.record.record import RunRecord
 from harness.record.store import Found, RecordStore
+from harness.report.forms.latex_cells import checked
 from harness.spec import EVERYTHING, Selection
 
 FAILED = ("failed", "diverged", "out_of_memory")
@@ -35,6 +36,7 @@ class Wanted:
     every_split: bool = False  # a task's further evaluation splits are columns, too
     selection: Selection = EVERYTHING  # what the tables, pictures and the page show
     is_complete: bool = True  # whether a name of it that matches nothing is a mistake, and not of runs still to come
+    latex_style: str = "subscript"  # of the LaTeX tables' cells
 
 
 def command(
@@ -47,6 +49,7 @@ def command(
     wanted = wanted or Wanted()
     if wanted.against not in (None, *AGAINST):
         raise InputError(f"--against '{wanted.against}' is not known; available: {', '.join(AGAINST)}")
+    checked(wanted.latex_style)
     store, found = chosen(results, methods, tasks)
     _show(store, found.records, found, wanted)
     if wanted.to_mlflow:
@@ -121,7 +124,8 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
         boards = sorted_by(boards, wanted.sort)
     unwritten = None
     try:
-        paths = build_report(store, written, naming, every, wanted.forms, known=known_of(written.records))
+        known = known_of(written.records)
+        paths = build_report(store, written, naming, every, wanted.forms, known=known, latex_style=wanted.latex_style)
     except Unwritten as error:
         paths, unwritten = error.paths, error
     for board in boards:

@@ -13,16 +13,16 @@ DECIMALS = 3  # of a score, in tables; scores that are equal when printed are eq
 TIE = "not significantly different from the best"
 
 
-def legend(words: Mapping[str, str], over: str = "n runs (seeds)", nothing: str = NOTHING) -> str:
+def legend(words: Mapping[str, str], over: str = "n runs (seeds)", nothing: str = NOTHING, alone: str = "n/a") -> str:
     """How to read a leaderboard. `words`: what its columns beside the scores are, by their headings; `over`: what a
-    mean is over; `nothing`: the sign for a cell without runs."""
+    mean is over; `nothing`: the sign for a cell without runs; `alone`: that for the interval of a single run."""
     columns = "; ".join(f"{heading} ({text})" for heading, text in words.items())
     marks = (
         f"Bold: the best mean of the rows that have every seed of the column; underlined: the second best; ≈: {TIE} "
         "(paired test over seeds and examples, Holm-corrected over the column)."
     )
     return (
-        f"Scores: mean ± half-width of the 95 % confidence interval (Student's t) over {over}; n/a: one run has no "
+        f"Scores: mean ± half-width of the 95 % confidence interval (Student's t) over {over}; {alone}: one run has no "
         f"interval; {nothing}: not run. {marks} Rows are ordered by their mean score, "
         f"those with a missing score last. Other columns, means over runs: {columns}."
     )
