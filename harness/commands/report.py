@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,7 +103,7 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
     from harness.report.board.leaderboard import Board, sorted_by
     from harness.report.board.runs import every_split, runs_of
     from harness.report.build import Unwritten, boards_of, build_report, to_stderr
-    from harness.report.forms.text import console
+    from harness.report.forms.text import console, terminal_width
     from harness.report.pictures import critical
 
     naming, table = installed.naming_of(record.spec.method for record in written.records), columns()
@@ -128,11 +129,12 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
         paths = build_report(store, written, naming, every, wanted.forms, known=known, latex_style=wanted.latex_style)
     except Unwritten as error:
         paths, unwritten = error.paths, error
+    width = terminal_width()
     for board in boards:
-        print(f"\n{console(board, written.damaged)}")
+        print(f"\n{console(board, written.damaged, width)}")
         refused = critical.refusal(board)
         if refused and len(board.columns) > 1:
-            print(f"No diagram of mean ranks: {refused}.")
+            print(textwrap.fill(f"No diagram of mean ranks: {refused}.", width, subsequent_indent="  "))
     if wanted.against is not None:
         from harness.report.tables.paper import against_paper
 

@@ -19,6 +19,7 @@ from harness.report.board.leaderboard import Board, leaderboards, sorted_by
 from harness.report.board.runs import every_split, runs_of
 from harness.report.board.selection import selected
 from harness.report.build import boards_of
+from harness.report.forms.summary import what_it_shows
 from harness.report.forms.text import console, markdown
 from harness.spec import Selection
 from tests.support.report_records import NAMING, record, stored
@@ -85,6 +86,9 @@ class TestRows:
         assert [row.label for row in found.rows if found.is_second(row, found.columns[0])] == ["lora"]
         assert found.among == "Best among rows with seeds 0-1. Marks are those of all 5 rows; 2 are shown."
         assert found.among in " ".join(console(found).split())
+
+    def test_page_says_that_the_best_is_not_shown(self) -> None:
+        assert what_it_shows(shown(rows=["lora", "head"]))[-1] == "rest: the best (0.805) is a row that is not shown."
 
     def test_notes_are_of_the_rows_that_are_shown(self, tmp_path: Path) -> None:
         store = stored(tmp_path, *runs(), record("full", score=None, status="diverged", error="loss is inf"))
@@ -257,6 +261,17 @@ class TestSweepFile:
         assert "head" in table
         assert "debora" not in table
         assert "shown without it: unknown row to show 'full'" in printed.err
+
+
+class TestNarrowTerminal:
+    def test_no_line_is_longer(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        stored(tmp_path, *runs())
+        monkeypatch.setenv("COLUMNS", "80")
+        assert cli.main(["report", "--results", str(tmp_path)]) == 0
+        table = capsys.readouterr().out.partition("\nrecords ")[0]
+        assert 60 < max(map(len, table.splitlines())) <= 80
 
 
 class TestOptions:

@@ -116,9 +116,7 @@ class Board:
         score, cell = scores.get(column.title), row.cells.get(column.title)
         if score is None or cell is None or cell.score.mean is None or cell.failures:
             return False
-        if not self.is_ranked(row, column):
-            return False
-        return score_text(cell.score.mean) == score_text(score)
+        return score_text(cell.score.mean) == score_text(score) and self.is_ranked(row, column)
 
 
 def leaderboards(

@@ -13,14 +13,14 @@ def common_seeds(cells: Iterable[Cell]) -> tuple[int, ...]:
     """The seeds that a column is about, ascending: those of the largest group of cells with scores of the same two or
     more seeds; of groups of one size, the one with more seeds, then with the smaller ones. None where every cell has a
     score of one seed at most: single runs are not ranked."""
-    groups = Counter(tuple(sorted(run.seed for run in cell.scored)) for cell in cells)
+    groups = Counter(tuple(sorted(cell.seeds)) for cell in cells)
     several = [seeds for seeds in groups if len(seeds) > 1]
     return max(several, key=lambda seeds: (groups[seeds], len(seeds), [-seed for seed in seeds]), default=())
 
 
 def has_all(cell: Cell | None, seeds: Iterable[int]) -> bool:
     """Whether the cell has a score of each of these seeds; it may have more."""
-    return cell is not None and {run.seed for run in cell.scored}.issuperset(seeds)
+    return cell is not None and cell.seeds.issuperset(seeds)
 
 
 def two_best(

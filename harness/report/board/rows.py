@@ -49,6 +49,11 @@ class Cell:
         """The runs that have a score."""
         return [run for run in self.runs if run.score is not None]
 
+    @functools.cached_property
+    def seeds(self) -> frozenset[int]:
+        """The seeds of these."""
+        return frozenset(run.seed for run in self.scored)
+
     @property
     def failures(self) -> list[tuple[str, int]]:
         """(status in words, runs), for the runs without a score."""

@@ -39,15 +39,20 @@ def _seeds(board: Board) -> str:
 
 
 def _best(board: Board, column: Column) -> str:
-    rows = [row for section in board.sections if section.ranked for row in section.rows]
+    rows = [row for row in board.rows if board.is_ranked(row, column)]
     best = [row for row in rows if board.is_best(row, column)]
+    if column.title in board.best and not best:
+        return f"{cut(column.title)}: the best ({score_text(board.best[column.title])}) is a row that is not shown."
     if not best:
-        return f"{cut(column.title)}: no best, since fewer than two configurations can be compared."
+        why = (
+            "fewer than two configurations can be compared"
+            if board.seeds[column.title]
+            else "single runs are not ranked"
+        )
+        return f"{cut(column.title)}: no best, since {why}."
     scores = [row.cells[column.title].score for row in best]
     head = f"{cut(column.title)}: best {_listed(best)} ({score_text(scores[0].mean or 0.0)})"
-    others = sum(column.title in row.cells and row.cells[column.title].score.n > 0 for row in rows) - len(best)
-    if max(score.n for score in scores) < 2:
-        return f"{head}, by a single seed, which allows no test."
+    others = len(rows) - len(best)
     ties = sum(board.is_tie(row, column) for row in rows if row not in best)
     return f"{head}; not significantly different from it: {ties} of {_count(others, 'other')}."
 

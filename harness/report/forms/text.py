@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import shutil
 import textwrap
 from collections.abc import Callable, Container, Iterable
 from typing import Any
@@ -55,6 +56,11 @@ def console(board: Board, damaged: Iterable[str] = (), width: int = CONSOLE_WIDT
     notes = [board.caption, *board.notes, f"{spread} {board.among}".strip(), *_damaged_note(damaged)]
     caption, *below = (textwrap.fill(note, width, subsequent_indent="  ", break_on_hyphens=False) for note in notes)
     return "\n".join([caption, "", "\n\n".join(_plain(block, lines) for block in blocks), "", *below])
+
+
+def terminal_width() -> int:
+    """Signs in a line: those of the terminal, 60 to CONSOLE_WIDTH; CONSOLE_WIDTH where there is none."""
+    return min(CONSOLE_WIDTH, max(60, shutil.get_terminal_size((CONSOLE_WIDTH, 24)).columns))
 
 
 def _lines(board: Board) -> Lines:
