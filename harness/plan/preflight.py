@@ -56,11 +56,6 @@ def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
     return checked
 
 
-def summaries(tasks: Sequence[CheckedTask]) -> list[str]:
-    """What was read of every task, a few lines each: see `Data.summary`."""
-    return [line for checked in tasks for line in checked.data.summary(checked.name)]
-
-
 def check_models(tasks: Sequence[CheckedTask], train: TrainSpec, place: Place) -> list[str]:
     """Load every task's model, encode its holdout and put a few rows of it through the model once, so that missing
     files, and a model that cannot serve, are found before the first run. What is to be said of them, a line each.
