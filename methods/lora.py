@@ -15,7 +15,7 @@ from harness.errors import InputError, unknown
 from harness.method import Adaptation, Backbone, FinishedRun, Method, PeftForm, TrainData
 from harness.optimizer import adamw
 from harness.storage import os_errors
-from methods.shared.peft_model import lora_form, lora_model, shuffled, unfit
+from methods.shared.peft_model import OF_ALL_RANKS, lora_form, lora_model, shuffled, unfit
 from methods.shared.peft_names import ADAPTER, PREFIX
 
 if TYPE_CHECKING:
@@ -130,20 +130,8 @@ class Lora(Method):
 
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
         """See `Method.peft_form`: itself."""
-        init = True if self.init == "default" else self.init
-        names = {
-            "learning_rate",
-            "weight_decay",
-            "rank",
-            "alpha",
-            "dropout",
-            "rslora",
-            "dora",
-            "init",
-            "target_modules",
-        }
-        own = self.model_dump(mode="json", include=names)
-        return lora_form(ranks, self.scale, own, use_dora=self.dora, init_lora_weights=init)
+        settings = {"use_dora": self.dora, "init_lora_weights": self.init == "default" or self.init}
+        return lora_form(ranks, self.scale, self.model_dump(mode="json", include=OF_ALL_RANKS), **settings)
 
     @property
     def changes_backbone(self) -> bool:

@@ -40,6 +40,8 @@ def command(
     and where there is nothing to choose from, as with one seed.
     """
     allowed = _margin(margin)
+    if to is not None and to.suffix == ".toml":
+        raise InputError(f"--to '{to}' is the configuration for PEFT, in JSON: the sweep goes beside it, as .toml")
     store, found = chosen(results, methods, tasks)
     with uncollected():
         boards = leaderboards(runs_of(found.records, installed.naming_of(r.spec.method for r in found.records)))

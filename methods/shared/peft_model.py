@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+# Hyperparameters of a LoRA that say nothing of its layers' ranks.
+OF_ALL_RANKS = {"learning_rate", "weight_decay", "rank", "alpha", "dropout", "rslora", "dora", "init", "target_modules"}
+
 
 def unfit(backbone: Backbone, layers: list[str], linear_only: str | None = None) -> str | None:
     """Why PEFT's LoRA does not fit one of the layers, or None. `linear_only`: a setting that knows no convolution."""

@@ -108,13 +108,25 @@ def _of_whom_not(advice: Advice) -> list[str]:
     by_reason: dict[str, list[str]] = defaultdict(list)
     for label, why in [*told, *advice.left_out]:
         by_reason[why].append(label)
-    lines = []
+    lines = _without_spread(advice)
     for why, labels in by_reason.items():
         more = f" and {len(labels) - MOST_NAMED} more" if len(labels) > MOST_NAMED else ""
         lines.append(f"no candidate ({why}): {', '.join(labels[:MOST_NAMED])}{more}")
     if any("tuned" in each.row.tuning for each in advice.candidates):
         lines.append("hyperparameters were tuned on the same holdout rows, which favours the tuned ones a little")
     return lines
+
+
+def _without_spread(advice: Advice) -> list[str]:
+    """Pairs that nothing can be said of, so that neither of the two can be shown."""
+    found = {}
+    for of_column in advice.pairs:
+        for labels, each in of_column.items():
+            if each.difference is None:
+                found[labels] = "the same scores at every seed" if len(each.seeds) > 1 else "no two common seeds"
+    told = [f"{' and '.join(labels)} ({why})" for labels, why in found.items()]
+    more = f" and {len(told) - MOST_NAMED} more" if len(told) > MOST_NAMED else ""
+    return [f"cannot be compared: {', '.join(told[:MOST_NAMED])}{more}"] if told else []
 
 
 def runs_behind(advice: Advice) -> list[Run]:
