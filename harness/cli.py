@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness.commands import advise_help
+from harness.commands import advise_options
 from harness.errors import InputError, one_line, plain, unknown
 from harness.execute import stopping
 from harness.execute.process import quiet_environment
@@ -140,7 +140,10 @@ def _parser() -> argparse.ArgumentParser:
         comparison.add_argument(place, help="a row of the leaderboard: debora[tau=8], or a method that has one row")
     comparison.add_argument("--tasks", type=_names, help="only these tasks")
     _add_results(comparison)
-    _add_advise(commands)
+    text = "the smallest configuration that is not worse than the best, ready for PEFT"
+    advice = _command(commands, "advise", text, _calls("advise", "results", "methods", "tasks", "margin", "to"))
+    advise_options.add(advice, _path)
+    _add_selection(advice)
     difference = _command(commands, "diff", "how two runs differ: spec, versions, metrics, ranks", _diff)
     difference.add_argument("runs", nargs=2, metavar="RUN_ID")
     _add_results(difference)
@@ -150,16 +153,6 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", type=_path, required=True, metavar="DIR", help="folder to make")
     _add_results(export)
     return parser
-
-
-def _add_advise(commands: Any) -> None:
-    text = "the smallest configuration that is not worse than the best, ready for PEFT"
-    advice = _command(commands, "advise", text, _calls("advise", "results", "methods", "tasks", "margin", "to"))
-    advice.description, advice.epilog = advise_help.DESCRIPTION, advise_help.EXAMPLES
-    advice.formatter_class = argparse.RawDescriptionHelpFormatter
-    advice.add_argument("--margin", default="0.01", help="what is no loss, in the score's unit (default 0.01)")
-    _add_selection(advice)
-    advice.add_argument("--to", type=_path, metavar="FILE", help="of a single advice (default DIR/advice/TASK.json)")
 
 
 def _add_report(commands: Any) -> None:

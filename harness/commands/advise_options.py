@@ -1,4 +1,10 @@
-"""What `advise --help` says around its options."""
+"""The options of `advise`, and what its help says around them. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
 
 DESCRIPTION = """\
 From the records of a sweep: the smallest configuration, by adapter parameters, that is not worse than the best by the
@@ -19,3 +25,11 @@ examples:
 
 One seed is refused: it cannot tell a small configuration from a lucky one. More seeds show smaller margins. So do fewer
 configurations (--methods), if they are named before you have looked at the scores."""
+
+
+def add(parser: argparse.ArgumentParser, path: Callable[[str], Path]) -> None:
+    """Give the command's parser its own options and its texts. `path`: reads a path that is given."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--margin", default="0.01", help="what is no loss, in the score's unit (default 0.01)")
+    parser.add_argument("--to", type=path, metavar="FILE", help="of a single advice (default DIR/advice/TASK.json)")
