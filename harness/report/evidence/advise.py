@@ -13,9 +13,9 @@ The question has three traps, and the procedure an answer to each.
   than itself, so that Holm's first factor is K - 1 (Shaffer, 1986).
 - *Few seeds.* The variance of a difference is a sum of two parts: of seeds, with S - 1 degrees of freedom, and of
   examples, with N - 1. Satterthwaite's degrees of freedom (`statistics.crossed`) are estimates themselves, and
-  sometimes too high: of configurations that are worse by the margin, a one-sided 5 % test with them passes up to 8 % at
-  two seeds, and after a correction for ten up to four times what it should. Here each part has Student's quantile of
-  its own, and the squares are added (Howe, 1974; Graybill and Wang, 1980), which passes 2 to 5 %.
+  sometimes too high: with them, a one-sided test at two seeds passes a difference of exactly the margin in up to 8 % of
+  cases at level 5 %, and in up to 4.6 % at level 1 %, which a correction asks for. Here each part has Student's
+  quantile of its own, and the squares are added (Howe, 1974; Graybill and Wang, 1980): 2 to 5 %, and at most 1.1 %.
 
 scripts/advise_coverage.py measures how often the whole procedure recommends a configuration that is truly worse.
 """
