@@ -24,6 +24,7 @@ from harness.backbone import in_modules as in_modules
 from harness.backbone import is_adaptable as is_adaptable
 from harness.backbone import is_transposed as is_transposed
 from harness.parameters import ParameterCount, Range, SearchSpace, Strict
+from harness.peft_form import PeftForm as PeftForm
 from harness.storage import save_tensors
 from harness.trace import RANK as RANK
 from harness.trace import RANKS as RANKS
@@ -146,6 +147,11 @@ class Method(Strict, ABC):
         first, by the layer's name; {} where there are none to be had, as of a damaged export. NumPy alone: the report
         asks for them."""
         return {}
+
+    def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
+        """How stock PEFT trains a LoRA in place of the method's adapter with these ranks, by layer, 0 for none; None
+        where the adapter is no LoRA. `advise` asks for it: import neither torch nor PEFT."""
+        return None
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """Why the method cannot work on this backbone (the cell is then reported with that reason), or None.

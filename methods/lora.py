@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from harness.errors import InputError, unknown
-from harness.method import Adaptation, Backbone, FinishedRun, Method, TrainData
+from harness.method import Adaptation, Backbone, FinishedRun, Method, PeftForm, TrainData
 from harness.optimizer import adamw
 from harness.storage import os_errors
-from methods.shared.peft_model import lora_model, shuffled, unfit
+from methods.shared.peft_model import OF_ALL_RANKS, lora_form, lora_model, shuffled, unfit
 from methods.shared.peft_names import ADAPTER, PREFIX
 
 if TYPE_CHECKING:
@@ -126,6 +127,11 @@ class Lora(Method):
         from methods.shared.spectrum import spectrum
 
         return spectrum(folder)
+
+    def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
+        """See `Method.peft_form`: itself."""
+        settings = {"use_dora": self.dora, "init_lora_weights": self.init == "default" or self.init}
+        return lora_form(ranks, self.scale, self.model_dump(mode="json", include=OF_ALL_RANKS), **settings)
 
     @property
     def changes_backbone(self) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import RANK, Adaptation, Backbone, Method, Step, Trace, TrainData
+from harness.method import RANK, Adaptation, Backbone, Method, PeftForm, Step, Trace, TrainData
 from harness.optimizer import adamw
 from methods.lora import LoraAdaptation
-from methods.shared.peft_model import lora_model, unfit
+from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
@@ -82,6 +83,10 @@ class PrunedLora(Method):
         from methods.shared.spectrum import spectrum
 
         return spectrum(folder)
+
+    def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
+        """See `Method.peft_form`: LoRA with the components that stayed."""
+        return lora_form(ranks, self.alpha / self.rank, shared_parameters(self, self.dropout))
 
     def num_kept(self, num_layers: int) -> int:
         """Components that stay of the rank * num_layers, at least 1."""

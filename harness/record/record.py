@@ -20,6 +20,7 @@ SCHEMA, SEALED_FROM = 2, 2  # the version that is written, and the first that ha
 STATUSES = get_args(Status)
 RUN_ID = re.compile(r"[0-9a-f]{16}")
 RECORD, HISTORY, PREDICTIONS = "record.json", "history.jsonl", "predictions.safetensors"  # of a run's folder
+HOLDOUT = "holdout"  # the split that curves, tuning and selection use; never an evaluation split
 
 
 class Seconds(Strict):
