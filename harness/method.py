@@ -243,7 +243,8 @@ class Adaptation:
         return sum(p.numel() for name, p in _trained(self.model) if in_modules(name, self.head))
 
     def other_parameters(self) -> int:
-        """Parameters of the deployed model beside the adapter, the head's included. Asked once, after `start`."""
+        """Parameters of the deployed model beside the adapter, the head's included. Asked after `start` and after
+        `prepare`."""
         own = ((name, p) for name, p in self.model.named_parameters() if ".original_module." not in name)
         return sum(p.numel() for name, p in own if not p.requires_grad or in_modules(name, self.head))
 
@@ -282,6 +283,11 @@ class Adaptation:
                         raise ValueError(f"'{name}' is {tuple(own[name].shape)}, and was saved as {tuple(value.shape)}")
                     own[name].copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():  # torch's fused AdamW on a CPU pairs entries by their place in memory
+                other_layout = isinstance(value, torch.Tensor) and value.stride() != parameter.stride()
+                if other_layout and value.shape == parameter.shape:
+                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         self.stream = state["stream"]
 
     def export(self, path: Path) -> None:

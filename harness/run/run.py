@@ -199,7 +199,7 @@ class _Run:
         folder = self.store.checkpoints / self.spec.run_id
         seed_everything(derived_seed(self.spec.seed, "training"))
         origin = _origin(self.spec)
-        self._take_up(training, checkpoint.load_newest(folder, origin, self.unusable))
+        self._resume(training, checkpoint.load_newest(folder, origin, self.unusable))
         self.task.set_training(adaptation.model)
         points = max(self.spec.train.holdout_points, int(self.spec.is_trial))  # a trial is scored at its end
         due = [math.ceil(training.budget * (i + 1) / points) for i in range(points)]
@@ -223,7 +223,7 @@ class _Run:
         training.run(after_update)
         self.known |= {"ranks": adaptation.ranks(), "parameters": training.sizes.parameters()}
 
-    def _take_up(self, training: Training, newest: checkpoint.Newest) -> None:
+    def _resume(self, training: Training, newest: checkpoint.Newest) -> None:
         """Go on from a checkpoint, where there is one. Raises Unusable for one that does not fit."""
         saved, damaged, path = newest
         if damaged:

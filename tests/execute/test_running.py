@@ -1,4 +1,4 @@
-"""Claims on runs, and `status`, which reads them."""
+"""Run locks, and `status`, which reads them."""
 
 import contextlib
 import json

@@ -57,7 +57,7 @@ def _section(board: Board, tables: Mapping[str, pd.DataFrame], pictures: Sequenc
             headings.append((column.heading, ""))
     return {
         "key": board.key,
-        "caption": f"{board.caption} Intervals are over n = {board.n or 0} runs, or n as given.",
+        "caption": f"{board.caption} Intervals are over n = {board.n or 0} runs, or n as given. {board.among}",
         "headings": headings,
         "shows": what_it_shows(board),
         "groups": [
