@@ -42,7 +42,7 @@ def _best(board: Board, column: Column) -> str:
     rows = [row for section in board.sections if section.ranked for row in section.rows]
     best = [row for row in rows if board.is_best(row, column)]
     if not best:
-        return f"{cut(column.title)}: no best, since fewer than two configurations can be compared."
+        return f"{cut(column.title)}: no row is called best."
     scores = [row.cells[column.title].score for row in best]
     head = f"{cut(column.title)}: best {_listed(best)} ({score_text(scores[0].mean or 0.0)})"
     others = sum(column.title in row.cells and row.cells[column.title].score.n > 0 for row in rows) - len(best)
