@@ -91,6 +91,7 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
     """Print the boards of `shown`; the files are made of `written`. Raises Unwritten where some could not be."""
     from harness.commands.packages import columns, known_of
     from harness.report.board.leaderboard import Board, sorted_by
+    from harness.report.board.parents import grouped
     from harness.report.board.runs import every_split, runs_of
     from harness.report.build import Unwritten, boards_of, build_report
     from harness.report.forms.text import console
@@ -99,7 +100,7 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
     naming, table = installed.naming_of(record.spec.method for record in written.records), columns()
 
     def made_of(records: list[RunRecord]) -> list[Board]:
-        runs = runs_of(records, naming)
+        runs = runs_of(grouped(store, records, naming), naming)
         runs = every_split(runs) if wanted.every_split else runs
         return boards_of(store, runs, installed.family_average, installed.metric_of, table)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.method import Backbone, is_transposed
@@ -28,6 +29,20 @@ def unfit(backbone: Backbone, layers: list[str], linear_only: str | None = None)
         if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
             return f"layer '{name}' is a convolution with groups, dilation or padding that PEFT's LoRA does not follow"
     return None
+
+
+def nearest_rank(backbone: Backbone, targets: tuple[str, ...], parameters: int, dora: bool) -> int:
+    """The rank whose LoRA has nearest to so many `parameters`, the smaller of two, among those that every layer can
+    have."""
+    shapes = [backbone.shape(layer) for layer in targets]
+    fixed = sum(outputs for outputs, _ in shapes) if dora else 0
+    each = sum(map(sum, shapes))
+    return min(range(1, 1 + min(map(min, shapes))), key=lambda rank: abs(fixed + rank * each - parameters))
+
+
+def pattern_of(ranks: Mapping[str, int], targets: tuple[str, ...]) -> dict[str, int]:
+    """A run's ranks as a `rank_pattern`: targets that it did not adapt have rank 0."""
+    return dict.fromkeys(targets, 0) | {layer: rank for layer, rank in ranks.items() if rank > 0}
 
 
 def shuffled(ranks: dict[str, int], backbone: Backbone, rng: torch.Generator) -> dict[str, int]:
