@@ -200,6 +200,6 @@ class Finished(NamedTuple):
 
     def adapter_parameters(self) -> int:
         """Parameters of the adapter at the end. Raises InputError where there is none."""
-        if self.parameters is None or not self.parameters.adapter_final:
+        if self.parameters is None or not (self.parameters.adapter_final or self.ranks):  # ranks may begin with 0
             raise InputError("what it waits for has no adapter: name a method that has one")
         return self.parameters.adapter_final

@@ -33,7 +33,7 @@ methods = [
 ]
 tasks = ["synthetic", "digits"]
 seeds = 2
-train.batches = 150
+train.batches = 60
 """
 
 
