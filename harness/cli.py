@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from harness.commands import report_options
 from harness.errors import InputError, one_line, plain, unknown
 from harness.execute import stopping
 from harness.execute.process import quiet_environment
@@ -162,6 +163,11 @@ def _add_report(commands: Any) -> None:
         action="store_true",
         help="give a task's further evaluation splits (MNLI's mismatched one) columns of their own",
     )
+    report_options.add_to(report)
+    report.add_argument("--config", type=_path, metavar="FILE", help="the [report] table of a sweep; options win")
+    report.add_argument(
+        "--latex-style", default="subscript", metavar="STYLE", help="of LaTeX cells: subscript (default), side, siunitx"
+    )
     report.add_argument("--against", metavar="paper", help="print what the paper reports beside ours")
     report.add_argument("--to-mlflow", action="store_true", help="log every record that MLflow does not have yet")
     _add_tracking(report)
@@ -291,7 +297,14 @@ def _report(options: argparse.Namespace) -> int:
     from harness.commands import report
 
     wanted = report.Wanted(
-        options.sort, options.against, options.to_mlflow, options.tracking_uri, every_split=options.every_split
+        options.sort,
+        options.against,
+        options.to_mlflow,
+        options.tracking_uri,
+        every_split=options.every_split,
+        selection=report_options.selection_of(options),
+        is_complete=options.config is None,
+        latex_style=options.latex_style,
     )
     return report.command(options.results, options.methods, options.tasks, wanted)
 

@@ -105,6 +105,26 @@ class Execution(Strict):
         return self
 
 
+Pattern = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class Selection(Strict):
+    """Which rows and columns a report shows, and how. Changes no record and no figure."""
+
+    rows: tuple[Pattern, ...] = Field(
+        (), description='only these rows, in this order: "lora[rank=4]", with * and ? for any signs: "debora*"'
+    )
+    columns: tuple[Pattern, ...] = Field(
+        (), description="only these columns, in this order: tasks, a further split as glue/mnli:mismatched, parameters"
+    )
+    group: dict[Pattern, Pattern] = Field(
+        {}, description='rows under a heading of their own: "controls" = "ranks_of|size_of" (patterns or parameters)'
+    )
+
+
+EVERYTHING = Selection()
+
+
 class Search(Strict):
     """What a run has to do with a search for hyperparameters. A trial is scored on the holdout and never sees the
     evaluation splits; a run of the chosen setting names the trials that it was chosen by."""

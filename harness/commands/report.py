@@ -15,6 +15,8 @@ from harness.record.chosen import chosen
 from harness.record.garbage import uncollected
 from harness.record.record import RunRecord
 from harness.record.store import Found, RecordStore
+from harness.report.forms.latex_cells import checked
+from harness.spec import EVERYTHING, Selection
 
 FAILED = ("failed", "diverged", "out_of_memory")
 MOST_SHOWN = 1000  # runs of a sweep that ran nothing new whose report is made again, unasked
@@ -32,6 +34,9 @@ class Wanted:
     tracking_uri: str | None = None  # None: the results folder's own
     forms: tuple[str, ...] = ("png", "pdf")  # of the pictures
     every_split: bool = False  # a task's further evaluation splits are columns, too
+    selection: Selection = EVERYTHING  # what the tables, pictures and the page show
+    is_complete: bool = True  # whether a name of it that matches nothing is a mistake, and not of runs still to come
+    latex_style: str = "subscript"  # of the LaTeX tables' cells
 
 
 def command(
@@ -44,6 +49,7 @@ def command(
     wanted = wanted or Wanted()
     if wanted.against not in (None, *AGAINST):
         raise InputError(f"--against '{wanted.against}' is not known; available: {', '.join(AGAINST)}")
+    checked(wanted.latex_style)
     store, found = chosen(results, methods, tasks)
     _show(store, found.records, found, wanted)
     if wanted.to_mlflow:
@@ -51,8 +57,11 @@ def command(
     return 0
 
 
-def show_sweep(store: RecordStore, run_ids: Sequence[str], tracking_uri: str | None) -> int:
-    """Print the leaderboard of these runs and log them to MLflow; the files cover every record of the store.
+def show_sweep(
+    store: RecordStore, run_ids: Sequence[str], tracking_uri: str | None, selection: Selection = EVERYTHING
+) -> int:
+    """Print the leaderboard of these runs and log them to MLflow; the files cover every record of the store. Both show
+    what the selection does.
 
     Returns the exit code: 1 where a run of the sweep failed, diverged, ran out of memory or has no record.
     """
@@ -65,7 +74,7 @@ def show_sweep(store: RecordStore, run_ids: Sequence[str], tracking_uri: str | N
     shown = [record for record in found.records if record.run_id in every]
     unwritten = None
     try:
-        _show(store, shown, found, Wanted(forms=("png",)))
+        _show(store, shown, found, Wanted(forms=("png",), selection=selection, is_complete=False))
     except InputError as error:  # the runs are there to be logged all the same
         unwritten = error
     log(store, shown, tracking_uri)
@@ -93,25 +102,31 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
     from harness.report.board.leaderboard import Board, sorted_by
     from harness.report.board.parents import grouped
     from harness.report.board.runs import every_split, runs_of
-    from harness.report.build import Unwritten, boards_of, build_report
+    from harness.report.build import Unwritten, boards_of, build_report, to_stderr
     from harness.report.forms.text import console
     from harness.report.pictures import critical
 
     naming, table = installed.naming_of(record.spec.method for record in written.records), columns()
+    selection, told = wanted.selection, dict[str, None]()
+    split = wanted.every_split or any(sign in name for name in selection.columns for sign in (":", ", "))
 
     def made_of(records: list[RunRecord]) -> list[Board]:
         runs = runs_of(grouped(store, records, naming), naming)
-        runs = every_split(runs) if wanted.every_split else runs
-        return boards_of(store, runs, installed.family_average, installed.metric_of, table)
+        runs = every_split(runs) if split else runs
+        tell = None if wanted.is_complete else lambda line: told.update({line: None})
+        return boards_of(store, runs, installed.family_average, installed.metric_of, table, selection, tell)
 
     with uncollected():
         every = made_of(written.records)
         boards = every if shown is written.records else made_of(shown)
+    for line in told:
+        to_stderr(line)
     if wanted.sort is not None:
         boards = sorted_by(boards, wanted.sort)
     unwritten = None
     try:
-        paths = build_report(store, written, naming, every, wanted.forms, known=known_of(written.records))
+        known = known_of(written.records)
+        paths = build_report(store, written, naming, every, wanted.forms, known=known, latex_style=wanted.latex_style)
     except Unwritten as error:
         paths, unwritten = error.paths, error
     for board in boards:

@@ -68,7 +68,7 @@ def _run(
         specs, found = _carry_out(planned, store, retried, functools.cache(start), console)
     if not found.missing and len(specs) > MOST_SHOWN:
         return brief(store, {run_id: skim.status for run_id, skim in found.finished.items()})
-    return show_sweep(store, [spec.run_id for spec in specs], options.tracking_uri)
+    return show_sweep(store, [spec.run_id for spec in specs], options.tracking_uri, planned.sweep.report)
 
 
 def _carry_out(

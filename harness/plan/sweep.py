@@ -15,7 +15,7 @@ from harness.method import Method
 from harness.notation import parse_choice
 from harness.parameters import Strict, checked_path
 from harness.plan import references
-from harness.spec import MOST, Place, RunSpec, TrainSpec
+from harness.spec import EVERYTHING, MOST, Place, RunSpec, Selection, TrainSpec
 from harness.task import Task
 
 MOST_SEEDS = 100_000
@@ -46,6 +46,7 @@ class Sweep(Strict):
         None, ge=1, le=MOST_TRIALS, description="trials of the search that each method gets on each task"
     )
     train: TrainSpec = TrainSpec()
+    report: Selection = Field(EVERYTHING, description="what its report shows")
 
     @field_validator("seeds")
     @classmethod

@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from harness.report.board.columns import TableColumn
 from harness.report.board.leaderboard import Board, words_of
 from harness.report.board.rows import Cell, Column, Row
+from harness.report.forms.summary import what_it_shows
 from harness.report.redact import cut, one_line
 from harness.report.wording import TIE, cell_text, human, legend, score_text
 
@@ -47,6 +48,7 @@ def _template() -> Template:
 
 
 def _section(board: Board, tables: Mapping[str, pd.DataFrame], pictures: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+    places = {row.label: place for place, row in enumerate(board.rows)}
     headings = [("method", "")]
     for column in board.across("page"):
         if isinstance(column, Column):
@@ -55,9 +57,17 @@ def _section(board: Board, tables: Mapping[str, pd.DataFrame], pictures: Sequenc
             headings.append((column.heading, ""))
     return {
         "key": board.key,
-        "caption": f"{board.caption} Intervals are over n = {board.n or 0} runs, or n as given.",
+        "caption": f"{board.caption} Intervals are over n = {board.n or 0} runs, or n as given. {board.among}",
         "headings": headings,
-        "rows": [_row(board, row, place) for place, row in enumerate(board.rows)],
+        "shows": what_it_shows(board),
+        "groups": [
+            {
+                "title": section.title,
+                "ranked": section.ranked,
+                "rows": [_row(board, row, places[row.label]) for row in section.rows],
+            }
+            for section in board.sections
+        ],
         "tables": [(TABLES[name], _plain(tables[name])) for name in TABLES if name in tables and len(tables[name])],
         "cells": _details(board),
         "notes": board.notes,
@@ -117,7 +127,8 @@ def _plain(table: pd.DataFrame) -> dict[str, Any]:
         for row in table.astype(object).itertuples(index=False, name=None)
     ]
     headings = [str(name).replace("_", " ").replace("interval 95", "± (95 %)") for name in table]
-    return {"headings": [(heading, "") for heading in headings], "rows": rows}
+    groups = [{"title": "", "ranked": True, "rows": rows}]
+    return {"headings": [(heading, "") for heading in headings], "groups": groups}
 
 
 def _value(name: str, value: Any) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def refusal(board: Board) -> str | None:
     if not 3 <= whole <= MOST_CONFIGURATIONS:
         return (
             f"a critical-difference diagram is made of 3 to {MOST_CONFIGURATIONS} configurations with a score from "
-            f"every run on every task, here are {whole}"
+            f"every run and seed on every task, here are {whole}"
         )
     return None
 
@@ -117,9 +117,11 @@ def _draw(panel: Axes, found: MeanRanks, groups: list[tuple[int, int]]) -> None:
 
 
 def _whole(board: Board) -> dict[str, list[float]]:
-    """Merits on every task, of the rows that lack no score."""
+    """Merits on every task, of the rows that lack no score and have every seed of each task."""
     found = {}
     for row in board.rows:
+        if not all(board.is_ranked(row, column) for column in board.counted):
+            continue
         cells = [row.cells.get(column.title) for column in board.counted]
         means = [cell.score.mean if cell is not None and not cell.failures else None for cell in cells]
         if None not in means:
