@@ -101,6 +101,11 @@ class RunRecord(Strict):
         """The record as a file holds it, with its checksum."""
         return storage.sealed_text(self.model_dump(mode="json") | {storage.VERSION: SCHEMA})
 
+    @property
+    def may_do_better(self) -> bool:
+        """Whether another attempt could end otherwise: a run that failed for its parent's sake fails without one."""
+        return self.status == "failed" and self.traceback is not None
+
     def merit(self, score: float) -> float:
         """A value of the headline metric, turned so that more is better."""
         return score if self.higher_is_better else -score

@@ -25,6 +25,7 @@ from harness.record.store import RecordStore
 from harness.run import checkpoint
 from harness.run.data import Data, data_of
 from harness.run.memory import PeakMemory, is_out_of_memory
+from harness.run.parents import inherited, lacking, parents_of
 from harness.run.rank_curve import rank_curve
 from harness.run.streams import TrainingData, derived_seed, seed_everything
 from harness.run.training import Training, predict
@@ -60,12 +61,6 @@ def failed_record(spec: RunSpec, error: str, trace: str) -> RunRecord:
         error=error,
         traceback=trace,
     )
-
-
-def _origin(spec: RunSpec) -> dict[str, Any]:
-    """What a checkpoint belongs to: a run, and the versions that would carry it on."""
-    made = environment("cpu")
-    return {"spec": spec.model_dump(mode="json", exclude={"place"}), "harness": made.harness, "version": made.packages}
 
 
 def _now() -> str:
@@ -154,13 +149,17 @@ class _Run:
 
     def _attempt(self) -> Status:
         spec, task, place = self.spec, self.task, self.spec.place
+        parents = parents_of(spec, self.store)
+        if found := lacking(spec, parents):
+            self.error = found.error
+            return found.status
         data = data_of(task, place.data_root, spec.limit, place.model)
         if data.splits.fingerprint != spec.data_fingerprint:
             raise InputError(f"the data of '{spec.task}' changed since the run was planned: plan again")
         method = registry.make_method(spec.method, spec.method_parameters)
         seed_everything(derived_seed(spec.seed, "backbone"))
         backbone = task.backbone(place.model, trust_remote_code=place.trust_remote_code)
-        self.error = method.unsupported(backbone)
+        method, self.error = inherited(method, backbone, parents)
         if self.error is not None:
             return "unsupported"
         backbone.module.to(self.device)
@@ -199,7 +198,7 @@ class _Run:
         assert training is not None
         folder = self.store.checkpoints / self.spec.run_id
         seed_everything(derived_seed(self.spec.seed, "training"))
-        origin = _origin(self.spec)
+        origin = checkpoint.origin_of(self.spec)
         self._resume(training, checkpoint.load_newest(folder, origin, self.unusable))
         self.task.set_training(adaptation.model)
         points = max(self.spec.train.holdout_points, int(self.spec.is_trial))  # a trial is scored at its end

@@ -34,6 +34,20 @@ def unfit(backbone: Backbone, layers: list[str], linear_only: str | None = None)
     return None
 
 
+def nearest_rank(backbone: Backbone, targets: tuple[str, ...], parameters: int, dora: bool) -> int:
+    """The rank whose LoRA has nearest to so many `parameters`, the smaller of two, among those that every layer can
+    have."""
+    shapes = [backbone.shape(layer) for layer in targets]
+    fixed = sum(outputs for outputs, _ in shapes) if dora else 0
+    each = sum(map(sum, shapes))
+    return min(range(1, 1 + min(map(min, shapes))), key=lambda rank: abs(fixed + rank * each - parameters))
+
+
+def pattern_of(ranks: Mapping[str, int], targets: tuple[str, ...]) -> dict[str, int]:
+    """A run's ranks as a `rank_pattern`: targets that it did not adapt have rank 0."""
+    return dict.fromkeys(targets, 0) | {layer: rank for layer, rank in ranks.items() if rank > 0}
+
+
 def shuffled(ranks: dict[str, int], backbone: Backbone, rng: torch.Generator) -> dict[str, int]:
     """The ranks permuted among the layers whose weights have the same shape."""
     import torch
