@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from harness.errors import InputError, unknown
-from harness.method import Adaptation, Backbone, FinishedRun, Method, TrainData
+from harness.method import Adaptation, Backbone, Finished, FinishedRun, Method, PeftForm, TrainData
 from harness.optimizer import adamw
 from harness.storage import os_errors
-from methods.shared.peft_model import lora_model, shuffled, unfit
+from methods.shared.peft_model import OF_ALL_RANKS, lora_form, lora_model, nearest_rank, pattern_of, shuffled, unfit
 from methods.shared.peft_names import ADAPTER, PREFIX
 
 if TYPE_CHECKING:
@@ -45,11 +46,13 @@ class Lora(Method):
     the rank on the backbone as it was.
 
     Controls: `ranks` and `parameters` are filled in when a run is planned: the run's own parameters are then
-    `rank_pattern` and `rank`.
+    `rank_pattern` and `rank`. `ranks_of` and `parameters_of` name a configuration of the same sweep: each run waits for
+    that one's run of its task and seed, and takes its ranks, or the rank nearest to its number of parameters.
     """
 
     version = 2
     capabilities = ("linear", "conv2d")
+    waits_for = ("ranks_of", "parameters_of")
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     rank: int = Field(
@@ -82,11 +85,19 @@ class Lora(Method):
     ranks: str | None = Field(
         None, description="run_id (in quotes if all digits): take the ranks that this run ended with"
     )
+    ranks_of: str | None = Field(
+        None,
+        description="label in the same sweep: take the ranks that its run of this task and seed ended with",
+        exclude_if=lambda value: value is None,  # as parameters_of: younger than the first records
+    )
     shuffle_ranks: bool = Field(
         False, description="permute the ranks among layers of the same shape, drawn from the run's seed"
     )
     parameters: int | None = Field(
         None, ge=1, description="adapter parameters: take the rank for all layers that comes nearest"
+    )
+    parameters_of: str | None = Field(
+        None, description="label in the same sweep: those of its run", exclude_if=lambda value: value is None
     )
     target_modules: tuple[str, ...] | None = Field(None, min_length=1, description="ends of layer names; all if unset")
 
@@ -110,12 +121,16 @@ class Lora(Method):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Lora:
-        if self.parameters is not None:
-            for name in ("ranks", "rank_pattern", "shuffle_ranks", "rank"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"parameters = {self.parameters} sets the rank, and so does {name}: give one")
-        if self.shuffle_ranks and self.ranks is None and not self.rank_pattern:
+        size = "parameters" if self.parameters is not None else "parameters_of"
+        if (value := getattr(self, size)) is not None:
+            for name in ("ranks", "ranks_of", "rank_pattern", "shuffle_ranks", "rank", "parameters_of"):
+                if name != size and getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{size} = {value} sets the rank, and so does {name}: give one")
+        if self.shuffle_ranks and self.ranks is None and self.ranks_of is None and not self.rank_pattern:
             raise ValueError("shuffle_ranks = true has nothing to shuffle: give ranks or rank_pattern")
+        for name in ("ranks", "rank_pattern"):
+            if self.ranks_of is not None and getattr(self, name):
+                raise ValueError(f"ranks_of = {self.ranks_of} sets the ranks, and so does {name}: give one")
         if self.dora and self.changes_backbone:
             raise ValueError(f"dora = true cannot be combined with init = {self.init}: give one of them")
         return self
@@ -127,6 +142,11 @@ class Lora(Method):
 
         return spectrum(folder)
 
+    def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
+        """See `Method.peft_form`: itself."""
+        settings = {"use_dora": self.dora, "init_lora_weights": self.init == "default" or self.init}
+        return lora_form(ranks, self.scale, self.model_dump(mode="json", include=OF_ALL_RANKS), **settings)
+
     @property
     def changes_backbone(self) -> bool:
         """Whether the init moves a part of the frozen weights into the adapter."""
@@ -136,7 +156,7 @@ class Lora(Method):
         """See `Method.resolve`: `parameters` becomes `rank`, `ranks` a `rank_pattern` (whose origin it stays)."""
         targets = backbone.targets(self.target_modules)
         if self.parameters is not None and targets:
-            rank = self._nearest_rank(backbone, targets, self.parameters)
+            rank = nearest_rank(backbone, targets, self.parameters, self.dora)
             return self.model_copy(update={"parameters": None, "rank": rank})
         if self.ranks is None:
             return self
@@ -152,8 +172,17 @@ class Lora(Method):
                 f"'{foreign[0]}': take a run on the same model",
                 self.ranks,
             )
-        live = {layer: rank for layer, rank in found.items() if rank > 0}
-        return self.model_copy(update={"rank_pattern": dict.fromkeys(targets, 0) | live})
+        return self.model_copy(update={"rank_pattern": pattern_of(found, targets)})
+
+    def inherit(self, backbone: Backbone, parents: Mapping[str, Finished]) -> Lora:
+        """See `Method.inherit`: `parameters_of` becomes `rank`, `ranks_of` a `rank_pattern` (whose origin it stays)."""
+        targets = backbone.targets(self.target_modules)
+        if "ranks_of" in parents:
+            return self.model_copy(update={"rank_pattern": pattern_of(parents["ranks_of"].own_ranks(), targets)})
+        if "parameters_of" not in parents:
+            return self
+        rank = nearest_rank(backbone, targets, parents["parameters_of"].adapter_parameters(), self.dora)
+        return self.model_copy(update={"parameters_of": None, "rank": rank})
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
@@ -185,10 +214,10 @@ class Lora(Method):
     def layer_ranks(self, backbone: Backbone) -> dict[str, int]:
         """The rank of every targeted layer, 0 for one without an adapter; not yet shuffled.
 
-        Raises InputError for a pattern that names no targeted layer, or where `resolve` has still to be called.
+        Raises InputError for a pattern that names no targeted layer, or before `resolve` and `inherit`.
         """
-        if self.parameters is not None or (self.ranks is not None and not self.rank_pattern):
-            raise InputError("ranks and parameters are filled in when a run is planned: call Method.resolve first")
+        if self.parameters or self.parameters_of or ((self.ranks or self.ranks_of) and not self.rank_pattern):
+            raise InputError("ranks and parameters are filled in: call Method.resolve and Method.inherit first")
         ranks = dict.fromkeys(backbone.targets(self.target_modules), self.rank)
         for end, rank in self.rank_pattern.items():
             named = [layer for layer in backbone.targets((end,)) if layer in ranks]
@@ -207,14 +236,6 @@ class Lora(Method):
         model = lora_model(backbone, ranks, self.scale, self.dropout, init_lora_weights=init, use_dora=self.dora)
         optimizer = adamw(model, self.learning_rate, self.weight_decay)
         return LoraAdaptation(model, optimizer, backbone, tuple(ranks), self.changes_backbone)
-
-    def _nearest_rank(self, backbone: Backbone, targets: tuple[str, ...], parameters: int) -> int:
-        """The rank whose adapter has nearest to so many `parameters`, the smaller of two, among those that every
-        layer can have."""
-        shapes = [backbone.shape(layer) for layer in targets]
-        fixed = sum(outputs for outputs, _ in shapes) if self.dora else 0
-        each = sum(map(sum, shapes))
-        return min(range(1, 1 + min(map(min, shapes))), key=lambda rank: abs(fixed + rank * each - parameters))
 
 
 class LoraAdaptation(Adaptation):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from harness import cli
+from harness import cli, registry
 from harness.errors import InputError
 from harness.record.record import PREDICTIONS, RunRecord
 from harness.record.store import RecordStore
@@ -258,6 +258,15 @@ class TestCommand:
         two_methods(tmp_path, (0.7, 0.5))
         assert cli.main(["compare", "lora", "head", "--results", str(tmp_path)]) == 0
         assert "lora is better than head" in capsys.readouterr().out
+
+    def test_rows_may_be_written_as_on_the_command_line(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """By PEFT's names, in any order, and with values that are the default."""
+        four = registry.make_method("lora", {"rank": 4, "dropout": 0.1}).model_dump(mode="json")
+        stored(tmp_path, record("lora", method_parameters=four), record("head"))
+        assert cli.main(["compare", "lora[lora_dropout=0.1,r=4,alpha=16]", "head", "--results", str(tmp_path)]) == 0
+        assert "lora[rank=4,dropout=0.1] against head" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -129,7 +129,7 @@ class TestWhatItShows:
         of = board(record("lora", score=0.7), record("head", score=0.6))
         assert what_it_shows(of)[1:] == [
             "1 seed behind each score.",
-            "digits: no best, since single runs are not ranked.",
+            "digits: no row is called best.",
         ]
 
     def test_ties_are_those_of_the_table(self, tmp_path: Path) -> None:

@@ -44,12 +44,7 @@ def _best(board: Board, column: Column) -> str:
     if column.title in board.best and not best:
         return f"{cut(column.title)}: the best ({score_text(board.best[column.title])}) is a row that is not shown."
     if not best:
-        why = (
-            "fewer than two configurations can be compared"
-            if board.seeds[column.title]
-            else "single runs are not ranked"
-        )
-        return f"{cut(column.title)}: no best, since {why}."
+        return f"{cut(column.title)}: no row is called best."
     scores = [row.cells[column.title].score for row in best]
     head = f"{cut(column.title)}: best {_listed(best)} ({score_text(scores[0].mean or 0.0)})"
     others = len(rows) - len(best)

@@ -102,8 +102,9 @@ def _caption(board: Board) -> str:
 
 def _points(board: Board, column: Column) -> list[Point]:
     """The rows that have a score and a parameter count on a task, in the table's order."""
-    few, found = len(board.rows) <= MOST_LABELS, []
+    few, found, hollow = len(board.rows) <= MOST_LABELS, [], False
     for section in board.sections:
+        hollow = hollow or bool(section.title)  # what has no title after one that has belongs to it
         for row in section.rows:
             cell = row.cells.get(column.title)
             parameters = over(cell.scored, "parameters_final") if cell else None
@@ -111,7 +112,7 @@ def _points(board: Board, column: Column) -> list[Point]:
                 continue
             name = row.label if few else cell.runs[0].method
             half = cell.score.half_width or 0.0
-            found.append(Point(row.label, name, bool(section.title), parameters, cell.score.mean, half, cell.scored))
+            found.append(Point(row.label, name, hollow, parameters, cell.score.mean, half, cell.scored))
     return found
 
 
