@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from harness.errors import unknown
-from harness.report.board.columns import COLUMNS, Form, TableColumn, usable
+from harness.report.board.columns import COLUMNS, FORMS, Form, TableColumn, usable
 from harness.report.board.ranking import among, common_seeds, has_all, two_best
 from harness.report.board.rows import Cell, Column, Row, Section
 from harness.report.board.runs import Run
@@ -87,6 +87,13 @@ class Board:
 
     def across(self, form: Form) -> list[TableColumn | Column]:
         """The columns of this form of the table from left to right, after the rows' labels."""
+        return self._across[form]
+
+    @functools.cached_property
+    def _across(self) -> dict[Form, list[TableColumn | Column]]:
+        return {form: self._columns_of(form) for form in FORMS}  # once, since it asks every run of the board
+
+    def _columns_of(self, form: Form) -> list[TableColumn | Column]:
         if self.picked:
             by_name = {column.name: column for column in self.table} | {column.title: column for column in self.columns}
             return [by_name[name] for name in self.picked if name in by_name]
