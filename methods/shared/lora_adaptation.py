@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.method import Adaptation, Backbone
 from harness.storage import os_errors
 from methods.shared.peft_names import ADAPTER, PREFIX
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 class LoraAdaptation(Adaptation):
