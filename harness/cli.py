@@ -135,7 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     text = "is one configuration better than another, and how sure is that?"
     comparison = _command(commands, "compare", text, _calls("compare", "results", "first", "second", "tasks"))
     for place in ("first", "second"):
-        comparison.add_argument(place, help="a row of the leaderboard: debora[tau=8], or a method that has one row")
+        comparison.add_argument(
+            place, help="a row of the leaderboard: debora[tau=8], or a method that has one row; several with commas"
+        )
     comparison.add_argument("--tasks", type=_names, help="only these tasks")
     _add_results(comparison)
     difference = _command(commands, "diff", "how two runs differ: spec, versions, metrics, ranks", _diff)
@@ -162,6 +164,8 @@ def _add_report(commands: Any) -> None:
         action="store_true",
         help="give a task's further evaluation splits (MNLI's mismatched one) columns of their own",
     )
+    report.add_argument("--baseline", metavar="ROW", help="add each row's difference to this row of the table")
+    report.add_argument("--rank-agreement", action="store_true", help="print how far seeds agree on ranks")
     report.add_argument("--against", metavar="paper", help="print what the paper reports beside ours")
     report.add_argument("--to-mlflow", action="store_true", help="log every record that MLflow does not have yet")
     _add_tracking(report)
@@ -290,9 +294,8 @@ def _glue(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from harness.commands import report
 
-    wanted = report.Wanted(
-        options.sort, options.against, options.to_mlflow, options.tracking_uri, every_split=options.every_split
-    )
+    names = ("sort", "against", "to_mlflow", "tracking_uri", "every_split", "baseline", "rank_agreement")
+    wanted = report.Wanted(**{name: getattr(options, name) for name in names})
     return report.command(options.results, options.methods, options.tasks, wanted)
 
 

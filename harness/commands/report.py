@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness import installed
 from harness.commands.tracking import log
@@ -15,6 +17,11 @@ from harness.record.chosen import chosen
 from harness.record.garbage import uncollected
 from harness.record.record import RunRecord
 from harness.record.store import Found, RecordStore
+
+if TYPE_CHECKING:
+    from harness.report.board.leaderboard import Board
+    from harness.report.tables.differences import Differences
+    from harness.report.tables.table import Table
 
 FAILED = ("failed", "diverged", "out_of_memory")
 MOST_SHOWN = 1000  # runs of a sweep that ran nothing new whose report is made again, unasked
@@ -32,6 +39,8 @@ class Wanted:
     tracking_uri: str | None = None  # None: the results folder's own
     forms: tuple[str, ...] = ("png", "pdf")  # of the pictures
     every_split: bool = False  # a task's further evaluation splits are columns, too
+    baseline: str | None = None  # a row that all others are compared with
+    rank_agreement: bool = False  # print how far seeds agree on ranks
 
 
 def command(
@@ -90,9 +99,10 @@ def brief(store: RecordStore, statuses: Mapping[str, str]) -> int:
 def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wanted) -> None:
     """Print the boards of `shown`; the files are made of `written`. Raises Unwritten where some could not be."""
     from harness.commands.packages import columns, known_of
-    from harness.report.board.leaderboard import Board, sorted_by
+    from harness.report.board.leaderboard import sorted_by
     from harness.report.board.runs import every_split, runs_of
     from harness.report.build import Unwritten, boards_of, build_report
+    from harness.report.forms import plain
     from harness.report.forms.text import console
     from harness.report.pictures import critical
 
@@ -106,11 +116,15 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
     with uncollected():
         every = made_of(written.records)
         boards = every if shown is written.records else made_of(shown)
+    differences = partial(_differences, baseline=wanted.baseline, store=store)
+    of_every = differences(every)
+    compared = of_every if boards is every else differences(boards)
     if wanted.sort is not None:
         boards = sorted_by(boards, wanted.sort)
     unwritten = None
     try:
-        paths = build_report(store, written, naming, every, wanted.forms, known=known_of(written.records))
+        known = known_of(written.records)
+        paths = build_report(store, written, naming, every, wanted.forms, known=known, differences=of_every)
     except Unwritten as error:
         paths, unwritten = error.paths, error
     for board in boards:
@@ -118,6 +132,8 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
         refused = critical.refusal(board)
         if refused and len(board.columns) > 1:
             print(f"No diagram of mean ranks: {refused}.")
+        for further in _further(board, compared.get(board.key), wanted):
+            print(f"\n{plain.console(further)}")
     if wanted.against is not None:
         from harness.report.tables.paper import against_paper
 
@@ -128,3 +144,22 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
         print(f"{KINDS.get(path.parent.name, 'page'):<10}{path}")
     if unwritten is not None:
         raise unwritten
+
+
+def _differences(boards: Sequence[Board], baseline: str | None, store: RecordStore) -> dict[str, Differences]:
+    """By the board's key; none without a baseline. Raises InputError where no board has it."""
+    from harness.report.evidence.compare import ExampleReader
+    from harness.report.tables.differences import differences
+
+    return {} if baseline is None else differences(boards, baseline, ExampleReader(store, installed.metric_of))
+
+
+def _further(board: Board, compared: Differences | None, wanted: Wanted) -> Iterator[Table]:
+    """The tables that are printed after a board."""
+    from harness.report.tables.differences import differences_table
+    from harness.report.tables.rank_agreement import agreement_table, agreements
+
+    if compared is not None:
+        yield differences_table(compared, board)
+    if wanted.rank_agreement and (agreed := list(agreements(board))):
+        yield agreement_table(board, agreed)

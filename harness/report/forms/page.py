@@ -14,7 +14,9 @@ from jinja2 import Environment, StrictUndefined, Template
 from harness.report.board.columns import TableColumn
 from harness.report.board.leaderboard import Board, words_of
 from harness.report.board.rows import Cell, Column, Row
+from harness.report.forms.plain import spaced
 from harness.report.redact import cut, one_line
+from harness.report.tables.table import Entry, Table
 from harness.report.wording import TIE, cell_text, human, legend, score_text
 
 TABLES = {  # by name: what a table of the page shows
@@ -29,11 +31,21 @@ def page(
     damaged: Iterable[str],
     tables: Mapping[str, Mapping[str, pd.DataFrame]],
     pictures: Mapping[str, Sequence[tuple[str, Path]]],
+    further: Iterable[Table] = (),
 ) -> str:
     """The page. By a board's key, `tables`: frames by their names, of which it shows some, and `pictures`: titles and
-    PNG files, which are taken into the page but for links to others. Hyperlinks lead to runs/<run_id>/record.json
-    beside it. Scripts and styles are in it: it loads nothing."""
-    sections = [_section(board, tables.get(board.key, {}), pictures.get(board.key, ())) for board in boards]
+    PNG files, which are taken into the page but for links to others; `further`: tables, of any board. Hyperlinks lead
+    to runs/<run_id>/record.json beside it. Scripts and styles are in it: it loads nothing."""
+    further = list(further)
+    sections = [
+        _section(
+            board,
+            tables.get(board.key, {}),
+            pictures.get(board.key, ()),
+            [table for table in further if table.key == board.key],
+        )
+        for board in boards
+    ]
     left_out = [one_line(cut(name)) for name in damaged]
     return _template().render(sections=sections, legend=legend(words_of(boards, "page")), tie=TIE, damaged=left_out)
 
@@ -46,7 +58,12 @@ def _template() -> Template:
     )
 
 
-def _section(board: Board, tables: Mapping[str, pd.DataFrame], pictures: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+def _section(
+    board: Board,
+    tables: Mapping[str, pd.DataFrame],
+    pictures: Sequence[tuple[str, Path]],
+    further: Sequence[Table],
+) -> dict[str, Any]:
     headings = [("method", "")]
     for column in board.across("page"):
         if isinstance(column, Column):
@@ -59,6 +76,7 @@ def _section(board: Board, tables: Mapping[str, pd.DataFrame], pictures: Sequenc
         "headings": headings,
         "rows": [_row(board, row, place) for place, row in enumerate(board.rows)],
         "tables": [(TABLES[name], _plain(tables[name])) for name in TABLES if name in tables and len(tables[name])],
+        "further": [_further(table) for table in further],
         "cells": _details(board),
         "notes": board.notes,
         "pictures": [
@@ -108,6 +126,16 @@ def _details(board: Board) -> list[dict[str, Any]]:
 def _runs(cell: Cell) -> list[dict[str, Any]]:
     scores = {run.run_id: score_text(run.score) for run in cell.scored if run.score is not None}
     return [{"run_id": run.run_id, "seed": run.seed, "result": scores.get(run.run_id, run.status)} for run in cell.runs]
+
+
+def _further(table: Table) -> dict[str, Any]:
+    """A table of text and numbers as a table of the page."""
+    rows = [[_entry(entry) for entry in row] for row in table.rows]
+    return {"title": table.title, "headings": list(table.headings), "rows": rows, "notes": table.notes}
+
+
+def _entry(entry: Entry) -> dict[str, Any]:
+    return _text(spaced(str(entry))) if entry.number is None else _number(str(entry), entry.number)
 
 
 def _plain(table: pd.DataFrame) -> dict[str, Any]:

@@ -1,0 +1,150 @@
+"""Do the seeds of a method end with the same ranks? The share of components in common, beside what chance gives."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from harness.report.board.leaderboard import Board
+from harness.report.board.rows import Column
+from harness.report.tables.table import Entry, Table
+
+DRAWS = 4000
+Alike = Callable[[str], str]  # of a layer's name: equal for layers that a rank may be moved between
+
+
+class Agreement(NamedTuple):
+    """Share of components in common, mean over pairs of runs, in 0 to 1; what chance gives: mean and middle 95 %."""
+
+    shared: float
+    chance: float
+    low: float
+    high: float
+
+
+class Agreed(NamedTuple):
+    """How far the ranks of a row's seeds agree on a task."""
+
+    column: Column
+    label: str
+    components: tuple[int, ...]  # of each seed's run, in all layers together
+    found: Agreement
+
+
+def module_of(layer: str) -> str:
+    """A layer's name without its numbers: "encoder.layer.attention.self.query". Records know layers by name, not by
+    shape; layers whose names differ in numbers alone are of one shape in transformers, and mostly in ResNets."""
+    return ".".join(part for part in layer.split(".") if not part.isdecimal())
+
+
+def agreement(runs: Sequence[Mapping[str, int]], alike: Alike = module_of) -> Agreement:
+    """Between runs, each layer -> rank: sum of min(r, r') over the mean of both sums, mean over pairs of runs.
+
+    Chance: every run's ranks dealt anew at random among layers that are `alike`, which keeps how many components each
+    run has in layers of a kind, and how unequal its ranks are. The draws are fixed. A layer that a run lacks has rank
+    0. Raises ValueError for fewer than two runs.
+    """
+    if len(runs) < 2:
+        raise ValueError(f"agreement needs two runs, and got {len(runs)}")
+    groups = _groups(runs, alike)
+    layers = [layer for group in groups for layer in group]
+    ranks = np.array([[run.get(layer, 0) for layer in layers] for run in runs], dtype=np.int64)
+    deals = _deals(len(runs), tuple(map(len, groups)))
+    dealt = _shared([of_run[places] for of_run, places in zip(ranks, deals, strict=True)])
+    low, high = np.quantile(dealt, [0.025, 0.975])
+    return Agreement(float(_shared(list(ranks))), float(np.mean(dealt)), float(low), float(high))
+
+
+def shared(runs: Sequence[Mapping[str, int]]) -> float:
+    """The share alone, see `agreement`."""
+    layers = dict.fromkeys(layer for run in runs for layer in run)
+    return float(_shared([np.array([run.get(layer, 0) for layer in layers]) for run in runs]))
+
+
+def agreements(board: Board, alike: Alike = module_of) -> Iterator[Agreed]:
+    """Of every row and task with ranks of two seeds, but for rows whose ranks are equal in all layers that are alike:
+    they agree by what they are."""
+    for column in board.tasks:
+        for row in board.rows:
+            cell = row.cells.get(column.title)
+            runs = [run.record.ranks for run in (cell.scored if cell else ()) if run.record.ranks]
+            if len(runs) > 1 and not _fixed(runs, alike):
+                sizes = tuple(sum(ranks.values()) for ranks in runs)
+                yield Agreed(column, row.label, sizes, agreement(runs, alike))
+
+
+def _groups(runs: Iterable[Mapping[str, int]], alike: Alike) -> list[list[str]]:
+    """The layers of the runs, those that are alike together."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for layer in dict.fromkeys(layer for run in runs for layer in run):
+        groups[alike(layer)].append(layer)
+    return list(groups.values())
+
+
+def _fixed(runs: Sequence[Mapping[str, int]], alike: Alike) -> bool:
+    return all(len({run.get(layer, 0) for layer in group}) == 1 for group in _groups(runs, alike) for run in runs)
+
+
+@functools.lru_cache(maxsize=4)  # all rows of a board have few kinds of layers, and mostly as many seeds
+def _deals(num_runs: int, sizes: tuple[int, ...]) -> np.ndarray:
+    """(runs, draws, layers) places: each run's layers shuffled within groups of these sizes, anew for each draw."""
+    draw = np.random.default_rng(0)
+    ends = list(itertools.accumulate(sizes))
+    places = [np.tile(np.arange(end - size, end), (num_runs, 1)) for end, size in zip(ends, sizes, strict=True)]
+    made = np.empty((num_runs, DRAWS, sum(sizes)), dtype=np.int32)
+    for number in range(DRAWS):
+        made[:, number] = np.hstack([draw.permuted(of_group, axis=1) for of_group in places])
+    return made
+
+
+def _shared(runs: Sequence[np.ndarray]) -> np.ndarray:
+    """The share of each deal; a run's ranks: (deals, layers), or (layers,). Two runs without components agree."""
+    shares = []
+    for first, second in itertools.combinations(runs, 2):
+        both = first.sum(axis=-1) + second.sum(axis=-1)
+        shares.append(np.where(both == 0, 1.0, 2 * np.minimum(first, second).sum(axis=-1) / np.maximum(both, 1)))
+    return np.mean(shares, axis=0)
+
+
+def agreement_frame(found: Iterable[Agreed]) -> pd.DataFrame:
+    """Columns: task, method, seeds, components (of each seed's run), shared, chance, chance_low, chance_high."""
+    rows = []
+    for each in found:
+        components = " ".join(map(str, each.components))
+        rows.append((each.column.title, each.label, len(each.components), components, *each.found))
+    names = ["task", "method", "seeds", "components", "shared", "chance", "chance_low", "chance_high"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def agreement_table(board: Board, found: Iterable[Agreed]) -> Table:
+    """The table for people."""
+    rows = []
+    for each in found:
+        share = each.found
+        components = Entry(", ".join(map(str, each.components)), number=float(np.mean(each.components)))
+        chance = Entry(f"{share.chance:.2f}", f"({share.low:.2f} to {share.high:.2f})", number=share.chance)
+        label = Entry(each.label)
+        rows.append(
+            (Entry(each.column.title), label, components, Entry(f"{share.shared:.2f}", number=share.shared), chance)
+        )
+    headings = (
+        ("task", ""),
+        ("method", ""),
+        ("components", "of each seed"),
+        ("shared", ""),
+        ("by chance", "middle 95 %"),
+    )
+    notes = (
+        "shared: components that two seeds have in common, layer by layer, as a share of those they have; mean over "
+        "pairs of seeds.",
+        "by chance: each seed's ranks dealt anew at random among layers whose names differ in numbers alone, since "
+        f"records do not hold layers' shapes; mean and middle 95 % of {DRAWS:,} deals.",
+        "Left out: rows whose ranks are the same in all such layers.",
+    )
+    return Table(board.key, "Agreement of seeds on ranks", board.caption, headings, tuple(rows), notes, left=2)
