@@ -83,6 +83,7 @@ class _Run:
     date: str = field(default_factory=_now)
     training: Training | None = None
     known: dict[str, Any] = field(default_factory=dict)  # fields of the record
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)  # of the backbone's layers
     evaluation_seconds: float = 0.0
     earlier_seconds: float = 0.0  # of the run before it was interrupted
     error: str | None = None
@@ -162,6 +163,7 @@ class _Run:
         self.error = method.unsupported(backbone)
         if self.error is not None:
             return "unsupported"
+        self.shapes = {layer: backbone.shape(layer) for layer in backbone.layers}
         backbone.module.to(self.device)
         if not spec.is_trial:
             with self.store.writing():
@@ -221,7 +223,9 @@ class _Run:
             self._tell(training)
 
         training.run(after_update)
-        self.known |= {"ranks": adaptation.ranks(), "parameters": training.sizes.parameters()}
+        ranks = adaptation.ranks()
+        shapes = {layer: self.shapes[layer] for layer in ranks if layer in self.shapes}
+        self.known |= {"ranks": ranks, "shapes": shapes, "parameters": training.sizes.parameters()}
 
     def _take_up(self, training: Training, newest: checkpoint.Newest) -> None:
         """Go on from a checkpoint, where there is one. Raises Unusable for one that does not fit."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from harness.report.board.rows import Column
 from harness.report.tables.table import Entry, Table
 
 DRAWS = 4000
-Alike = Callable[[str], str]  # of a layer's name: equal for layers that a rank may be moved between
+Alike = Callable[[str], Hashable]  # of a layer's name: equal for layers that a rank may be moved between
 
 
 class Agreement(NamedTuple):
@@ -26,6 +26,11 @@ class Agreement(NamedTuple):
     chance: float
     low: float
     high: float
+
+    @property
+    def is_beyond_chance(self) -> bool:
+        """Whether the seeds share more than in the middle 95 % of chance."""
+        return self.shared > self.high
 
 
 class Agreed(NamedTuple):
@@ -38,12 +43,19 @@ class Agreed(NamedTuple):
 
 
 def module_of(layer: str) -> str:
-    """A layer's name without its numbers: "encoder.layer.attention.self.query". Records know layers by name, not by
-    shape; layers whose names differ in numbers alone are of one shape in transformers, and mostly in ResNets."""
+    """A layer's name without its numbers: "encoder.layer.attention.self.query"."""
     return ".".join(part for part in layer.split(".") if not part.isdecimal())
 
 
-def agreement(runs: Sequence[Mapping[str, int]], alike: Alike = module_of) -> Agreement:
+def shapes_of(board: Board) -> Mapping[str, tuple[int, int]] | None:
+    """The shape of each layer with a rank, from the board's records, which are of one model; None where it is not known
+    of all, since records of older versions hold none."""
+    runs = [run for row in board.rows for run in row.runs]
+    shapes = {layer: shape for run in runs for layer, shape in run.record.shapes.items()}
+    return shapes if all(layer in shapes for run in runs for layer in run.record.ranks) else None
+
+
+def agreement(runs: Sequence[Mapping[str, int]], alike: Alike) -> Agreement:
     """Between runs, each layer -> rank: sum of min(r, r') over the mean of both sums, mean over pairs of runs.
 
     Chance: every run's ranks dealt anew at random among layers that are `alike`, which keeps how many components each
@@ -67,10 +79,13 @@ def shared(runs: Sequence[Mapping[str, int]]) -> float:
     return float(_shared([np.array([run.get(layer, 0) for layer in layers]) for run in runs]))
 
 
-def agreements(board: Board, alike: Alike = module_of) -> Iterator[Agreed]:
+def agreements(board: Board, alike: Alike | None = None) -> Iterator[Agreed]:
     """Of every row and task with ranks of two seeds, but for rows whose ranks are equal in all layers that are alike:
-    they agree by what they are."""
-    for column in board.tasks:
+    they agree by what they are. `alike`: by default layers of one shape, or of one `module_of` where records do not
+    hold the shapes."""
+    shapes = shapes_of(board)
+    alike = alike or (module_of if shapes is None else shapes.__getitem__)
+    for column in board.counted:
         for row in board.rows:
             cell = row.cells.get(column.title)
             runs = [run.record.ranks for run in (cell.scored if cell else ()) if run.record.ranks]
@@ -81,7 +96,7 @@ def agreements(board: Board, alike: Alike = module_of) -> Iterator[Agreed]:
 
 def _groups(runs: Iterable[Mapping[str, int]], alike: Alike) -> list[list[str]]:
     """The layers of the runs, those that are alike together."""
-    groups: dict[str, list[str]] = defaultdict(list)
+    groups: dict[Hashable, list[str]] = defaultdict(list)
     for layer in dict.fromkeys(layer for run in runs for layer in run):
         groups[alike(layer)].append(layer)
     return list(groups.values())
@@ -124,6 +139,8 @@ def agreement_frame(found: Iterable[Agreed]) -> pd.DataFrame:
 
 def agreement_table(board: Board, found: Iterable[Agreed]) -> Table:
     """The table for people."""
+    unknown = "whose names differ in numbers alone (shapes are not recorded)"
+    alike = "of one shape" if shapes_of(board) else unknown
     rows = []
     for each in found:
         share = each.found
@@ -143,8 +160,8 @@ def agreement_table(board: Board, found: Iterable[Agreed]) -> Table:
     notes = (
         "shared: components that two seeds have in common, layer by layer, as a share of those they have; mean over "
         "pairs of seeds.",
-        "by chance: each seed's ranks dealt anew at random among layers whose names differ in numbers alone, since "
-        f"records do not hold layers' shapes; mean and middle 95 % of {DRAWS:,} deals.",
+        f"by chance: each seed's ranks dealt anew at random among layers {alike}; mean and middle 95 % of {DRAWS:,} "
+        "deals.",
         "Left out: rows whose ranks are the same in all such layers.",
     )
     return Table(board.key, "Agreement of seeds on ranks", board.caption, headings, tuple(rows), notes, left=2)
