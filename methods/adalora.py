@@ -33,7 +33,7 @@ class AdaLora(Method):
     cubic (equation 12) to target_rank times the number of layers. The last tfinal updates train what is left.
     The update is scaled by alpha / init_rank throughout.
 
-    Parameters may be given by PEFT's names: adalora[init_r=12,target_r=8] is adalora[init_rank=12,target_rank=8].
+    Hyperparameters may be given by PEFT's names: adalora[init_r=12,target_r=8] is adalora[init_rank=12,target_rank=8].
     """
 
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")

@@ -32,7 +32,7 @@ INITS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4",
 class Lora(Method):
     """LoRA (Hu et al., 2022): W + (alpha / rank) B A with one rank, or a rank for each layer; PEFT's.
 
-    Parameters may be given by PEFT's names: lora[r=4,lora_alpha=8] is lora[rank=4,alpha=8].
+    Hyperparameters may be given by PEFT's names: lora[r=4,lora_alpha=8] is lora[rank=4,alpha=8].
 
     Scaling: every layer's update is scaled by alpha / rank (with rslora alpha / sqrt(rank), Kalajdzievski, 2023),
     where `rank` is the parameter, whatever the layer's own rank in `rank_pattern` is. So a component has the same

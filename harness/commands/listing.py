@@ -10,6 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from harness import registry
 from harness.errors import InputError, unknown
+from harness.method import Method
 from harness.parameters import Strict
 from harness.plan import sweep_file
 
@@ -68,7 +69,8 @@ def _one_line(group: str, name: str) -> str:
 
 
 def _parameters(name: str, cls: type[Strict]) -> list[str]:
-    lines = [inspect.cleandoc(cls.__doc__ or ""), f"\nparameters, as in {name}[parameter=value]:"]
+    kind = "hyperparameter" if issubclass(cls, Method) else "parameter"
+    lines = [inspect.cleandoc(cls.__doc__ or ""), f"\n{kind}s, as in {name}[{kind}=value]:"]
     schema = cls.model_json_schema()["properties"]
     of_peft = {name: peft_name for peft_name, name in cls.peft_names().items()}
     for field, information in cls.model_fields.items():
