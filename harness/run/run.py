@@ -83,7 +83,6 @@ class _Run:
     date: str = field(default_factory=_now)
     training: Training | None = None
     known: dict[str, Any] = field(default_factory=dict)  # fields of the record
-    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)  # of the backbone's layers
     evaluation_seconds: float = 0.0
     earlier_seconds: float = 0.0  # of the run before it was interrupted
     error: str | None = None
@@ -163,13 +162,14 @@ class _Run:
         self.error = method.unsupported(backbone)
         if self.error is not None:
             return "unsupported"
-        self.shapes = {layer: backbone.shape(layer) for layer in backbone.layers}
+        shapes = {layer: backbone.shape(layer) for layer in backbone.layers}  # before the method changes them
         backbone.module.to(self.device)
         if not spec.is_trial:
             with self.store.writing():
                 task.artifacts(backbone.module, place.model, self.files / "artifacts" / "before")
         adaptation = self._start(method, backbone, data)
         self._train(adaptation, data)
+        self.known["shapes"] = {layer: shape for layer, shape in shapes.items() if layer in self.known["ranks"]}
         if not spec.is_trial:
             self._evaluate(adaptation, data)
             with self.store.writing():
@@ -223,9 +223,7 @@ class _Run:
             self._tell(training)
 
         training.run(after_update)
-        ranks = adaptation.ranks()
-        shapes = {layer: self.shapes[layer] for layer in ranks if layer in self.shapes}
-        self.known |= {"ranks": ranks, "shapes": shapes, "parameters": training.sizes.parameters()}
+        self.known |= {"ranks": adaptation.ranks(), "parameters": training.sizes.parameters()}
 
     def _take_up(self, training: Training, newest: checkpoint.Newest) -> None:
         """Go on from a checkpoint, where there is one. Raises Unusable for one that does not fit."""
@@ -294,14 +292,13 @@ class _Run:
     def _tell(self, training: Training) -> None:
         if training.index % 10 and training.used < training.budget:
             return
-        last = training.history[-1] if training.history else {}
         size = training.sizes.trajectory[-1]
         self.watch(
             Progress(
                 run_id=self.spec.run_id,
                 batches=training.used,
                 budget=training.budget,
-                loss=last.get("loss"),
+                loss=training.history[-1].get("loss") if training.history else None,
                 holdout=self.known.get("holdout", {}).get(self.task.headline),
                 rank=size.rank,
                 adapter_parameters=size.adapter_parameters,
