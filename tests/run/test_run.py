@@ -61,6 +61,15 @@ def test_what_a_finished_run_leaves(store, tmp_path):
     assert last["holdout_accuracy"] == record.holdout["accuracy"]
 
 
+def test_a_record_holds_the_shapes_of_the_layers_with_ranks(store, tmp_path):
+    made = spec(tmp_path, "lora")
+    record = run_one(made, store)
+    backbone = registry.task_of(made).backbone(None)
+    assert record.shapes == {layer: backbone.shape(layer) for layer in record.ranks}
+    assert store.load(record.run_id).shapes == record.shapes != {}
+    assert run_one(spec(tmp_path, "head"), store).shapes == {}
+
+
 def test_the_evaluation_split_is_read_once_at_the_end(store, tmp_path, monkeypatch):
     predicted, counted = [], []
 
