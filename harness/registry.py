@@ -15,6 +15,7 @@ from harness.errors import InputError, unknown
 from harness.method import Method
 from harness.notation import label
 from harness.task import Task
+from harness.trace import Trace
 
 if TYPE_CHECKING:
     from harness.spec import RunSpec
@@ -170,6 +171,8 @@ def _load(group: str, name: str) -> object:
                 raise TypeError(f"{loaded.__name__} does not define {', '.join(sorted(loaded.__abstractmethods__))}")
             if issubclass(loaded, Task) and loaded.headline is Task.headline and not loaded.measures:
                 raise TypeError(f"{loaded.__name__} declares no metric: it needs `measures` or its own `headline`")
+            if issubclass(loaded, Method) and not all(isinstance(trace, Trace) for trace in loaded.traces):
+                raise TypeError(f"{loaded.__name__}.traces is {loaded.traces!r}, which are no harness.trace.Trace")
             loaded.defaults()  # raises for what is no JSON, as in a record
             _ = ", ".join((*loaded.capabilities, *getattr(loaded, "members", ())))  # raises for other than words
     return loaded

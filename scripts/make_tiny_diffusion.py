@@ -69,8 +69,8 @@ def write(folder: Path, updates: int) -> dict[str, float]:
     for name, part in parts.items():
         part.save_pretrained(folder / "pipeline" / name)
     write_index(folder / "pipeline", parts | {"tokenizer": tokenizer})
-    numbers = sum(p.numel() for part in (vae, text, network) for p in part.parameters())
-    return {"autoencoder_loss": vae_loss, "denoising_loss": loss, "numbers": numbers}
+    parameters = sum(p.numel() for part in (vae, text, network) for p in part.parameters())
+    return {"autoencoder_loss": vae_loss, "denoising_loss": loss, "parameters": parameters}
 
 
 class Digits:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import installed
+from harness import installed, registry
 from harness.errors import InputError
-from harness.notation import split_list
+from harness.notation import parse_choice, split_list
 from harness.record.chosen import chosen
 from harness.record.garbage import uncollected
 
@@ -23,10 +23,12 @@ def command(results: Path, first: str, second: str, tasks: Sequence[str] | None)
     """Print the verdict on each task and the numbers behind it, of each of `first` against each of `second`, for every
     setting that has runs of both.
 
-    `first`, `second`: rows of the leaderboard, "debora[tau=8]", or methods that have one row, several with commas.
-    Raises InputError for an unknown one, and where no setting has a pair.
+    `first`, `second`: rows of the leaderboard, "debora[tau=8]", or methods that have one row, several with commas;
+    hyperparameters as on the command line, so that "lora[r=4]" is the row "lora[rank=4]". Raises InputError for an
+    unknown one, and where no setting has a pair.
     """
     from harness.report.board.leaderboard import leaderboards
+    from harness.report.board.parents import grouped
     from harness.report.board.runs import runs_of
     from harness.report.evidence.compare import ExampleReader, compare, in_words, rows_of, unused
     from harness.report.forms.text import CONSOLE_WIDTH
@@ -34,10 +36,14 @@ def command(results: Path, first: str, second: str, tasks: Sequence[str] | None)
     store, found = chosen(results, None, tasks)
     naming = installed.naming_of(record.spec.method for record in found.records)
     with uncollected():
-        boards = leaderboards(runs_of(found.records, naming))
+        boards = leaderboards(runs_of(grouped(store, found.records, naming), naming))
     if not boards:
         raise InputError(f"no records in {store.runs}: run `python -m harness run ...` first")
-    firsts, seconds = ([rows_of(boards, name) for name in split_list(text)] for text in (first, second))
+    labels = {row.label for board in boards for row in board.rows}
+    firsts, seconds = (
+        [rows_of(boards, name if name in labels else _label(name)) for name in split_list(text)]
+        for text in (first, second)
+    )
     known, read = 0, ExampleReader(store, installed.metric_of)
     for board in boards:
         pairs = _pairs(board.key, firsts, seconds)
@@ -65,3 +71,13 @@ def _pairs(
         if key in one and key in other and one[key] is not other[key]:
             pairs.setdefault(frozenset({one[key].label, other[key].label}), (one[key], other[key]))
     return list(pairs.values())
+
+
+def _label(name: str) -> str:
+    """The label that tables give to "method[parameter=value]"; of anything else the name as it is."""
+    try:
+        method, parameters = parse_choice(name)
+        made = registry.make_method(method, parameters)
+    except InputError:
+        return name
+    return registry.label_of(method, made.model_dump(mode="json"))

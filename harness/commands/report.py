@@ -6,7 +6,6 @@ import dataclasses
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,8 @@ from harness.record.chosen import chosen
 from harness.record.garbage import uncollected
 from harness.record.record import RunRecord
 from harness.record.store import Found, RecordStore
+from harness.report.forms.latex_cells import checked
+from harness.spec import EVERYTHING, Selection
 
 if TYPE_CHECKING:
     from harness.report.board.leaderboard import Board
@@ -39,8 +40,10 @@ class Wanted:
     tracking_uri: str | None = None  # None: the results folder's own
     forms: tuple[str, ...] = ("png", "pdf")  # of the pictures
     every_split: bool = False  # a task's further evaluation splits are columns, too
-    baseline: str | None = None  # a row that all others are compared with
     rank_agreement: bool = False  # print how far seeds agree on ranks
+    selection: Selection = EVERYTHING  # what the tables, pictures and the page show
+    is_complete: bool = True  # whether a name of it that matches nothing is a mistake, and not of runs still to come
+    latex_style: str = "subscript"  # of the LaTeX tables' cells
 
 
 def command(
@@ -53,6 +56,7 @@ def command(
     wanted = wanted or Wanted()
     if wanted.against not in (None, *AGAINST):
         raise InputError(f"--against '{wanted.against}' is not known; available: {', '.join(AGAINST)}")
+    checked(wanted.latex_style)
     store, found = chosen(results, methods, tasks)
     _show(store, found.records, found, wanted)
     if wanted.to_mlflow:
@@ -60,8 +64,11 @@ def command(
     return 0
 
 
-def show_sweep(store: RecordStore, run_ids: Sequence[str], tracking_uri: str | None) -> int:
-    """Print the leaderboard of these runs and log them to MLflow; the files cover every record of the store.
+def show_sweep(
+    store: RecordStore, run_ids: Sequence[str], tracking_uri: str | None, selection: Selection = EVERYTHING
+) -> int:
+    """Print the leaderboard of these runs and log them to MLflow; the files cover every record of the store. Both show
+    what the selection does.
 
     Returns the exit code: 1 where a run of the sweep failed, diverged, ran out of memory or has no record.
     """
@@ -74,7 +81,7 @@ def show_sweep(store: RecordStore, run_ids: Sequence[str], tracking_uri: str | N
     shown = [record for record in found.records if record.run_id in every]
     unwritten = None
     try:
-        _show(store, shown, found, Wanted(forms=("png",)))
+        _show(store, shown, found, Wanted(forms=("png",), selection=selection, is_complete=False))
     except InputError as error:  # the runs are there to be logged all the same
         unwritten = error
     log(store, shown, tracking_uri)
@@ -100,31 +107,39 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
     """Print the boards of `shown`; the files are made of `written`. Raises Unwritten where some could not be."""
     from harness.commands.packages import columns, known_of
     from harness.report.board.leaderboard import sorted_by
+    from harness.report.board.parents import grouped
     from harness.report.board.runs import every_split, runs_of
-    from harness.report.build import Unwritten, boards_of, build_report
+    from harness.report.build import Unwritten, boards_of, build_report, to_stderr
     from harness.report.forms import plain
     from harness.report.forms.text import console
     from harness.report.pictures import critical
 
     naming, table = installed.naming_of(record.spec.method for record in written.records), columns()
+    selection, told = wanted.selection, dict[str, None]()
+    split = wanted.every_split or any(sign in name for name in selection.columns for sign in (":", ", "))
 
     def made_of(records: list[RunRecord]) -> list[Board]:
-        runs = runs_of(records, naming)
-        runs = every_split(runs) if wanted.every_split else runs
-        return boards_of(store, runs, installed.family_average, installed.metric_of, table)
+        runs = runs_of(grouped(store, records, naming), naming)
+        runs = every_split(runs) if split else runs
+        tell = None if wanted.is_complete else lambda line: told.update({line: None})
+        return boards_of(store, runs, installed.family_average, installed.metric_of, table, selection, tell)
 
     with uncollected():
         every = made_of(written.records)
         boards = every if shown is written.records else made_of(shown)
-    differences = partial(_differences, baseline=wanted.baseline, store=store)
-    of_every = differences(every)
-    compared = of_every if boards is every else differences(boards)
+        of_every = _differences(every, wanted, store, told)
+        compared = of_every if boards is every else _differences(boards, wanted, store, told)
+    for line in told:
+        to_stderr(line)
     if wanted.sort is not None:
         boards = sorted_by(boards, wanted.sort)
     unwritten = None
     try:
         known = known_of(written.records)
-        paths = build_report(store, written, naming, every, wanted.forms, known=known, differences=of_every)
+        style = wanted.latex_style
+        paths = build_report(
+            store, written, naming, every, wanted.forms, known=known, differences=of_every, latex_style=style
+        )
     except Unwritten as error:
         paths, unwritten = error.paths, error
     for board in boards:
@@ -146,12 +161,23 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
         raise unwritten
 
 
-def _differences(boards: Sequence[Board], baseline: str | None, store: RecordStore) -> dict[str, Differences]:
-    """By the board's key; none without a baseline. Raises InputError where no board has it."""
+def _differences(
+    boards: Sequence[Board], wanted: Wanted, store: RecordStore, told: dict[str, None]
+) -> dict[str, Differences]:
+    """By the board's key; none without a baseline. Raises InputError where no board has it, or, where its runs may be
+    still to come, puts a line into `told`."""
     from harness.report.evidence.compare import ExampleReader
     from harness.report.tables.differences import differences
 
-    return {} if baseline is None else differences(boards, baseline, ExampleReader(store, installed.metric_of))
+    if wanted.selection.baseline is None:
+        return {}
+    try:
+        return differences(boards, wanted.selection.baseline, ExampleReader(store, installed.metric_of))
+    except InputError as error:
+        if wanted.is_complete:
+            raise
+        told[f"shown without it: {error}"] = None
+        return {}
 
 
 def _further(board: Board, compared: Differences | None, wanted: Wanted) -> Iterator[Table]:

@@ -68,7 +68,7 @@ def _run(
         specs, found = _carry_out(planned, store, retried, functools.cache(start), console)
     if not found.missing and len(specs) > MOST_SHOWN:
         return brief(store, {run_id: skim.status for run_id, skim in found.finished.items()})
-    return show_sweep(store, [spec.run_id for spec in specs], options.tracking_uri)
+    return show_sweep(store, [spec.run_id for spec in specs], options.tracking_uri, planned.sweep.report)
 
 
 def _carry_out(
@@ -87,7 +87,7 @@ def _carry_out(
         if number == 0:
             store.make_ready()
             _say(planned, console)
-        write_cells(store, specs)
+        write_cells(store, specs, planned.waiting(specs, store))
         _say_what_lacks(store, found.finished, planned.place, console)
         done = len(found.finished)
         console.print(f"{len(specs)} runs: {done} finished before, {len(found.missing)} to do", highlight=False)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.errors import InputError
+from harness.errors import InputError, unknown
+from harness.method import Method
 from harness.plan import sweep_file
 from harness.plan.sweep import Sweep, cells_of
+from harness.registry import label_of
+from harness.spec import EVERYTHING, Selection
+from harness.task import Task
 
 LARGEST_RECORD = 100_000_000  # bytes
 
@@ -23,11 +27,29 @@ def command(path: Path) -> int:
     try:
         sweep = Sweep.of(values, "sweep")
         methods, tasks = cells_of(sweep)
+        _check_report(sweep.report, methods, tasks)
     except InputError as error:
         raise sweep_file.located(error, path) or InputError(f"{path}: {error}") from None
     runs = len(methods) * len(tasks) * len(sweep.seeds)
     print(f"{path}: in order: {len(methods)} methods x {len(tasks)} tasks x {len(sweep.seeds)} seeds = {runs} runs")
     return 0
+
+
+def _check_report(selection: Selection, methods: list[tuple[str, Method]], tasks: list[tuple[str, Task]]) -> None:
+    """Raises InputError for a row, a column or a group of the [report] table that this sweep has not."""
+    if selection == EVERYTHING:
+        return
+    from harness.commands.packages import columns
+    from harness.report.board.selection import matches, missed_rows
+    from harness.report.redact import cut
+
+    for error in missed_rows(selection, (label_of(name, method.model_dump(mode="json")) for name, method in methods)):
+        raise error
+    beside, titles = [column.name for column in columns()], [str(cut(name)) for name, _ in tasks]
+    for name in selection.columns:
+        of_task = any(name.startswith(f"{title}{sign}") for title in titles for sign in ":[, ")  # of its data or splits
+        if not of_task and not any(matches(name, each) for each in (*beside, *titles)):
+            raise unknown("column to show", name, [*beside, *titles])
 
 
 def _record(path: Path) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from harness.errors import InputError, unknown
 from harness.parameters import check_size, from_toml
 from harness.plan.sweep import MOST_SEEDS, Sweep
-from harness.spec import TrainSpec
+from harness.spec import Selection, TrainSpec
 
 LARGEST = 1_000_000  # bytes of a sweep
 PRESETS = Path(__file__).parent / "presets"
@@ -49,6 +49,8 @@ def read(path: Path) -> dict[str, Any]:
             values["seeds"] = list(range(count))
         if isinstance(values.get("train"), dict):
             TrainSpec.of(values["train"], "train")
+        if isinstance(values.get("report"), dict):
+            Selection.of(values["report"], "report")
         Sweep.of(values, "sweep")
     except InputError as error:
         raise located(error, path) or InputError(f"{path}: {error}") from None

@@ -19,12 +19,15 @@ from harness.report.board.columns import COLUMNS, TableColumn
 from harness.report.board.labels import Naming
 from harness.report.board.leaderboard import Board, FamilyAverage, leaderboards
 from harness.report.board.notes import with_notes
+from harness.report.board.parents import grouped
 from harness.report.board.runs import Run, runs_of
+from harness.report.board.selection import selected
 from harness.report.evidence.compare import ExampleReader, with_ties
 from harness.report.evidence.examples import FindMetric, common
 from harness.report.forms import plain
 from harness.report.forms.data import csv_text, structured, tidy
 from harness.report.forms.latex import latex
+from harness.report.forms.latex_cells import STYLES
 from harness.report.forms.page import page
 from harness.report.forms.text import markdown
 from harness.report.known import Known
@@ -36,6 +39,7 @@ from harness.report.tables.rank_agreement import agreement_frame, agreement_tabl
 from harness.report.tables.rank_curves import areas, rank_curves
 from harness.report.tables.table import Table
 from harness.report.tables.trials import learning_rates, trials_frame
+from harness.spec import EVERYTHING, Selection
 from harness.storage import remove
 
 MOST_ILLUSTRATED = 6  # settings with pictures of their own
@@ -65,6 +69,7 @@ def build_report(
     tell: Tell = to_stderr,
     known: Known | None = None,
     differences: Mapping[str, Differences] | None = None,
+    latex_style: str = STYLES[0],
 ) -> list[Path]:
     """Write tables/leaderboard.{md,tex,csv,json}, tables/trials.csv and those of `_tables` that have rows,
     tables/differences.{md,tex,csv,json} where there are `differences` (by a board's key), the table
@@ -75,6 +80,7 @@ def build_report(
     `forms`: of the pictures, "png" among them, which the page takes in; a PDF takes as long again, for its fonts.
     `tell`: gets a line about each file of a run that is damaged, and about each picture that cannot be made.
     `known`: what installed packages tell of their methods' histories and adapters, and their pictures.
+    `latex_style`: see `harness.report.forms.latex`.
     Several settings become sections of the same tables, and the first ones have pictures each, their names ending in
     the setting's key. All is made in a folder of its own first, so that reports at the same time do not meet; then each
     file is replaced whole or stays as it was; files of an earlier report that this one does not make are removed.
@@ -92,7 +98,7 @@ def build_report(
         raise InputError(f"no records in {store.runs}{left_out}: run `python -m harness run ...` first")
     trials = trials_frame(chosen, naming)
     records = {record.run_id: record for record in chosen}
-    boards = boards_of(store, runs_of(chosen, naming)) if boards is None else boards
+    boards = boards_of(store, runs_of(grouped(store, chosen, naming or {}), naming)) if boards is None else boards
     with _draft(store) as folder:
         drawing, tables, further = _Drawing(folder, forms, tell), {}, _Further(differences or {})
         for place, board in enumerate(boards):  # one after the other: histories are large
@@ -102,7 +108,7 @@ def build_report(
                 data = PictureData(board, of_board, store, records, histories, known.singular_values)
                 drawing.draw(pictures, data, f"_{board.key}" if len(boards) > 1 else "")
         whole = {name: _by_setting(name, tables) for name in tables[boards[0].key]} | {"trials": trials}
-        texts = _texts(boards, whole, damaged) | further.texts()
+        texts = _texts(boards, whole, damaged, latex_style) | further.texts()
         html = {"report.html": page(boards, damaged, tables, drawing.pngs, further.tables)}
         for name, text in (texts | html).items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -118,11 +124,14 @@ def boards_of(
     average: FamilyAverage | None = None,
     metric: FindMetric = common,
     table: Sequence[TableColumn] = COLUMNS,
+    selection: Selection = EVERYTHING,
+    tell: Tell | None = None,
 ) -> list[Board]:
     """The leaderboards of runs (see `runs_of`) with their notes and ties; `average`, `table`: see `leaderboards`,
-    `metric`: see `ExampleReader`."""
+    `metric`: see `ExampleReader`, `selection`, `tell`: see `selected`."""
     read = ExampleReader(store, metric)
-    return [with_ties(with_notes(board), read) for board in leaderboards(runs, average, table)]
+    boards = [with_ties(board, read) for board in leaderboards(runs, average, table)]
+    return [with_notes(board) for board in selected(boards, selection, tell)]
 
 
 def _histories(board: Board, store: RecordStore, known: Known, tell: Tell) -> list[Traced]:
@@ -178,11 +187,13 @@ def _draft(store: RecordStore) -> Iterator[Path]:
             remove(folder)
 
 
-def _texts(boards: Sequence[Board], whole: Mapping[str, pd.DataFrame], damaged: Sequence[str]) -> dict[str, str]:
+def _texts(
+    boards: Sequence[Board], whole: Mapping[str, pd.DataFrame], damaged: Sequence[str], latex_style: str
+) -> dict[str, str]:
     """The tables as text by the names of their files."""
     texts = {
         "leaderboard.md": markdown(boards, damaged),
-        "leaderboard.tex": latex(boards, damaged),
+        "leaderboard.tex": latex(boards, damaged, latex_style),
         "leaderboard.csv": csv_text(tidy(boards)),
         "leaderboard.json": json.dumps(structured(boards), indent=1, ensure_ascii=False) + "\n",
     } | {f"{name}.csv": csv_text(table) for name, table in whole.items() if len(table)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from harness.report.board.rows import Cell
 from harness.report.statistics import Summary
@@ -13,15 +13,18 @@ DECIMALS = 3  # of a score, in tables; scores that are equal when printed are eq
 TIE = "not significantly different from the best"
 
 
-def legend(words: Mapping[str, str], over: str = "n runs (seeds)", nothing: str = NOTHING) -> str:
+def legend(words: Mapping[str, str], over: str = "n runs (seeds)", nothing: str = NOTHING, alone: str = "n/a") -> str:
     """How to read a leaderboard. `words`: what its columns beside the scores are, by their headings; `over`: what a
-    mean is over; `nothing`: the sign for a cell without runs."""
+    mean is over; `nothing`: the sign for a cell without runs; `alone`: that for the interval of a single run."""
     columns = "; ".join(f"{heading} ({text})" for heading, text in words.items())
+    marks = (
+        f"Bold: the best mean of the rows that have every seed of the column; underlined: the second best; ≈: {TIE} "
+        "(paired test over seeds and examples, Holm-corrected over the column)."
+    )
     return (
-        f"Scores: mean ± half-width of the 95 % confidence interval (Student's t) over {over}; n/a: one run has no "
-        f"interval; {nothing}: not run. Bold: the best mean of the cells in which every run gave a score; underlined: "
-        f"the second best; ≈: {TIE} (paired test over seeds and examples, Holm-corrected over the column). Rows are "
-        f"ordered by their mean score, those with a missing score last. Other columns, means over runs: {columns}."
+        f"Scores: mean ± half-width of the 95 % confidence interval (Student's t) over {over}; {alone}: one run has no "
+        f"interval; {nothing}: not run. {marks} Rows are ordered by their mean score, "
+        f"those with a missing score last. Other columns, means over runs: {columns}."
     )
 
 
@@ -70,6 +73,22 @@ def cell_text(cell: Cell | None, with_n: bool = True) -> str:
         return NOTHING
     score = summary_text(cell.score, with_n) if cell.score.n else ""
     return "; ".join(part for part in (score, failures_text(cell)) if part)
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Seeds in ascending order, runs of them by their ends: 0-4, 7."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first of the names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def decimal(number: float | None) -> str:

@@ -12,6 +12,7 @@ from harness.parameters import ParameterCount, Size
 class Sizes:
     """The counts of one run, taken from outside: a method only says what there is now.
 
+    others: parameters of the deployed model beside the adapter, once the method is ready to train.
     trajectory: the size at the start, and at every change.
     told: the method says that the size has changed since the last count.
     """
@@ -21,6 +22,11 @@ class Sizes:
         self.others = adaptation.other_parameters()
         self.trajectory: list[Size] = []
         self.count_now(0)
+
+    def count_prepared(self, batches: int) -> None:
+        """Count after the preparation, which may have made other weights of the model a part of the adapter."""
+        self.others = self.adaptation.other_parameters()
+        self.count_now(batches)
 
     def count_if_resized(self, batches: int) -> None:
         """Count where the method says so, or what the optimizer trains has another size than at the last count: to look
@@ -48,8 +54,9 @@ class Sizes:
             stored_bytes=self.adaptation.stored_bytes(),
         )
 
-    def load(self, trajectory: Iterable[Iterable[Any]]) -> None:
-        """Go on from a trajectory of the same run, read from a checkpoint, once the adaptation is as it was."""
+    def load(self, others: int, trajectory: Iterable[Iterable[Any]]) -> None:
+        """Go on from the counts of the same run, read from a checkpoint, once the adaptation is as it was."""
+        self.others = others
         self.trajectory = [Size(*size) for size in trajectory]
         self._seen = self._trained_sizes()
 

@@ -82,7 +82,7 @@ class Training:
         self._kept = 1
         self.adaptation.prepare(self)
         self._kept = 0
-        self.sizes.count_now(self.used)
+        self.sizes.count_prepared(self.used)
         self.adaptation.optimizer.zero_grad(set_to_none=True)
         self.schedule_start = self.used
         self.prepared = True
@@ -223,6 +223,7 @@ class Training:
             "seconds": self.seconds,
             "schedule_start": self.schedule_start,
             "rewarm": self.rewarm,
+            "others": self.sizes.others,
             "trajectory": self.sizes.trajectory,
             "history": self.history,
             "drawn": self.data.drawn,
@@ -245,7 +246,7 @@ class Training:
         for name in ("index", "used", "prepared", "seconds", "schedule_start", "history"):
             setattr(self, name, state[name])
         self.rewarm = tuple(state["rewarm"])
-        self.sizes.load(state["trajectory"])
+        self.sizes.load(state["others"], state["trajectory"])
         self.data.drawn = state["drawn"]
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))

@@ -175,6 +175,9 @@ class Details(Fine):
     @classmethod
     def details(cls): raise RuntimeError("two\\nlines")
 
+class Traces(Fine):
+    traces = ("rank",)
+
 class Unfinished(Method):
     learning_rate: float = 1e-3
 
@@ -183,6 +186,7 @@ number = 5
 UNUSABLE = {  # of BROKEN, and why
     "broken:Capabilities": "TypeError: sequence item 0: expected str instance, int found",
     "broken:Default": "PydanticSerializationError: Unable to serialize unknown type",
+    "broken:Traces": "TypeError: Traces.traces is ('rank',), which are no harness.trace.Trace",
     "broken:Unfinished": "Unfinished does not define start",
     "broken:Absent": "has no attribute 'Absent'",
     "broken:number": "which is not a subclass of harness.method.Method",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from harness import cli
+from harness import cli, registry
 from harness.errors import InputError
 from harness.record.record import PREDICTIONS, RunRecord
 from harness.record.store import RecordStore
@@ -229,12 +229,15 @@ class TestTies:
         assert "≈</u>" in markdown([board])
 
     def test_not_marked_where_one_does_or_none_can(self, tmp_path: Path) -> None:
-        for seeds in (3, 1):
-            store = two_methods(tmp_path / str(seeds), (0.75, 0.5), seeds=seeds)
+        """Examples apart on three seeds, and two seeds of equal scores without examples."""
+        apart = two_methods(tmp_path / "apart", (0.75, 0.5))
+        scores = {"lora": 0.75, "head": 0.5}
+        flat = [record(method, seed=seed, score=score) for method, score in scores.items() for seed in (0, 1)]
+        for store, untested in ((apart, []), (stored(tmp_path / "flat", *flat), [True])):
             board = with_ties(board_of(store), ExampleReader(store))
             assert not any(board.is_tie(row, board.columns[0]) for row in board.rows)
             notes = [note for note in board.notes if note.startswith("Not tested against the best on digits")]
-            assert [note.endswith("head.") for note in notes] == [True] * (seeds == 1)
+            assert [note.endswith("head.") for note in notes] == untested
 
     def test_are_the_same_in_any_order_of_the_rows(self, tmp_path: Path) -> None:
         """0.82304 and 0.82301 print alike: the reference is the better one, not the one above."""
@@ -256,6 +259,15 @@ class TestCommand:
         two_methods(tmp_path, (0.7, 0.5))
         assert cli.main(["compare", "lora", "head", "--results", str(tmp_path)]) == 0
         assert "lora is better than head" in capsys.readouterr().out
+
+    def test_rows_may_be_written_as_on_the_command_line(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """By PEFT's names, in any order, and with values that are the default."""
+        four = registry.make_method("lora", {"rank": 4, "dropout": 0.1}).model_dump(mode="json")
+        stored(tmp_path, record("lora", method_parameters=four), record("head"))
+        assert cli.main(["compare", "lora[lora_dropout=0.1,r=4,alpha=16]", "head", "--results", str(tmp_path)]) == 0
+        assert "lora[rank=4,dropout=0.1] against head" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -130,9 +130,10 @@ class TestLeaderboard:
 
     def test_cell_with_a_failure_is_neither_best_nor_first(self) -> None:
         lucky = [record("lora", seed=0, score=0.9), record("lora", seed=1, score=None, status="diverged")]
-        found = board(*lucky, record("head", seed=0), record("head", seed=1))
-        assert [row.label for row in found.rows] == ["head", "lora"]
-        assert [found.is_best(row, found.columns[0]) for row in found.rows] == [True, False]
+        others = [record(method, seed=seed, score=0.4) for method in ("full", "head") for seed in (0, 1)]
+        found = board(*lucky, *others)
+        assert [row.label for row in found.rows] == ["full", "head", "lora"]
+        assert [found.is_best(row, found.columns[0]) for row in found.rows] == [True, True, False]
 
     def test_all_failed_is_a_row(self) -> None:
         found = board(record(score=None, status="diverged"), record(seed=1, score=None, status="failed"))
@@ -145,7 +146,8 @@ class TestLeaderboard:
         assert "1 of 1 done without a score" in found
 
     def test_scores_that_print_equal_are_equally_good(self) -> None:
-        found = board(record("lora", score=0.82301), record("head", score=0.82304), record("full", score=0.8))
+        scores = {"lora": 0.82301, "head": 0.82304, "full": 0.8}
+        found = board(*(record(name, seed=seed, score=score) for name, score in scores.items() for seed in (0, 1)))
         assert [row.label for row in found.rows if found.is_best(row, found.columns[0])] == ["head", "lora"]
 
     def test_average_needs_every_task(self) -> None:

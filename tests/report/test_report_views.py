@@ -112,7 +112,7 @@ class TestBudget:
         by_id = {run.run_id: run for run in runs}
         table = rank_curves.areas(board(*runs), by_id)
         assert table[["ranks", "method", "n"]].to_numpy().tolist() == [
-            ["1,2", "debora", 1], ["1,2,4", "adalora", 1], ["1,2,4", "lora", 2],
+            ["1,2", "debora", 1], ["1,2,4", "lora", 2], ["1,2,4", "adalora", 1],
         ]  # fmt: skip
         # Over 1, 2, 4: (0.5 + 2 x 0.7) / 3 and (0.55 + 2 x 0.75) / 3; over their logarithms (0.5 + 0.7) / 2 and so on.
         lora = table[table["method"] == "lora"].iloc[0]

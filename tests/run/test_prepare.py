@@ -23,6 +23,20 @@ class Prepared(Adaptation):
         assert not self.optimizer.state
 
 
+class Unfreezing(Adaptation):
+    """Finds out before the first update which weights to train, and has none of them before."""
+
+    def prepare(self, step):
+        self.train("linear" if float(step.backward((0, 1))) > 0 else "transposed")
+
+    def train(self, name):
+        self.optimizer.add_param_group({"params": [self.model.get_parameter(f"{name}.weight").requires_grad_(True)]})
+
+    def load_state_dict(self, state):
+        self.train("linear")
+        super().load_state_dict(state)
+
+
 def factors(training):
     return [row["learning_rate_factor"] for row in training.history]
 
@@ -79,3 +93,16 @@ def test_a_resumed_run_does_not_prepare_again(tmp_path):
     assert factors(resumed) == factors(whole)
     for name, value in whole.adaptation.model.state_dict().items():
         assert torch.equal(resumed.adaptation.model.state_dict()[name], value)
+
+
+def test_weights_that_it_takes_for_the_adapter_are_counted_once(tmp_path):
+    training = network_training(Unfreezing)
+    parameters = sum(p.numel() for p in training.adaptation.model.parameters())
+    training.update()
+    checkpoint.save(tmp_path, training.used, training.state_dict())
+    resumed = network_training(Unfreezing)
+    resumed.load_state_dict(checkpoint.load_newest(tmp_path).state)
+    for each in (training, resumed):
+        each.run(lambda training: None)
+        count = each.sizes.parameters()
+        assert (count.adapter_initial, count.adapter_final, count.total) == (0, 360, parameters)

@@ -7,7 +7,9 @@ from transformers import get_linear_schedule_with_warmup
 
 from harness.contracts import Subject, start
 from harness.errors import Diverged
-from harness.method import Adaptation
+from harness.method import Adaptation, Backbone
+from harness.optimizer import adamw
+from harness.run import checkpoint
 from harness.run.streams import TrainingData, derived_seed
 from harness.run.training import Training, predict
 from harness.spec import TrainSpec
@@ -249,3 +251,26 @@ def test_predictions_come_back_in_the_order_of_the_rows(tmp_path, monkeypatch):
     np.testing.assert_allclose(by_length, predict(*arguments), atol=1e-6)
     assert (by_length.argmax(1) == expected).mean() > 0.99
     assert started.adaptation.model.training
+
+
+@pytest.mark.parametrize("stops", [1, 4])
+def test_a_parameter_in_another_order_in_memory_resumes_exactly(stops, tmp_path):
+    """A weight that is the transpose of one in memory, as an SVD or Conv1D gives it: its moments lie as it does."""
+
+    def made():
+        model = torch.nn.Linear(5, 3, bias=False)
+        model.weight = torch.nn.Parameter(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).T)
+        return Adaptation(model, adamw(model, 0.01, 0.1), Backbone(model, (), ()))
+
+    def trained(adaptation, updates):
+        for _ in range(updates):
+            adaptation.optimizer.zero_grad()
+            rows = adaptation.model(torch.linspace(-1, 1, 20).view(4, 5))
+            (rows.square() * torch.arange(12.0).view(4, 3)).mean().backward()
+            adaptation.optimizer.step()
+        return adaptation
+
+    checkpoint.save(tmp_path, stops, trained(made(), stops).state_dict())
+    resumed = made()
+    resumed.load_state_dict(checkpoint.load_newest(tmp_path).state)
+    assert torch.equal(trained(resumed, 6 - stops).model.weight, trained(made(), 6).model.weight)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from harness.errors import unknown
 from harness.report.board.columns import COLUMNS, Form, TableColumn, usable
+from harness.report.board.ranking import among, common_seeds, has_all, two_best
 from harness.report.board.rows import Cell, Column, Row, Section
 from harness.report.board.runs import Run
 from harness.report.statistics import summarize
@@ -31,23 +32,48 @@ class Board:
     caption: str  # the setting in words
     columns: tuple[Column, ...]  # the scores
     rows: tuple[Row, ...]  # best mean of scores first, after them the rows that lack a run's score
-    best: Mapping[str, float]  # by title: the best mean of a cell without failures, where two or more have a score
+    best: Mapping[str, float]  # by title: the best mean, see `report.board.ranking`
     second: Mapping[str, float]  # by title: the next best that prints differently
+    seeds: Mapping[str, tuple[int, ...]]  # by title: those that a row needs to be ranked; none where nothing is ranked
     table: tuple[TableColumn, ...] = COLUMNS  # beside the scores
     notes: tuple[str, ...] = ()
     # By title: labels whose scores are not significantly different from the best.
     ties: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    # What is shown of it, see `report.board.selection`; best, second, seeds and ties are those of all of its rows.
+    groups: Mapping[str, frozenset[str]] = field(default_factory=dict)  # labels by the heading they stand under
+    picked: tuple[str, ...] = ()  # titles and names of the columns across, in this order; none: all
+    hidden: int = 0  # rows left out
 
     @functools.cached_property
     def n(self) -> int | None:
         """Runs behind most scores: a short table names this once, and other numbers in their cells. None: no score."""
-        sizes = Counter(cell.score.n for row in self.rows for cell in row.cells.values() if cell.score.n)
+        ranked = [row for section in self.sections if section.ranked for row in section.rows]
+        sizes = Counter(cell.score.n for row in ranked for cell in row.cells.values() if cell.score.n)
         return max(sizes, key=lambda n: (sizes[n], n)) if sizes else None
 
     @functools.cached_property
     def sections(self) -> tuple[Section, ...]:
-        """The rows in groups, in the order in which every form of the table shows them."""
-        return (Section("", self.rows),)
+        """The rows in the order in which every form of the table shows them: those of no group first, and in each group
+        those that are not ranked below a rule."""
+        group_of = {label: title for title, labels in self.groups.items() for label in labels}
+        any_ranked = any(map(self.is_ranked, self.rows))
+        found = []
+        for title in ("", *self.groups):
+            rows = [row for row in self.rows if group_of.get(row.label, "") == title]
+            ranked = tuple(row for row in rows if self.is_ranked(row) or not any_ranked)
+            others = tuple(row for row in rows if any_ranked and not self.is_ranked(row))
+            found += [Section(title, ranked)] if ranked else []
+            found += [Section("" if ranked else title, others, ranked=False)] if others else []
+        return tuple(found)
+
+    @functools.cached_property
+    def among(self) -> str:
+        """Which rows the best, the second and ties are among: a sentence for the table's caption; "" without scores."""
+        scored = {title for row in self.rows for title, cell in row.cells.items() if cell.score.n}
+        sentence = among({column.title: self.seeds[column.title] for column in self.columns if column.title in scored})
+        if self.hidden and self.best:
+            sentence += f" Marks are those of all {len(self.rows) + self.hidden} rows; {len(self.rows)} are shown."
+        return sentence
 
     @functools.cached_property
     def tasks(self) -> tuple[Column, ...]:
@@ -61,9 +87,18 @@ class Board:
 
     def across(self, form: Form) -> list[TableColumn | Column]:
         """The columns of this form of the table from left to right, after the rows' labels."""
+        if self.picked:
+            by_name = {column.name: column for column in self.table} | {column.title: column for column in self.columns}
+            return [by_name[name] for name in self.picked if name in by_name]
         shown = [column for column in self.table if form in column.forms and column.shown(self.rows)]
         before = [column for column in shown if column.before_scores]
         return [*before, *self.columns, *(column for column in shown if not column.before_scores)]
+
+    def is_ranked(self, row: Row, column: Column | None = None) -> bool:
+        """Whether the row has every seed of this column, and so may be best in it; of any column, where none is
+        given."""
+        titles = self.seeds if column is None else [column.title]
+        return any(has_all(row.cells.get(title), self.seeds[title]) for title in titles)
 
     def is_best(self, row: Row, column: Column) -> bool:
         """Whether this cell may be called best: every run of it gave a score, and its mean prints as the best does."""
@@ -80,6 +115,8 @@ class Board:
     def _has(self, row: Row, column: Column, scores: Mapping[str, float]) -> bool:
         score, cell = scores.get(column.title), row.cells.get(column.title)
         if score is None or cell is None or cell.score.mean is None or cell.failures:
+            return False
+        if not self.is_ranked(row, column):
             return False
         return score_text(cell.score.mean) == score_text(score)
 
@@ -120,7 +157,13 @@ def sorted_by(boards: Sequence[Board], name: str) -> list[Board]:
             return value is None, 0.0, value or "", row.label
         return False, sign * value, "", row.label
 
-    return [dataclasses.replace(board, rows=tuple(sorted(board.rows, key=key))) for board in boards]
+    return [arranged(board, sorted(board.rows, key=key)) for board in boards]
+
+
+def arranged(board: Board, rows: Iterable[Row]) -> Board:
+    """The board with these rows, in the order of its sections."""
+    found = dataclasses.replace(board, rows=tuple(rows))
+    return dataclasses.replace(found, rows=tuple(row for section in found.sections for row in section.rows))
 
 
 def words_of(boards: Iterable[Board], form: Form) -> dict[str, str]:
@@ -141,10 +184,15 @@ def _board(runs: list[Run], average: FamilyAverage | None, table: Sequence[Table
         if counted != rows:
             notes.append("average: as the family of these tasks counts it, from more than the scores shown")
         rows = counted
+    seeds = {
+        column.title: common_seeds(row.cells[column.title] for row in rows if column.title in row.cells)
+        for column in columns
+    }
     rows.sort(key=lambda row: _order(row, columns))
-    best, second = _two_best(rows, columns)
+    best, second = two_best(rows, columns, seeds)
     kept, told = usable(table, rows)
-    return Board(runs[0].setting, _caption(runs), columns, tuple(rows), best, second, kept, (*notes, *told))
+    board = Board(runs[0].setting, _caption(runs), columns, (), best, second, seeds, kept, (*notes, *told))
+    return arranged(board, rows)
 
 
 def _with_family_average(row: Row, columns: Sequence[Column], average: FamilyAverage) -> Row:
@@ -162,21 +210,6 @@ def _with_family_average(row: Row, columns: Sequence[Column], average: FamilyAve
         return row
     own = average(families.pop(), {task.partition("/")[2]: of_task for task, of_task in metrics.items()})
     return row if own is None else dataclasses.replace(row, average=own)
-
-
-def _two_best(rows: Iterable[Row], columns: Iterable[Column]) -> tuple[dict[str, float], dict[str, float]]:
-    """Best and second best mean by title, where two or more rows have a score."""
-    best: dict[str, float] = {}
-    second: dict[str, float] = {}
-    for column in columns:
-        scored = [cell for row in rows if (cell := row.cells.get(column.title)) is not None and cell.score.n]
-        means = [cell.score.mean for cell in scored if cell.score.mean is not None and not cell.failures]
-        means.sort(key=column.merit, reverse=True)
-        if means and len(scored) > 1:
-            best[column.title] = means[0]
-            others = [mean for mean in means if score_text(mean) != score_text(means[0])]
-            second.update({column.title: others[0]} if others else {})
-    return best, second
 
 
 def _columns(runs: list[Run]) -> tuple[Column, ...]:

@@ -10,6 +10,7 @@ from harness.report.board.leaderboard import Board
 from harness.report.board.rows import Column, Row, status_text
 from harness.report.board.runs import Run
 from harness.report.redact import cut, one_line
+from harness.report.wording import few, seeds_text
 
 
 def with_notes(board: Board) -> Board:
@@ -48,9 +49,9 @@ def _seed_notes(rows: Iterable[Row], columns: Iterable[Column]) -> list[str]:
         labels: dict[str, list[str]] = defaultdict(list)
         for row in rows:
             if column.title in row.cells and row.cells[column.title].score.n:
-                labels[_listed(run.seed for run in row.cells[column.title].scored)].append(row.label)
+                labels[seeds_text([run.seed for run in row.cells[column.title].scored])].append(row.label)
         if len(labels) > 1:
-            groups = "; ".join(f"{seeds}: {_few(names)}" for seeds, names in sorted(labels.items()))
+            groups = "; ".join(f"{seeds}: {few(names)}" for seeds, names in sorted(labels.items()))
             notes.append(f"Scores on {column.title} are over different seeds: {groups}.")
     return notes
 
@@ -66,7 +67,7 @@ def _data_notes(rows: Sequence[Row], columns: Iterable[Column]) -> list[str]:
     notes = []
     for task, prints in titles.items():
         if len(prints) > 1:
-            groups = "; ".join(f"{data[:8]}: {_few(names)}" for data, names in sorted(prints.items()))
+            groups = "; ".join(f"{data[:8]}: {few(names)}" for data, names in sorted(prints.items()))
             notes.append(f"Runs on {task} are on different data ({groups}); they are not averaged together.")
     return notes
 
@@ -93,7 +94,3 @@ def _device_notes(runs: Iterable[Run]) -> list[str]:
 
 def _listed(seeds: Iterable[int]) -> str:
     return ", ".join(str(seed) for seed in seeds)
-
-
-def _few(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

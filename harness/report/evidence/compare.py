@@ -166,8 +166,8 @@ def compare_cells(first: Cell, second: Cell, column: Column, read: ExampleReader
 
 def with_ties(board: Board, read: ExampleReader) -> Board:
     """The board with the cells marked that are not significantly different from its best by the paired test,
-    Holm-corrected over a task, and with notes of those that could not be tested and of predictions that could not be
-    used."""
+    Holm-corrected over a task, of the rows that have every seed of it; and with notes of those that could not be tested
+    and of predictions that could not be used."""
     ties, notes, before = {}, list(board.notes), set(read.damaged)
     for column in board.columns:
         best = [row for row in board.rows if board.is_best(row, column)]
@@ -191,7 +191,7 @@ def unused(run_id: str, reason: str) -> str:
 
 def _tied(board: Board, best: Row, column: Column, read: ExampleReader) -> tuple[frozenset[str], list[str]]:
     """(labels not significantly different from the best, labels with a score that no test was possible on)."""
-    others = [row for row in board.rows if column.title in row.cells and row is not best]
+    others = [row for row in board.rows if row is not best and board.is_ranked(row, column)]
     found = [compare_cells(best.cells[column.title], row.cells[column.title], column, read) for row in others]
     by_label = dict(zip((row.label for row in others), corrected(found), strict=True))
     tied = frozenset(

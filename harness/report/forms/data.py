@@ -57,6 +57,7 @@ def _setting(board: Board) -> dict[str, Any]:
     return {
         "key": board.key,
         "caption": board.caption,
+        "best_among": board.among,
         "notes": list(board.notes),
         "columns": columns,
         "rows": [
@@ -82,6 +83,7 @@ def _structured_cell(board: Board, row: Row, column: Column) -> dict[str, Any]:
         "mean": cell.score.mean,
         "standard_deviation": cell.score.standard_deviation,
         "interval_95": cell.score.half_width,
+        "is_ranked": board.is_ranked(row, column),
         "is_best": board.is_best(row, column),
         "is_second": board.is_second(row, column),
         "ties_with_best": board.is_tie(row, column),

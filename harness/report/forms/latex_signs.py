@@ -15,10 +15,6 @@ SIGNS = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     '"': "''",
-    "`": "`{}",
-    "'": "'{}",
-    "[": "{[}",  # never the argument of the row's end before it
-    "]": "{]}",
     **{sign: f"\\{sign}" for sign in "$&#_%"},
 }
 LETTERS = {
@@ -77,8 +73,8 @@ def escape(text: str) -> str:
 
 
 def _ascii(text: str) -> str:
-    signs = re.sub(r"-(?=-)", "-\0", text)
-    return "".join(SIGNS.get(sign, sign) for sign in signs).replace("\0", "{}")  # two hyphens make no dash
+    apart = re.sub(r"(?<=[-'`?!\"])(?=[-'`\"])", "\0", text)  # two hyphens make no dash, two quotes no other sign
+    return "".join(SIGNS.get(sign, sign) for sign in apart).replace("\0", "{}")
 
 
 def _other(run: str) -> str:

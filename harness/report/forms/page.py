@@ -15,6 +15,7 @@ from harness.report.board.columns import TableColumn
 from harness.report.board.leaderboard import Board, words_of
 from harness.report.board.rows import Cell, Column, Row
 from harness.report.forms.plain import spaced
+from harness.report.forms.summary import what_it_shows
 from harness.report.redact import cut, one_line
 from harness.report.tables.table import Entry, Table
 from harness.report.wording import TIE, cell_text, human, legend, score_text
@@ -64,6 +65,7 @@ def _section(
     pictures: Sequence[tuple[str, Path]],
     further: Sequence[Table],
 ) -> dict[str, Any]:
+    places = {row.label: place for place, row in enumerate(board.rows)}
     headings = [("method", "")]
     for column in board.across("page"):
         if isinstance(column, Column):
@@ -72,9 +74,17 @@ def _section(
             headings.append((column.heading, ""))
     return {
         "key": board.key,
-        "caption": f"{board.caption} Intervals are over n = {board.n or 0} runs, or n as given.",
+        "caption": f"{board.caption} Intervals are over n = {board.n or 0} runs, or n as given. {board.among}",
         "headings": headings,
-        "rows": [_row(board, row, place) for place, row in enumerate(board.rows)],
+        "shows": what_it_shows(board),
+        "groups": [
+            {
+                "title": section.title,
+                "ranked": section.ranked,
+                "rows": [_row(board, row, places[row.label]) for row in section.rows],
+            }
+            for section in board.sections
+        ],
         "tables": [(TABLES[name], _plain(tables[name])) for name in TABLES if name in tables and len(tables[name])],
         "further": [_further(table) for table in further],
         "cells": _details(board),
@@ -131,7 +141,7 @@ def _runs(cell: Cell) -> list[dict[str, Any]]:
 def _further(table: Table) -> dict[str, Any]:
     """A table of text and numbers as a table of the page."""
     rows = [[_entry(entry) for entry in row] for row in table.rows]
-    return {"title": table.title, "headings": list(table.headings), "rows": rows, "notes": table.notes}
+    return {"title": table.title, "headings": list(table.headings), "groups": _one_group(rows), "notes": table.notes}
 
 
 def _entry(entry: Entry) -> dict[str, Any]:
@@ -145,7 +155,11 @@ def _plain(table: pd.DataFrame) -> dict[str, Any]:
         for row in table.astype(object).itertuples(index=False, name=None)
     ]
     headings = [str(name).replace("_", " ").replace("interval 95", "± (95 %)") for name in table]
-    return {"headings": [(heading, "") for heading in headings], "rows": rows}
+    return {"headings": [(heading, "") for heading in headings], "groups": _one_group(rows)}
+
+
+def _one_group(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [{"title": "", "ranked": True, "rows": rows}]
 
 
 def _value(name: str, value: Any) -> dict[str, Any]:

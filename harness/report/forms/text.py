@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
+from typing import Any
 
-from tabulate import tabulate
+from tabulate import SEPARATING_LINE, tabulate
 
 from harness.report.board.columns import TableColumn
 from harness.report.board.leaderboard import Board, words_of
@@ -15,7 +17,9 @@ from harness.report.redact import cut, one_line
 from harness.report.wording import NOTHING, TIE, cell_text, folded_label, legend, summary_text
 
 CONSOLE_WIDTH = 110
+FEWER = "(fewer seeds)"  # stands above rows that are not ranked
 Texts = list[str]  # a column of a table, its heading first
+Lines = list[Row | str]  # of a table: a row, or a heading across
 
 
 def markdown(boards: Iterable[Board], damaged: Iterable[str] = ()) -> str:
@@ -23,7 +27,11 @@ def markdown(boards: Iterable[Board], damaged: Iterable[str] = ()) -> str:
     boards = list(boards)
     sections = ["# Leaderboard", legend(words_of(boards, "markdown")), *map(escape, _damaged_note(damaged))]
     for board in boards:
-        sections += [f"## Setting {board.key}", escape(board.caption), _pipes(_main_table(board))]
+        sections += [
+            f"## Setting {board.key}",
+            escape(f"{board.caption} {board.among}".strip()),
+            _pipes(_main_table(board)),
+        ]
         if any(column.others for column in board.columns):
             sections += ["Other metrics:", _pipes(_other_metrics(board))]
         if board.notes:
@@ -34,36 +42,49 @@ def markdown(boards: Iterable[Board], damaged: Iterable[str] = ()) -> str:
 
 def console(board: Board, damaged: Iterable[str] = (), width: int = CONSOLE_WIDTH) -> str:
     """The table in as many blocks as it takes to stay within `width` signs, each begun by the rows' labels."""
-    first = ["method", *(folded_label(row.label) for row in board.rows)]
+    lines = _lines(board)
+    first = ["method", *(line if isinstance(line, str) else folded_label(line.label) for line in lines)]
     blocks = [[first]]
     for column in board.across("console"):
-        texts = _console_scores(board, column) if isinstance(column, Column) else _beside(board, column)
-        if len(blocks[-1]) > 1 and _width(_plain([*blocks[-1], texts])) > width:
+        texts = _console_texts(board, lines, column)
+        if len(blocks[-1]) > 1 and _width(_plain([*blocks[-1], texts], lines)) > width:
             blocks.append([first])
         blocks[-1].append(texts)
-    spread = (
-        f"± is half the 95 % confidence interval (Student's t) over n = {board.n or 0} runs, or n as given; * best; "
-        f"+ second; ≈ {TIE} by a paired test."
-    )
-    notes = [board.caption, *board.notes, spread, *_damaged_note(damaged)]
-    lines = [textwrap.fill(note, width, subsequent_indent="  ", break_on_hyphens=False) for note in notes]
-    return "\n".join([lines[0], "", "\n\n".join(map(_plain, blocks)), "", *lines[1:]])
+    marks = f"; * best; + second; ≈ {TIE} by a paired test" if board.best else ""
+    spread = f"± is half the 95 % confidence interval (Student's t) over n = {board.n or 0} runs, or n as given{marks}."
+    notes = [board.caption, *board.notes, f"{spread} {board.among}".strip(), *_damaged_note(damaged)]
+    caption, *below = (textwrap.fill(note, width, subsequent_indent="  ", break_on_hyphens=False) for note in notes)
+    return "\n".join([caption, "", "\n\n".join(_plain(block, lines) for block in blocks), "", *below])
 
 
-def _beside(board: Board, column: TableColumn) -> Texts:
-    """A column beside the scores."""
-    return [column.heading, *(column.text_of(row) for row in board.rows)]
+def _lines(board: Board) -> Lines:
+    """The lines of the board's table from above: rows, and the headings of its sections that have one."""
+    lines: Lines = []
+    for section in board.sections:
+        heading = " ".join(filter(None, [section.title, "" if section.ranked else FEWER]))
+        lines += [heading, *section.rows] if heading else section.rows
+    return lines
+
+
+def _down(lines: Lines, heading: str, text: Callable[[Row], str]) -> Texts:
+    """A column beside the rows' labels: nothing beside the heading of a section."""
+    return [heading, *("" if isinstance(line, str) else text(line) for line in lines)]
+
+
+def _labels(lines: Lines) -> Texts:
+    return ["method", *(f"*{escape(line)}*" if isinstance(line, str) else escape(line.label) for line in lines)]
 
 
 def _main_table(board: Board) -> list[Texts]:
-    columns = [["method", *(escape(row.label) for row in board.rows)]]
-    for column in board.across("markdown"):
-        if isinstance(column, Column):
-            cells = (_marked(board, row, column, cell_text(row.cells.get(column.title))) for row in board.rows)
-            columns.append([escape(f"{column.title} ({column.metric})"), *cells])
-        else:
-            columns.append([escape(text) for text in _beside(board, column)])
-    return columns
+    lines = _lines(board)
+    return [_labels(lines), *(_markdown_texts(board, lines, column) for column in board.across("markdown"))]
+
+
+def _markdown_texts(board: Board, lines: Lines, column: TableColumn | Column) -> Texts:
+    if isinstance(column, TableColumn):
+        return [escape(text) for text in _down(lines, column.heading, column.text_of)]
+    heading = escape(f"{column.title} ({column.metric})")
+    return _down(lines, heading, lambda row: _marked(board, row, column, cell_text(row.cells.get(column.title))))
 
 
 def _marked(board: Board, row: Row, column: Column, text: str) -> str:
@@ -75,13 +96,18 @@ def _marked(board: Board, row: Row, column: Column, text: str) -> str:
 
 
 def _other_metrics(board: Board) -> list[Texts]:
-    columns = [["method", *(escape(row.label) for row in board.rows)]]
+    lines = _lines(board)
+    columns = [_labels(lines)]
     for column in board.columns:
-        cells = [row.cells.get(column.title) for row in board.rows]
         for name in column.others:
-            texts = (summary_text(cell.others[name]) if cell else NOTHING for cell in cells)
-            columns.append([escape(f"{column.title} ({name})"), *texts])
+            columns.append(_down(lines, escape(f"{column.title} ({name})"), functools.partial(_other, column, name)))
     return columns
+
+
+def _other(column: Column, name: str, row: Row) -> str:
+    """The mean of another metric of a task."""
+    cell = row.cells.get(column.title)
+    return summary_text(cell.others[name]) if cell else NOTHING
 
 
 def _run_lines(board: Board) -> Iterable[str]:
@@ -91,29 +117,37 @@ def _run_lines(board: Board) -> Iterable[str]:
             yield f"- {escape(row.label)} on {escape(title)}: {runs}"
 
 
-def _console_scores(board: Board, column: Column) -> Texts:
+def _console_texts(board: Board, lines: Lines, column: TableColumn | Column) -> Texts:
+    if isinstance(column, TableColumn):
+        return _down(lines, column.heading, column.text_of)
     metric = column.metric.replace(", ", "\n")
-    texts = [f"{column.title}\n{metric}"]
-    for row in board.rows:
-        cell = row.cells.get(column.title)
-        text = cell_text(cell, with_n=cell is not None and cell.score.n != board.n)
-        mark = "*" if board.is_best(row, column) else "+" if board.is_second(row, column) else ""
-        mark += "≈" if board.is_tie(row, column) else ""
-        texts.append(text.replace("; ", "\n") + (f" {mark}" if mark else ""))
-    return texts
+    return _down(lines, f"{column.title}\n{metric}", functools.partial(_console_score, board, column))
+
+
+def _console_score(board: Board, column: Column, row: Row) -> str:
+    cell = row.cells.get(column.title)
+    text = cell_text(cell, with_n=cell is not None and cell.score.n != board.n)
+    mark = "*" if board.is_best(row, column) else "+" if board.is_second(row, column) else ""
+    mark += "≈" if board.is_tie(row, column) else ""
+    return text.replace("; ", "\n") + (f" {mark}" if mark else "")
 
 
 def _pipes(columns: list[Texts]) -> str:
     return _aligned(columns, "github")
 
 
-def _plain(columns: list[Texts]) -> str:
-    return _aligned(columns, "simple")
+def _plain(columns: list[Texts], lines: Lines) -> str:
+    """Plain columns with a rule above each section."""
+    sections = {place for place, line in enumerate(lines) if isinstance(line, str) and place}
+    return _aligned(columns, "simple", sections)
 
 
-def _aligned(columns: list[Texts], form: str) -> str:
+def _aligned(columns: list[Texts], form: str, ruled: Container[int] = ()) -> str:
     alignment = ["left"] + ["right"] * (len(columns) - 1)
-    headings, *rows = zip(*columns, strict=True)
+    headings, *texts = zip(*columns, strict=True)
+    rows: list[Any] = []
+    for place, row in enumerate(texts):
+        rows += [SEPARATING_LINE, row] if place in ruled else [row]
     return tabulate(rows, headings, tablefmt=form, disable_numparse=True, colalign=alignment)
 
 

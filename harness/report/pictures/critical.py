@@ -38,7 +38,7 @@ def refusal(board: Board) -> str | None:
     if not 3 <= whole <= MOST_CONFIGURATIONS:
         return (
             f"a critical-difference diagram is made of 3 to {MOST_CONFIGURATIONS} configurations with a score from "
-            f"every run on every task, here are {whole}"
+            f"every run and seed on every task, here are {whole}"
         )
     return None
 
@@ -67,8 +67,8 @@ def mean_ranks(board: Board) -> MeanRanks:
 
 
 def draw(board: Board) -> Figure | None:
-    """The diagram: configurations on an axis of mean ranks, bars over those that are not told apart; None where it is
-    refused."""
+    """The diagram: configurations on an axis of mean ranks, bars over those that do not differ significantly; None
+    where it is refused."""
     if refusal(board) is not None:
         return None
     found = mean_ranks(board)
@@ -117,9 +117,11 @@ def _draw(panel: Axes, found: MeanRanks, groups: list[tuple[int, int]]) -> None:
 
 
 def _whole(board: Board) -> dict[str, list[float]]:
-    """Merits on every task, of the rows that lack no score."""
+    """Merits on every task, of the rows that lack no score and have every seed of each task."""
     found = {}
     for row in board.rows:
+        if not all(board.is_ranked(row, column) for column in board.counted):
+            continue
         cells = [row.cells.get(column.title) for column in board.counted]
         means = [cell.score.mean if cell is not None and not cell.failures else None for cell in cells]
         if None not in means:

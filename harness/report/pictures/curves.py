@@ -12,7 +12,18 @@ from matplotlib.figure import Figure
 
 from harness.report.board.leaderboard import Board
 from harness.report.board.rows import Column
-from harness.report.pictures.figures import STYLE, Style, line_handles, log_if_wide, panels, plain, styles, widths
+from harness.report.pictures.figures import (
+    PANELS_ACROSS,
+    STYLE,
+    Style,
+    line_handles,
+    log_if_wide,
+    panels,
+    panels_for,
+    plain,
+    styles,
+    widths,
+)
 from harness.report.pictures.histories import History, Traced, excerpt, mean_series
 from harness.trace import HOLDOUT, Trace
 
@@ -20,7 +31,7 @@ SMOOTH = 0.1  # share of a run over which the training loss is averaged
 MARKED = 12  # points: fewer are marked, more are a line
 LINES = ("-", "--", "-.", ":")
 DRAWN = ("line", "log_line", "steps")
-MOST_TRACES = 8  # panels down
+MOST_TRACES = 8  # panels of a task
 
 
 def learning_curves(board: Board, found: Sequence[Traced]) -> Figure | None:
@@ -49,8 +60,8 @@ def learning_curves(board: Board, found: Sequence[Traced]) -> Figure | None:
 
 
 def over_time(board: Board, found: Sequence[Traced]) -> Figure | None:
-    """What the methods declare of their histories (see `harness.trace.Trace`) and the histories have, a row of panels
-    each, a column for each task; None without any.
+    """What the methods declare of their histories (see `harness.trace.Trace`) and the histories have; None without any.
+    Several tasks: a row of panels for each value, a column for each task. One task: up to three panels across.
 
     One line for each seed; a dot where a size changed last.
     """
@@ -61,17 +72,22 @@ def over_time(board: Board, found: Sequence[Traced]) -> Figure | None:
         return None
     names = styles(row.label for row in board.rows)
     handles = line_handles(names, (each.label for each in able))
-    caption = f"{board.caption} A line a seed; dots: where a size changed last.{excerpt(board)}"
+    of = f" On {titles[0]}." if len(titles) == 1 else ""
+    caption = f"{board.caption}{of} A line a seed; dots: where a size changed last.{excerpt(board)}"
     with rc_context(STYLE):
-        figure, axes = panels(len(shown), len(titles), caption, handles, height=1.5)
-        for down, trace in enumerate(shown):
-            for across, title in enumerate(titles):
-                of_task = [each for each in able if each.title == title]
-                _trace(axes[down][across], trace, of_task, names)
-                if down == 0:
-                    axes[down][across].set_title(title, fontsize=8)
-                if down == len(shown) - 1:
-                    axes[down][across].set_xlabel("batches")
+        if len(titles) == 1:  # beside each other
+            figure, flat = panels_for(len(shown), caption, handles, height=1.7)
+            axes, lowest = [[panel] for panel in flat], flat[-PANELS_ACROSS:]
+        else:
+            figure, axes = panels(len(shown), len(titles), caption, handles, height=1.5)
+            lowest = axes[-1]
+            for panel, title in zip(axes[0], titles, strict=True):
+                panel.set_title(title, fontsize=8)
+        for row, trace in zip(axes, shown, strict=True):
+            for panel, title in zip(row, titles, strict=True):
+                _trace(panel, trace, [each for each in able if each.title == title], names)
+        for panel in lowest:
+            panel.set_xlabel("batches")
     return figure
 
 

@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -34,6 +35,7 @@ STYLE: Any = {"font.family": fonts.FAMILY, "font.size": 8, "pdf.fonttype": 42, "
 STYLE["axes.titley"] = 1.0  # where it would be anyway, looked up by drawing the panel once more
 
 Style = tuple[str, str]  # colour and marker
+LegendPlace = Literal["outside lower center", "lower center"]  # the first where matplotlib lays the figure out
 
 
 @contextmanager
@@ -83,9 +85,7 @@ def panels(
     """A figure of `down` x `across` panels, `height` inches each, with its caption above and its legend below.
     `width`: inches, of the whole; None: that of so many panels."""
     width = width or WIDTHS[min(across, PANELS_ACROSS)]
-    longest = max((len(line) for handle in handles for line in str(handle.get_label()).splitlines()), default=1)
-    legend_columns = max(1, int(width / (0.35 + SIGN_WIDTH * longest)))
-    legend_rows = math.ceil(len(handles) / legend_columns)
+    legend_rows = math.ceil(len(handles) / legend_columns(handles, width))
     lines = textwrap.wrap(caption, int(width * 20), break_on_hyphens=False)
     size = (width, height * down + 0.3 + 0.12 * len(lines) + 0.17 * legend_rows)
     figure = Figure(figsize=size, layout="constrained")
@@ -93,15 +93,20 @@ def panels(
     axes = [list(row) for row in figure.subplots(down, across, squeeze=False)]
     figure.suptitle("\n".join(lines), fontsize=6, color="#555555")
     if handles:
-        figure.legend(
-            handles=handles,
-            loc="outside lower center",
-            ncols=legend_columns,
-            frameon=False,
-            fontsize=7,
-            handletextpad=0.4,
-        )
+        legend_below(figure, handles, "outside lower center")
     return figure, axes
+
+
+def legend_columns(handles: Sequence[Line2D], width: float) -> int:
+    """Entries beside each other in a legend of `width` inches."""
+    longest = max((len(line) for handle in handles for line in str(handle.get_label()).splitlines()), default=1)
+    return max(1, int(width / (0.45 + SIGN_WIDTH * longest)))
+
+
+def legend_below(figure: Figure, handles: Sequence[Line2D], place: LegendPlace) -> Legend:
+    """A legend as wide as the figure, at its lower edge."""
+    across = legend_columns(handles, figure.get_figwidth())
+    return figure.legend(handles=handles, loc=place, ncols=across, frameon=False, fontsize=7, handletextpad=0.4)
 
 
 def panels_for(

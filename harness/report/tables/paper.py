@@ -17,7 +17,7 @@ from harness.report.board.rows import Cell, over
 from harness.report.board.runs import Run
 from harness.report.forms.text import CONSOLE_WIDTH
 from harness.report.statistics import Summary, summarize
-from harness.report.wording import NOTHING, folded_label, human
+from harness.report.wording import NOTHING, few, folded_label, human
 
 FOLDER = Path(__file__).parent / "reported"
 MODELS_APART = ("-", "_", " ", ".")
@@ -54,17 +54,23 @@ def reported() -> tuple[Reported, ...]:
 
 def against_paper(board: Board) -> str:
     """A table of what papers report and what this board has: parameters, scores, our score less theirs with its
-    interval, and what is not the paper's about ours. Configurations without a counterpart are left out."""
-    lines, remarks, sources = [], set(), set()
+    interval, and what is not the paper's about ours. Configurations without a counterpart are left out, and so are
+    those that lack a seed of their column."""
+    lines, remarks, sources, lacking = [], set(), set(), set()
     for figure in reported():
         for row in board.rows:
-            for title, cell in ((column.title, row.cells.get(column.title)) for column in board.tasks):
-                if cell is not None and _is_counterpart(figure, cell):
-                    apart = ",\n".join(_apart(figure, cell.runs[0])) or NOTHING
-                    remarks |= {f"{title} ({figure.metric}): {figure.note}."} if figure.note else set()
-                    sources.add(figure.source)
-                    task = f"{title}\n{figure.metric}"
-                    lines.append([figure.row, folded_label(row.label), task, *_numbers(figure, cell), apart])
+            for column in board.tasks:
+                title, cell = column.title, row.cells.get(column.title)
+                if cell is None or not _is_counterpart(figure, cell):
+                    continue
+                if not board.is_ranked(row, column):
+                    lacking.add(row.label)
+                    continue
+                apart = ",\n".join(_apart(figure, cell.runs[0])) or NOTHING
+                remarks |= {f"{title} ({figure.metric}): {figure.note}."} if figure.note else set()
+                sources.add(figure.source)
+                task = f"{title}\n{figure.metric}"
+                lines.append([figure.row, folded_label(row.label), task, *_numbers(figure, cell), apart])
     intro = f"Reported figures against ours. {board.caption}"
     if not lines:
         return textwrap.fill(f"{intro} No configuration here has a counterpart in a paper's table.", CONSOLE_WIDTH)
@@ -76,6 +82,7 @@ def against_paper(board: Board) -> str:
         "Data, head and training settings were not checked against the paper's; 'not the paper's' names what certainly "
         "differs.",
         *sorted(remarks),
+        *([f"Left out, with fewer seeds than the others of a column: {few(sorted(lacking))}."] if lacking else []),
     ]
     table = tabulate(lines, headers, disable_numparse=True, colalign=["left"] * 3 + ["right"] * 3 + ["left"])
     texts = [textwrap.fill(text, CONSOLE_WIDTH, break_on_hyphens=False) for text in (intro, *notes)]
