@@ -137,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     text = "is one configuration better than another, and how sure is that?"
     comparison = _command(commands, "compare", text, _calls("compare", "results", "first", "second", "tasks"))
     for place in ("first", "second"):
-        comparison.add_argument(place, help="a row of the leaderboard: debora[tau=8], or a method that has one row")
+        comparison.add_argument(
+            place, help="a row of the leaderboard: debora[tau=8], or a method that has one row; several with commas"
+        )
     comparison.add_argument("--tasks", type=_names, help="only these tasks")
     _add_results(comparison)
     text = "the smallest configuration that is not worse than the best, ready for PEFT"
@@ -300,6 +302,7 @@ def _report(options: argparse.Namespace) -> int:
         selection=report_options.selection_of(options),
         is_complete=options.config is None,
         latex_style=options.latex_style,
+        rank_agreement=options.rank_agreement,
     )
     return report.command(options.results, options.methods, options.tasks, wanted)
 

@@ -120,6 +120,7 @@ class Selection(Strict):
     group: dict[Pattern, Pattern] = Field(
         {}, description='rows under a heading of their own: "controls" = "ranks_of|size_of" (patterns or parameters)'
     )
+    baseline: Pattern | None = Field(None, description="a row of the table: a further one has all differences to it")
 
 
 EVERYTHING = Selection()

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness import installed, registry
 from harness.errors import InputError
-from harness.notation import parse_choice
+from harness.notation import parse_choice, split_list
 from harness.record.chosen import chosen
 from harness.record.garbage import uncollected
 
+if TYPE_CHECKING:
+    from harness.report.board.rows import Row
+
 
 def command(results: Path, first: str, second: str, tasks: Sequence[str] | None) -> int:
-    """Print the verdict on each task and the numbers behind it, for every setting that has runs of both.
+    """Print the verdict on each task and the numbers behind it, of each of `first` against each of `second`, for every
+    setting that has runs of both.
 
-    `first`, `second`: rows of the leaderboard, "debora[tau=8]", or a method that has one row; hyperparameters as on the
-    command line, so that "lora[r=4]" is the row "lora[rank=4]". Raises InputError for an unknown row, and where no
-    setting has both.
+    `first`, `second`: rows of the leaderboard, "debora[tau=8]", or methods that have one row, several with commas;
+    hyperparameters as on the command line, so that "lora[r=4]" is the row "lora[rank=4]". Raises InputError for an
+    unknown one, and where no setting has a pair.
     """
     from harness.report.board.leaderboard import leaderboards
     from harness.report.board.parents import grouped
     from harness.report.board.runs import runs_of
-    from harness.report.evidence.compare import ExampleReader, compare, in_words, row_of, unused
+    from harness.report.evidence.compare import ExampleReader, compare, in_words, rows_of, unused
     from harness.report.forms.text import CONSOLE_WIDTH
 
     store, found = chosen(results, None, tasks)
@@ -34,27 +40,37 @@ def command(results: Path, first: str, second: str, tasks: Sequence[str] | None)
     if not boards:
         raise InputError(f"no records in {store.runs}: run `python -m harness run ...` first")
     labels = {row.label for board in boards for row in board.rows}
-    names = [name if name in labels else _label(name) for name in (first, second)]
-    known, failure, read = 0, None, ExampleReader(store, installed.metric_of)
+    firsts, seconds = (
+        [rows_of(boards, name if name in labels else _label(name)) for name in split_list(text)]
+        for text in (first, second)
+    )
+    known, read = 0, ExampleReader(store, installed.metric_of)
     for board in boards:
-        try:
-            rows = row_of(board, names[0]), row_of(board, names[1])
-        except InputError as error:
-            failure = failure or error
-            continue
-        if rows[0] is rows[1]:
-            raise InputError(f"'{first}' and '{second}' are the same row: give two")
-        comparisons = compare(board, *rows, read)
-        if comparisons:
-            known += 1
-            heading = f"{rows[0].label} against {rows[1].label}. {board.caption}"
-            print("\n" + textwrap.fill(heading, CONSOLE_WIDTH, break_on_hyphens=False) + "\n")
-            print("\n".join(in_words(rows[0].label, rows[1].label, comparisons)))
+        pairs = _pairs(board.key, firsts, seconds)
+        for (one, other), comparisons in zip(pairs, compare(board, pairs, read), strict=True):
+            if comparisons:
+                known += 1
+                heading = f"{one.label} against {other.label}. {board.caption}"
+                print("\n" + textwrap.fill(heading, CONSOLE_WIDTH, break_on_hyphens=False) + "\n")
+                print("\n".join(in_words(one.label, other.label, comparisons)))
     for run_id, reason in sorted(read.damaged.items()):
         print(unused(run_id, reason), file=sys.stderr)
-    if not known:
-        raise failure or InputError(f"'{first}' and '{second}' have no task in common")
-    return 0
+    if known:
+        return 0
+    if any(one[key] is other[key] for one in firsts for other in seconds for key in one.keys() & other.keys()):
+        raise InputError(f"'{first}' and '{second}' are the same row: give two")
+    raise InputError(f"'{first}' and '{second}' have no task in common")
+
+
+def _pairs(
+    key: str, firsts: Sequence[Mapping[str, Row]], seconds: Sequence[Mapping[str, Row]]
+) -> list[tuple[Row, Row]]:
+    """Each of the first rows of this board with each of the second, but none with itself and no two twice."""
+    pairs: dict[frozenset[str], tuple[Row, Row]] = {}
+    for one, other in itertools.product(firsts, seconds):
+        if key in one and key in other and one[key] is not other[key]:
+            pairs.setdefault(frozenset({one[key].label, other[key].label}), (one[key], other[key]))
+    return list(pairs.values())
 
 
 def _label(name: str) -> str:

@@ -6,8 +6,9 @@ import dataclasses
 import shlex
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness import installed
 from harness.commands.tracking import log
@@ -18,6 +19,11 @@ from harness.record.record import RunRecord
 from harness.record.store import Found, RecordStore
 from harness.report.forms.latex_cells import checked
 from harness.spec import EVERYTHING, Selection
+
+if TYPE_CHECKING:
+    from harness.report.board.leaderboard import Board
+    from harness.report.tables.differences import Differences
+    from harness.report.tables.table import Table
 
 FAILED = ("failed", "diverged", "out_of_memory")
 MOST_SHOWN = 1000  # runs of a sweep that ran nothing new whose report is made again, unasked
@@ -35,6 +41,7 @@ class Wanted:
     tracking_uri: str | None = None  # None: the results folder's own
     forms: tuple[str, ...] = ("png", "pdf")  # of the pictures
     every_split: bool = False  # a task's further evaluation splits are columns, too
+    rank_agreement: bool = False  # print how far seeds agree on ranks
     selection: Selection = EVERYTHING  # what the tables, pictures and the page show
     is_complete: bool = True  # whether a name of it that matches nothing is a mistake, and not of runs still to come
     latex_style: str = "subscript"  # of the LaTeX tables' cells
@@ -100,10 +107,11 @@ def brief(store: RecordStore, statuses: Mapping[str, str]) -> int:
 def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wanted) -> None:
     """Print the boards of `shown`; the files are made of `written`. Raises Unwritten where some could not be."""
     from harness.commands.packages import columns, known_of
-    from harness.report.board.leaderboard import Board, sorted_by
+    from harness.report.board.leaderboard import sorted_by
     from harness.report.board.parents import grouped
     from harness.report.board.runs import every_split, runs_of
     from harness.report.build import Unwritten, boards_of, build_report, to_stderr
+    from harness.report.forms import plain
     from harness.report.forms.text import console, terminal_width
     from harness.report.pictures import critical
 
@@ -120,6 +128,8 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
     with uncollected():
         every = made_of(written.records)
         boards = every if shown is written.records else made_of(shown)
+        of_every = _differences(every, wanted, store, told)
+        compared = of_every if boards is every else _differences(boards, wanted, store, told)
     for line in told:
         to_stderr(line)
     if wanted.sort is not None:
@@ -127,7 +137,10 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
     unwritten = None
     try:
         known = known_of(written.records)
-        paths = build_report(store, written, naming, every, wanted.forms, known=known, latex_style=wanted.latex_style)
+        style = wanted.latex_style
+        paths = build_report(
+            store, written, naming, every, wanted.forms, known=known, differences=of_every, latex_style=style
+        )
     except Unwritten as error:
         paths, unwritten = error.paths, error
     width = terminal_width()
@@ -136,6 +149,8 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
         refused = critical.refusal(board)
         if refused and len(board.columns) > 1:
             print(textwrap.fill(f"No diagram of mean ranks: {refused}.", width, subsequent_indent="  "))
+        for further in _further(board, compared.get(board.key), wanted):
+            print(f"\n{plain.console(further, width)}")
     if wanted.against is not None:
         from harness.report.tables.paper import against_paper
 
@@ -146,3 +161,33 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
         print(f"{KINDS.get(path.parent.name, 'page'):<10}{path}")
     if unwritten is not None:
         raise unwritten
+
+
+def _differences(
+    boards: Sequence[Board], wanted: Wanted, store: RecordStore, told: dict[str, None]
+) -> dict[str, Differences]:
+    """By the board's key; none without a baseline. Raises InputError where no board has it, or, where its runs may be
+    still to come, puts a line into `told`."""
+    from harness.report.evidence.compare import ExampleReader
+    from harness.report.tables.differences import differences
+
+    if wanted.selection.baseline is None:
+        return {}
+    try:
+        return differences(boards, wanted.selection.baseline, ExampleReader(store, installed.metric_of))
+    except InputError as error:
+        if wanted.is_complete:
+            raise
+        told[f"shown without it: {error}"] = None
+        return {}
+
+
+def _further(board: Board, compared: Differences | None, wanted: Wanted) -> Iterator[Table]:
+    """The tables that are printed after a board."""
+    from harness.report.tables.differences import differences_table
+    from harness.report.tables.rank_agreement import agreement_table, agreements
+
+    if compared is not None:
+        yield differences_table(compared, board)
+    if wanted.rank_agreement and (agreed := list(agreements(board))):
+        yield agreement_table(board, agreed)

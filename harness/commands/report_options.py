@@ -23,6 +23,7 @@ def selection_of(options: argparse.Namespace) -> Selection:
         if not patterns:
             raise InputError(f"--{name} '' is not allowed: give names, comma-separated")
     given: dict[str, Any] = {**lists, **({"group": _groups(options.group)} if options.group else {})}
+    given |= {} if options.baseline is None else {"baseline": options.baseline}
     Selection.of(given, "--")
     return Selection.of(values | given, "report")
 
@@ -53,5 +54,8 @@ def add_to(parser: argparse.ArgumentParser, path: Callable[[str], Path]) -> None
     parser.add_argument("--config", type=path, metavar="FILE", help="the [report] table of a sweep; options win")
     text = "of LaTeX cells: subscript (default), side, siunitx"
     parser.add_argument("--latex-style", default="subscript", metavar="STYLE", help=text)
+    text = "a further table: each row's difference to this row of the table"
+    parser.add_argument("--baseline", metavar="ROW", help=text)
+    parser.add_argument("--rank-agreement", action="store_true", help="print how far seeds agree on ranks")
     parser.add_argument("--against", metavar="paper", help="print what the paper reports beside ours")
     parser.add_argument("--to-mlflow", action="store_true", help="log every record that MLflow does not have yet")

@@ -48,6 +48,9 @@ class RunRecord(Strict):
     )
     parameters: ParameterCount | None = None
     ranks: dict[str, int] = Field({}, description="live rank per adapted layer at the end")
+    shapes: dict[str, tuple[int, int]] = Field(
+        {}, description="outputs and inputs of the same layers' weights, as matrices; {} in records of older versions"
+    )
     trajectory: tuple[Size, ...] = Field(
         (), description="[batches used, adapter parameters, sum of the ranks] at the start and at every change"
     )

@@ -24,6 +24,7 @@ from harness.report.board.runs import Run, runs_of
 from harness.report.board.selection import selected
 from harness.report.evidence.compare import ExampleReader, with_ties
 from harness.report.evidence.examples import FindMetric, common
+from harness.report.forms import plain
 from harness.report.forms.data import csv_text, structured, tidy
 from harness.report.forms.latex import latex
 from harness.report.forms.latex_cells import STYLES
@@ -33,12 +34,16 @@ from harness.report.known import Known
 from harness.report.pictures.histories import Traced, one_line, traced
 from harness.report.pictures.picture import Picture, PictureData
 from harness.report.tables.budget import costs, matched, sweeps, time_to_score
+from harness.report.tables.differences import Differences, differences_frame, differences_json, differences_table
+from harness.report.tables.rank_agreement import agreement_frame, agreement_table, agreements
 from harness.report.tables.rank_curves import areas, rank_curves
+from harness.report.tables.table import Table
 from harness.report.tables.trials import learning_rates, trials_frame
 from harness.spec import EVERYTHING, Selection
 from harness.storage import remove
 
 MOST_ILLUSTRATED = 6  # settings with pictures of their own
+AT_TIMES = {"differences": "Differences", "rank_agreement": "Agreement of seeds on ranks"}  # tables for people
 Tell = Callable[[str], None]
 
 
@@ -63,10 +68,12 @@ def build_report(
     forms: Sequence[str] = ("png", "pdf"),
     tell: Tell = to_stderr,
     known: Known | None = None,
+    differences: Mapping[str, Differences] | None = None,
     latex_style: str = STYLES[0],
 ) -> list[Path]:
     """Write tables/leaderboard.{md,tex,csv,json}, tables/trials.csv and those of `_tables` that have rows,
-    pictures/*.{png,pdf} and report.html, all below `store.results`.
+    tables/differences.{md,tex,csv,json} where there are `differences` (by a board's key), the table
+    of ranks' agreement in the same forms, pictures/*.{png,pdf} and report.html, all below `store.results`.
 
     `found`: what to report on; None for all of the store. `naming`: see `labels_of`. `boards`: those of the
     records, where they are made already (see `boards_of`).
@@ -93,20 +100,20 @@ def build_report(
     records = {record.run_id: record for record in chosen}
     boards = boards_of(store, runs_of(grouped(store, chosen, naming or {}), naming)) if boards is None else boards
     with _draft(store) as folder:
-        drawing, tables = _Drawing(folder, forms, tell), {}
+        drawing, tables, further = _Drawing(folder, forms, tell), {}, _Further(differences or {})
         for place, board in enumerate(boards):  # one after the other: histories are large
             of_board, histories = _of(board, trials), _histories(board, store, known, tell)
-            tables[board.key] = _tables(board, of_board, histories, records)
+            tables[board.key] = _tables(board, of_board, histories, records) | further.frames(board)
             if place < MOST_ILLUSTRATED:
                 data = PictureData(board, of_board, store, records, histories, known.singular_values)
                 drawing.draw(pictures, data, f"_{board.key}" if len(boards) > 1 else "")
         whole = {name: _by_setting(name, tables) for name in tables[boards[0].key]} | {"trials": trials}
-        texts = _texts(boards, whole, damaged, latex_style)
-        html = {"report.html": page(boards, damaged, tables, drawing.pngs)}
+        texts = _texts(boards, whole, damaged, latex_style) | further.texts()
+        html = {"report.html": page(boards, damaged, tables, drawing.pngs, further.tables)}
         for name, text in (texts | html).items():
             (folder / name).write_text(text, encoding="utf-8")
         names = [*texts, *drawing.names, *html]
-        old = {f"tables/{name}.csv" for name in whole} | _drawn_before(store.results, pictures)
+        old = {f"tables/{name}.csv" for name in whole} | further.may_write | _drawn_before(store.results, pictures)
         _remove_old(store.results, old, {*names, *drawing.failed})
         return _put(folder, store.results, names)
 
@@ -193,6 +200,40 @@ def _texts(
     return {f"tables/{name}": text for name, text in texts.items()}
 
 
+class _Further:
+    """The tables for people that some reports have, setting by setting; see `AT_TIMES`."""
+
+    may_write = frozenset(f"tables/{name}.{form}" for name in AT_TIMES for form in ("md", "tex", "json"))
+
+    def __init__(self, differences: Mapping[str, Differences]) -> None:
+        self._differences = differences
+        self._found: dict[str, list[Table]] = {name: [] for name in AT_TIMES}
+
+    def frames(self, board: Board) -> dict[str, pd.DataFrame]:
+        """The board's tables as data; without rows where it has none."""
+        agreed = list(agreements(board))
+        self._found["rank_agreement"] += [agreement_table(board, agreed)] if agreed else []
+        against = self._differences.get(board.key)
+        self._found["differences"] += [] if against is None else [differences_table(against)]
+        return {"differences": differences_frame(against), "rank_agreement": agreement_frame(agreed)}
+
+    @property
+    def tables(self) -> list[Table]:
+        return [table for tables in self._found.values() for table in tables]
+
+    def texts(self) -> dict[str, str]:
+        """The tables of all boards by the names of their files."""
+        texts = {}
+        for name, tables in self._found.items():
+            if tables:
+                texts[f"tables/{name}.md"] = plain.markdown(AT_TIMES[name], tables)
+                texts[f"tables/{name}.tex"] = plain.latex(tables, name)
+        if self._differences:
+            content = differences_json(self._differences.values())
+            texts["tables/differences.json"] = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        return texts
+
+
 class _Drawing:
     """The pictures' files, below `folder`: one that cannot be made must not cost the others."""
 
@@ -235,7 +276,7 @@ def _drawn_before(results: Path, pictures: Iterable[Picture]) -> set[str]:
 def _remove_old(results: Path, old: set[str], kept: set[str]) -> None:
     """Remove what an earlier report has made, but for what is `kept`."""
     for name in old - kept:
-        if name.endswith((".csv", ".png", ".pdf")):
+        if name.endswith((".csv", ".md", ".tex", ".json", ".png", ".pdf")):
             with contextlib.suppress(OSError):  # another report may have been faster
                 (results / name).unlink()
 

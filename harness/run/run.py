@@ -162,12 +162,14 @@ class _Run:
         method, self.error = inherited(method, backbone, parents)
         if self.error is not None:
             return "unsupported"
+        shapes = {layer: backbone.shape(layer) for layer in backbone.layers}  # before the method changes them
         backbone.module.to(self.device)
         if not spec.is_trial:
             with self.store.writing():
                 task.artifacts(backbone.module, place.model, self.files / "artifacts" / "before")
         adaptation = self._start(method, backbone, data)
         self._train(adaptation, data)
+        self.known["shapes"] = {layer: shape for layer, shape in shapes.items() if layer in self.known["ranks"]}
         if not spec.is_trial:
             self._evaluate(adaptation, data)
             with self.store.writing():
@@ -289,14 +291,13 @@ class _Run:
     def _tell(self, training: Training) -> None:
         if training.index % 10 and training.used < training.budget:
             return
-        last = training.history[-1] if training.history else {}
         size = training.sizes.trajectory[-1]
         self.watch(
             Progress(
                 run_id=self.spec.run_id,
                 batches=training.used,
                 budget=training.budget,
-                loss=last.get("loss"),
+                loss=training.history[-1].get("loss") if training.history else None,
                 holdout=self.known.get("holdout", {}).get(self.task.headline),
                 rank=size.rank,
                 adapter_parameters=size.adapter_parameters,

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from part import RESERVED, TITLES, Part, difference_text, pipes
-from ranks import Agreement, agreement, shared
 
 from harness.record.record import RunRecord
 from harness.report.pictures.layers import split_name
 from harness.report.tables.paper import Reported, reported
+from harness.report.tables.rank_agreement import Agreed, agreements, shared
 from harness.report.wording import human
 
 CONTROLS = {  # by kind: what it is
@@ -159,56 +159,51 @@ def _figures() -> dict[tuple[str, str], Reported]:
     return figures
 
 
-class Agreed(NamedTuple):
+class Agreement(NamedTuple):
     """How far the final ranks of a row's seeds agree on a task."""
 
     model: str
     task: str
-    label: str
-    components: tuple[int, ...]
-    found: Agreement
+    row: Agreed
 
 
-def agreements(model: str, part: Part, labels: Iterable[str]) -> list[Agreed]:
-    """Of these rows on the tasks that claims rest on."""
-    found = []
-    for task, label in itertools.product(part.claimed, labels):
-        ranks = list(part.ranks(label, task).values())
-        sizes = tuple(sum(of_run.values()) for of_run in ranks)
-        found.append(Agreed(model, task, label, sizes, agreement(ranks, shape_of)))
-    return found
+def agreements_of(model: str, part: Part, labels: Iterable[str]) -> list[Agreement]:
+    """Of these rows on the tasks that claims rest on, with the layers' shapes that `shape_of` knows."""
+    rows = {(each.column.title, each.label): each for each in agreements(part.board, shape_of)}
+    tasks = [(task, part.columns[task].title) for task in part.claimed]
+    return [Agreement(model, task, rows[title, label]) for (task, title), label in itertools.product(tasks, labels)]
 
 
-def ranks_table(agreed: Iterable[Agreed]) -> str:
+def ranks_table(agreed: Iterable[Agreement]) -> str:
     """Shared components of seeds, with chance beside it."""
     return pipes(
         [
             {
-                "model, task": f"{each.model}, {TITLES[each.task.partition(',')[0]]}",
-                "method": "LoRA 8 pruned by magnitude" if each.label == "magnitude" else f"`{each.label}`",
-                "components left": ", ".join(map(str, each.components)),
-                "shared": f"{each.found.shared:.2f}",
-                "by chance": f"{each.found.chance:.2f} ({each.found.low:.2f} to {each.found.high:.2f})",
+                "model, task": f"{model}, {TITLES[task.partition(',')[0]]}",
+                "method": "LoRA 8 pruned by magnitude" if row.label == "magnitude" else f"`{row.label}`",
+                "components left": ", ".join(map(str, row.components)),
+                "shared": f"{row.found.shared:.2f}",
+                "by chance": f"{row.found.chance:.2f} ({row.found.low:.2f} to {row.found.high:.2f})",
             }
-            for each in agreed
+            for model, task, row in agreed
         ],
         left=2,
     )
 
 
-def beyond_chance(agreed: Iterable[Agreed]) -> str:
+def beyond_chance(agreed: Iterable[Agreement]) -> str:
     """3 of 28 (`debora[tau=32]` on MNLI; chance alone: 0.7): dEBORA's rows that share more than the middle 95 % of
     chance."""
-    own = [each for each in agreed if each.label.startswith("debora")]
-    above = [each for each in own if each.found.shared > each.found.high]
-    names = ", ".join(f"`{each.label}` on {TITLES[each.task]}" for each in above)
+    own = [(each.task, each.row) for each in agreed if each.row.label.startswith("debora")]
+    above = [(task, row) for task, row in own if row.found.is_beyond_chance]
+    names = ", ".join(f"`{row.label}` on {TITLES[task]}" for task, row in above)
     expected = f"chance alone: {len(own) * 0.025:.1f}"
     return f"{len(above)} of {len(own)} ({f'{names}; ' if above else ''}{expected})"
 
 
-def agree(agreed: Iterable[Agreed], label: str, beyond: bool) -> str:
+def agree(agreed: Iterable[Agreement], label: str, beyond: bool) -> str:
     """Nothing, where the row's seeds agree beyond chance on every task, or on none; a sentence rests on it."""
     for each in agreed:
-        if each.label == label and (each.found.shared > each.found.high) != beyond:
-            raise ValueError(f"seeds of {label} share {each.found} on {each.task}: the text says otherwise")
+        if each.row.label == label and each.row.found.is_beyond_chance != beyond:
+            raise ValueError(f"seeds of {label} share {each.row.found} on {each.task}: the text says otherwise")
     return ""

@@ -62,9 +62,11 @@ def _write(folder: Path) -> None:
     controls = Part(store, _of_controls(records, tuned), tables.kind_of)
     parts, convolutions = (_all_of(RecordStore.existing(folder / name)) for name in ("parts", "convolutions"))
     agreed = [
-        *tables.agreements("MiniLM", tuned, [label for label in tuned.rows if label.startswith(("debora", "adalora"))]),
-        *tables.agreements("MiniLM", controls, ["magnitude"]),
-        *tables.agreements("BERT-tiny", parts, [label for label in parts.rows if label.startswith("debora")]),
+        *tables.agreements_of(
+            "MiniLM", tuned, [label for label in tuned.rows if label.startswith(("debora", "adalora"))]
+        ),
+        *tables.agreements_of("MiniLM", controls, ["magnitude"]),
+        *tables.agreements_of("BERT-tiny", parts, [label for label in parts.rows if label.startswith("debora")]),
     ]
     written = STUDY / "tables"
     written.mkdir(exist_ok=True)
@@ -75,7 +77,7 @@ def _write(folder: Path) -> None:
     (written / "ranks.md").write_text(tables.ranks_table(agreed) + "\n")
     (written / "parts_differences.md").write_text(tables.parts_table(parts, differences=True) + "\n")
     _pictures(tuned, parts, convolutions)
-    shown = [each for each in agreed if each.model != "BERT-tiny" or each.label in IDENTIFIED]
+    shown = [each for each in agreed if each.model != "BERT-tiny" or each.row.label in IDENTIFIED]
     _texts(
         {
             "main": tuned,

@@ -17,7 +17,7 @@ from harness.report.board.runs import runs_of
 from harness.report.evidence.compare import Comparison, ExampleReader, compare, in_words, row_of, with_ties
 from harness.report.forms.text import markdown
 from harness.report.statistics import over_tasks
-from tests.support.report_records import NAMING, predicted, record, rewritten, stored
+from tests.support.report_records import NAMING, chosen, predicted, record, rewritten, stored, trial
 
 EXAMPLES = 400
 
@@ -58,7 +58,8 @@ def board_of(store: RecordStore) -> Board:
 
 def compared(store: RecordStore, first: str = "lora", second: str = "head") -> list[Comparison]:
     board = board_of(store)
-    return compare(board, row_of(board, first), row_of(board, second), ExampleReader(store))
+    (found,) = compare(board, [(row_of(board, first), row_of(board, second))], ExampleReader(store))
+    return found
 
 
 class TestVerdict:
@@ -291,6 +292,50 @@ class TestCommand:
         rank = record("debora", method_parameters={"tau": 4.0, "rank": 2})
         label = row_of(board_of(stored(tmp_path / "two", rank)), "debora[tau=4, rank=2]").label
         assert label == "debora[tau=4,rank=2]"  # the console has a blank after the comma
+
+    def test_lists_are_compared_each_with_each_under_one_correction(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        two_methods(tmp_path, (0.7, 0.5))
+        four, eight = ({"tau": tau, "rank": 8} for tau in (4.0, 8.0))
+        runs = [
+            (record("debora", method_parameters=parameters, seed=seed), right(0.69, seed, place))
+            for place, parameters in enumerate((four, eight), start=2)
+            for seed in range(3)
+        ]
+        store = with_predictions(tmp_path, *runs)
+        arguments = ["compare", "debora[tau=4],debora[tau=8],lora", "lora, head", "--results", str(tmp_path)]
+        assert cli.main(arguments) == 0
+        out = capsys.readouterr().out
+        pairs = [line.partition(". Model")[0] for line in out.splitlines() if " against " in line]
+        first = [f"debora[tau={tau}] against {other}" for tau in (4, 8) for other in ("lora", "head")]
+        assert pairs == [*first, "lora against head"]  # lora not with itself
+        board = board_of(store)
+        rows = [(row_of(board, "lora"), row_of(board, "head")), (row_of(board, "debora[tau=4]"), board.rows[0])]
+        together, alone = compare(board, rows, ExampleReader(store)), compare(board, rows[:1], ExampleReader(store))
+        assert together[0][0].adjusted_p == pytest.approx(2 * (alone[0][0].adjusted_p or 0))
+
+    def test_a_pair_is_compared_once(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        two_methods(tmp_path, (0.7, 0.5))
+        assert cli.main(["compare", "lora,head", "lora,head", "--results", str(tmp_path)]) == 0
+        assert capsys.readouterr().out.count(" against ") == 1
+
+    def test_a_row_is_looked_for_on_every_board(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        runs = [
+            record(m, seed=s, threads=2, score=0.5 + 0.1 * s * (m == "full")) for m in ("full", "head") for s in (0, 1)
+        ]
+        stored(tmp_path, *runs, *(record("lora", seed=seed) for seed in range(9)))
+        assert cli.main(["compare", "full", "head", "--results", str(tmp_path)]) == 0
+        assert cli.main(["compare", "ful", "lora", "--results", str(tmp_path)]) == 2
+        assert "unknown row 'ful'. Did you mean 'full'?" in capsys.readouterr().err
+        assert cli.main(["compare", "full", "lora", "--results", str(tmp_path)]) == 2
+        assert "'full' and 'lora' have no task in common" in capsys.readouterr().err
+
+    def test_a_label_told_apart_by_its_tuning_needs_no_more_than_its_beginning(self, tmp_path: Path) -> None:
+        trials = [trial(learning_rate=rate) for rate in (1e-3, 1e-2)]
+        others = [record("lora", method_parameters={"rank": 2, "targets": ["query", "value"], "learning_rate": 1.0})]
+        board = board_of(stored(tmp_path, *trials, chosen(trials, 1e-3, seed=0), *others))
+        assert row_of(board, "lora").label == "lora (tuned 2)"
 
     def test_no_records(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["compare", "lora", "head", "--results", str(tmp_path)]) == 2

@@ -64,6 +64,15 @@ def test_what_a_finished_run_leaves(store, tmp_path):
     assert last["holdout_accuracy"] == record.holdout["accuracy"]
 
 
+def test_a_record_holds_the_shapes_of_the_layers_with_ranks(store, tmp_path):
+    made = spec(tmp_path, "lora")
+    record = run_one(made, store)
+    backbone = registry.task_of(made).backbone(None)
+    assert record.shapes == {layer: backbone.shape(layer) for layer in record.ranks}
+    assert store.load(record.run_id).shapes == record.shapes != {}
+    assert run_one(spec(tmp_path, "head"), store).shapes == {}
+
+
 def test_the_holdouts_last_predictions_are_kept_and_are_no_evaluation(store, tmp_path):
     several = spec(tmp_path).model_copy(update={"train": spec(tmp_path).train.model_copy(update={"holdout_points": 3})})
     record = run_one(several, store)

@@ -91,33 +91,50 @@ class Comparison:
     def verdict(self) -> str:
         """better, worse, undecided or not comparable: of the first against the second. "better" and "worse" need a 95 %
         interval without 0, and Holm's correction where there are several tasks."""
-        if not self.seeds:
-            return "not comparable"
-        found = self.difference
-        if found is None or self.adjusted_p is None or self.adjusted_p >= 1 - CONFIDENCE or not found.excludes_zero:
-            return "undecided"
-        return "better" if self.column.merit(found.mean) > 0 else "worse"
+        return verdict_of(self.difference, self.adjusted_p, self.column.merit(1)) if self.seeds else "not comparable"
+
+
+def verdict_of(found: Difference | None, adjusted_p: float | None, sign: float) -> str:
+    """better, worse or undecided, of a difference whose p value is corrected; `sign`: -1 where less is better."""
+    if found is None or adjusted_p is None or adjusted_p >= 1 - CONFIDENCE or not found.excludes_zero:
+        return "undecided"
+    return "better" if sign * found.mean > 0 else "worse"
+
+
+def rows_of(boards: Sequence[Board], name: str, kind: str = "row") -> dict[str, Row]:
+    """By the board's key, the row with this label, the only one with it before a "(tuned 4)", or the only one of this
+    method. Raises InputError where no board has it; `kind`: what it is called there."""
+    name = name.replace(", ", ",")  # as the console folds labels
+    found, several = {}, set()
+    for board in boards:
+        labelled = [row for row in board.rows if row.label == name]
+        begun = [row for row in board.rows if row.label.partition(" (")[0] == name]
+        of_method = [row for row in board.rows if name in {run.method for run in row.runs}]
+        if only := next((rows[0] for rows in (labelled, begun, of_method) if len(rows) == 1), None):
+            found[board.key] = only
+        several |= {row.label for row in begun or of_method}
+    if not found:
+        labels = several or {row.label for board in boards for row in board.rows}
+        raise unknown(f"{kind} (several are of this method)" if several else kind, name, labels)
+    return found
 
 
 def row_of(board: Board, name: str) -> Row:
-    """The row with this label, or of this method where it has one row only. Raises InputError for any other name."""
-    labels = {row.label: row for row in board.rows}
-    name = name.replace(", ", ",")  # as the console folds labels
-    if name in labels:
-        return labels[name]
-    of_method = [row for row in board.rows if any(cell.runs[0].method == name for cell in row.cells.values())]
-    if len(of_method) == 1:
-        return of_method[0]
-    raise unknown("row" if not of_method else "row (several are of this method)", name, labels)
+    """The same of one board."""
+    return rows_of([board], name)[board.key]
 
 
-def compare(board: Board, first: Row, second: Row, read: ExampleReader) -> list[Comparison]:
-    """The comparisons on every task that both rows have runs on, with Holm's correction over them."""
-    found = []
+def compare(board: Board, pairs: Sequence[tuple[Row, Row]], read: ExampleReader) -> list[list[Comparison]]:
+    """Of each pair, the comparisons on every task that both rows have runs on, with Holm's correction over all."""
+    found: list[tuple[int, Comparison]] = []
     for column in board.columns:
-        if column.title in first.cells and column.title in second.cells:
-            found.append(compare_cells(first.cells[column.title], second.cells[column.title], column, read))
-    return corrected(found)
+        for place, rows in enumerate(pairs):
+            if all(column.title in row.cells for row in rows):
+                first, second = (row.cells[column.title] for row in rows)
+                found.append((place, compare_cells(first, second, column, read)))
+        read.forget()  # memory is that of one task
+    every = corrected([each for _, each in found])
+    return [[each for (own, _), each in zip(found, every, strict=True) if own == place] for place in range(len(pairs))]
 
 
 def corrected(found: Sequence[Comparison]) -> list[Comparison]:
@@ -221,7 +238,7 @@ def _verdict(each: Comparison, first: str, second: str) -> str:
         return "undecided: no spread between the runs to judge by"
     if not found.excludes_zero:
         return "undecided: the interval includes 0"
-    return "undecided: the interval excludes 0, but not after Holm's correction for several tasks"
+    return "undecided: the interval excludes 0, but not after Holm's correction for several tests"
 
 
 def _numbers(each: Comparison) -> list[str]:

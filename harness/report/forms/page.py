@@ -14,8 +14,10 @@ from jinja2 import Environment, StrictUndefined, Template
 from harness.report.board.columns import TableColumn
 from harness.report.board.leaderboard import Board, words_of
 from harness.report.board.rows import Cell, Column, Row
+from harness.report.forms.plain import spaced
 from harness.report.forms.summary import what_it_shows
 from harness.report.redact import cut, one_line
+from harness.report.tables.table import Entry, Table
 from harness.report.wording import TIE, cell_text, human, legend, score_text
 
 TABLES = {  # by name: what a table of the page shows
@@ -30,11 +32,21 @@ def page(
     damaged: Iterable[str],
     tables: Mapping[str, Mapping[str, pd.DataFrame]],
     pictures: Mapping[str, Sequence[tuple[str, Path]]],
+    further: Iterable[Table] = (),
 ) -> str:
     """The page. By a board's key, `tables`: frames by their names, of which it shows some, and `pictures`: titles and
-    PNG files, which are taken into the page but for links to others. Hyperlinks lead to runs/<run_id>/record.json
-    beside it. Scripts and styles are in it: it loads nothing."""
-    sections = [_section(board, tables.get(board.key, {}), pictures.get(board.key, ())) for board in boards]
+    PNG files, which are taken into the page but for links to others; `further`: tables, of any board. Hyperlinks lead
+    to runs/<run_id>/record.json beside it. Scripts and styles are in it: it loads nothing."""
+    further = list(further)
+    sections = [
+        _section(
+            board,
+            tables.get(board.key, {}),
+            pictures.get(board.key, ()),
+            [table for table in further if table.key == board.key],
+        )
+        for board in boards
+    ]
     left_out = [one_line(cut(name)) for name in damaged]
     return _template().render(sections=sections, legend=legend(words_of(boards, "page")), tie=TIE, damaged=left_out)
 
@@ -47,7 +59,12 @@ def _template() -> Template:
     )
 
 
-def _section(board: Board, tables: Mapping[str, pd.DataFrame], pictures: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+def _section(
+    board: Board,
+    tables: Mapping[str, pd.DataFrame],
+    pictures: Sequence[tuple[str, Path]],
+    further: Sequence[Table],
+) -> dict[str, Any]:
     places = {row.label: place for place, row in enumerate(board.rows)}
     headings = [("method", "")]
     for column in board.across("page"):
@@ -69,6 +86,7 @@ def _section(board: Board, tables: Mapping[str, pd.DataFrame], pictures: Sequenc
             for section in board.sections
         ],
         "tables": [(TABLES[name], _plain(tables[name])) for name in TABLES if name in tables and len(tables[name])],
+        "further": [_further(table) for table in further],
         "cells": _details(board),
         "notes": board.notes,
         "pictures": [
@@ -120,6 +138,16 @@ def _runs(cell: Cell) -> list[dict[str, Any]]:
     return [{"run_id": run.run_id, "seed": run.seed, "result": scores.get(run.run_id, run.status)} for run in cell.runs]
 
 
+def _further(table: Table) -> dict[str, Any]:
+    """A table of text and numbers as a table of the page."""
+    rows = [[_entry(entry) for entry in row] for row in table.rows]
+    return {"title": table.title, "headings": list(table.headings), "groups": _one_group(rows), "notes": table.notes}
+
+
+def _entry(entry: Entry) -> dict[str, Any]:
+    return _text(spaced(str(entry))) if entry.number is None else _number(str(entry), entry.number)
+
+
 def _plain(table: pd.DataFrame) -> dict[str, Any]:
     """A frame as a table of the page."""
     rows = [
@@ -127,8 +155,11 @@ def _plain(table: pd.DataFrame) -> dict[str, Any]:
         for row in table.astype(object).itertuples(index=False, name=None)
     ]
     headings = [str(name).replace("_", " ").replace("interval 95", "± (95 %)") for name in table]
-    groups = [{"title": "", "ranked": True, "rows": rows}]
-    return {"headings": [(heading, "") for heading in headings], "groups": groups}
+    return {"headings": [(heading, "") for heading in headings], "groups": _one_group(rows)}
+
+
+def _one_group(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [{"title": "", "ranked": True, "rows": rows}]
 
 
 def _value(name: str, value: Any) -> dict[str, Any]:
