@@ -216,7 +216,9 @@ class TestSource:
     def test_the_caption_is_short_and_the_rest_is_below(self):
         text = latex(boards(record()))
         caption, notes = text.split(r"\begin{tabular}")
-        assert re.search(r"\\caption\{Model 30de100000000000; [^.]*\. [^.]*\.\}\\label\{tab:leaderboard-\w{8}\}\n", caption)
+        assert re.search(
+            r"\\caption\{Model 30de100000000000; [^.]*\. [^.]*\.\}\\label\{tab:leaderboard-\w{8}\}\n", caption
+        )
         assert "\nMetrics: accuracy on digits.\\par\n" in notes
         assert "no $\\pm$: one run has no interval" in notes
 

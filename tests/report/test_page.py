@@ -125,11 +125,11 @@ class TestWhatItShows:
         assert "What this shows" in html(of)
         assert all(sentence in html(of) for sentence in what_it_shows(of))
 
-    def test_one_seed_allows_no_test(self) -> None:
+    def test_of_single_runs_none_is_best(self) -> None:
         of = board(record("lora", score=0.7), record("head", score=0.6))
         assert what_it_shows(of)[1:] == [
             "1 seed behind each score.",
-            "digits: best lora (0.700), by a single seed, which allows no test.",
+            "digits: no row is called best.",
         ]
 
     def test_ties_are_those_of_the_table(self, tmp_path: Path) -> None:
