@@ -39,7 +39,7 @@ def _seeds(board: Board) -> str:
 
 
 def _best(board: Board, column: Column) -> str:
-    """The best of a task and how many are not significantly different from it, among the rows that may be best there."""
+    """The best of a task and how many do not differ significantly from it, among the rows that may be best there."""
     rows = [row for row in board.rows if board.is_ranked(row, column)]
     best = [row for row in rows if board.is_best(row, column)]
     if not best:
