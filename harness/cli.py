@@ -1,4 +1,4 @@
-"""The command line: run, status, list, validate, report, compare, diff, export."""
+"""The command line: run, status, list, validate, report, compare, advise, diff, export."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness.commands import report_options
+from harness.commands import advise_options, report_options
 from harness.errors import InputError, one_line, plain, unknown
 from harness.execute import stopping
 from harness.execute.process import quiet_environment
@@ -33,7 +33,8 @@ examples:
   python -m harness run --methods lora,debora --tasks glue/cola --seeds 3 --dry-run
   python -m harness run --methods "lora[rank=4],debora" --grid debora.tau=4,8,16 --tasks rotten_tomatoes
   python -m harness report                              tables, pictures and a page from the records
-  python -m harness compare debora lora                 is it better, and how sure is that?"""
+  python -m harness compare debora lora                 is it better, and how sure is that?
+  python -m harness advise --margin 0.01                the smallest that is as good as the best, for PEFT"""
 
 
 LONGEST_URI = 2000
@@ -139,6 +140,10 @@ def _parser() -> argparse.ArgumentParser:
         comparison.add_argument(place, help="a row of the leaderboard: debora[tau=8], or a method that has one row")
     comparison.add_argument("--tasks", type=_names, help="only these tasks")
     _add_results(comparison)
+    text = "the smallest configuration that is not worse than the best, ready for PEFT"
+    advice = _command(commands, "advise", text, _calls("advise", "results", "methods", "tasks", "margin", "to"))
+    advise_options.add(advice, _path)
+    _add_selection(advice)
     difference = _command(commands, "diff", "how two runs differ: spec, versions, metrics, ranks", _diff)
     difference.add_argument("runs", nargs=2, metavar="RUN_ID")
     _add_results(difference)
@@ -152,24 +157,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_report(commands: Any) -> None:
     report = _command(commands, "report", "rebuild tables, pictures and the page from the records", _report)
-    _add_results(report)
-    report.add_argument("--methods", type=_names, help="only these methods")
-    report.add_argument("--tasks", type=_names, help="only these tasks")
-    report.add_argument(
-        "--sort", metavar="COLUMN", help="order the printed rows by a task, or by parameters, rank, seconds and so on"
-    )
-    report.add_argument(
-        "--every-split",
-        action="store_true",
-        help="give a task's further evaluation splits (MNLI's mismatched one) columns of their own",
-    )
-    report_options.add_to(report)
-    report.add_argument("--config", type=_path, metavar="FILE", help="the [report] table of a sweep; options win")
-    report.add_argument(
-        "--latex-style", default="subscript", metavar="STYLE", help="of LaTeX cells: subscript (default), side, siunitx"
-    )
-    report.add_argument("--against", metavar="paper", help="print what the paper reports beside ours")
-    report.add_argument("--to-mlflow", action="store_true", help="log every record that MLflow does not have yet")
+    _add_selection(report)
+    report_options.add_to(report, _path)
     _add_tracking(report)
 
 
@@ -236,6 +225,12 @@ def _add_results(parser: Any) -> None:
     parser.add_argument(
         "--results", type=_path, default=Path("results"), metavar="DIR", help="results folder (default results)"
     )
+
+
+def _add_selection(parser: Any) -> None:
+    _add_results(parser)
+    parser.add_argument("--methods", type=_names, help="only these methods")
+    parser.add_argument("--tasks", type=_names, help="only these tasks")
 
 
 def _add_tracking(parser: Any) -> None:

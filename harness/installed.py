@@ -15,6 +15,7 @@ from harness import registry
 from harness.errors import InputError
 from harness.method import Method
 from harness.metric import Metric, declared
+from harness.peft_form import PeftForm
 from harness.trace import Trace
 
 if TYPE_CHECKING:
@@ -36,6 +37,20 @@ def traces_of(methods: Iterable[str]) -> dict[str, tuple[Trace, ...]]:
 def singular_values(method: str, folder: Path) -> Mapping[str, np.ndarray]:
     """Of a kept adapter of the method, see `Method.singular_values`."""
     return next((found.singular_values(folder) for _, found in _classes([method])), {})
+
+
+def shown_parameters(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters that are not at their defaults; all, of a method that is not installed."""
+    named = naming_of([method]).get(method, dict)
+    return named(dict(parameters))
+
+
+def peft_form(method: str, parameters: dict[str, Any], ranks: Mapping[str, int]) -> PeftForm | None:
+    """Of a configuration, see `Method.peft_form`; None, too, where the installed method knows no such parameters."""
+    try:
+        return registry.make_method(method, parameters).peft_form(ranks)
+    except InputError:
+        return None
 
 
 def metric_of(task: str, name: str) -> Metric | None:

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
@@ -23,7 +23,9 @@ from harness.backbone import as_matrix as as_matrix
 from harness.backbone import in_modules as in_modules
 from harness.backbone import is_adaptable as is_adaptable
 from harness.backbone import is_transposed as is_transposed
-from harness.parameters import ParameterCount, Range, SearchSpace, Strict
+from harness.parameters import Finished as Finished
+from harness.parameters import Range, SearchSpace, Strict
+from harness.peft_form import PeftForm as PeftForm
 from harness.storage import save_tensors
 from harness.trace import RANK as RANK
 from harness.trace import RANKS as RANKS
@@ -38,13 +40,6 @@ if TYPE_CHECKING:
 
 Stream = Literal["all", "lower", "upper"]
 Indices = tuple[int, ...]  # one batch: positions in the training split
-
-
-class Finished(NamedTuple):
-    """What an earlier run ended with: the live rank of each adapted layer ({} where there is none), and the counts."""
-
-    ranks: dict[str, int]
-    parameters: ParameterCount | None
 
 
 FinishedRun = Callable[[str], Finished]  # by run_id; raises InputError, with the nearest match, where there is none
@@ -117,6 +112,7 @@ class Method(Strict, ABC):
     capabilities: ClassVar[tuple[str, ...]] = ()  # words for `list`: "linear", "conv2d", "rank-adaptive"
     search_space: ClassVar[SearchSpace] = {"learning_rate": Range(1e-5, 1e-2, log=True)}  # of `--tune`
     traces: ClassVar[tuple[Trace, ...]] = ()  # what its `after_step` gives the history, and how it is drawn
+    waits_for: ClassVar[tuple[str, ...]] = ()  # parameters that name another configuration of the sweep by its label
     identity_at_start: ClassVar[bool] = True  # the adapted model computes what the backbone computes, before training
 
     learning_rate: float = Field(gt=0, description="peak learning rate")
@@ -130,9 +126,22 @@ class Method(Strict, ABC):
         return 0.5
 
     def resolve(self, backbone: Backbone, finished: FinishedRun) -> Method:
-        """The method with everything written out that depends on the backbone or on an earlier run, so that the run's
-        spec needs neither later. Called for every cell when runs are planned, with the backbone on the meta device,
-        and before `unsupported`. Raises InputError for what cannot be right there."""
+        """The method with everything written out that depends on the backbone or on an earlier run that it names by
+        run_id, so that the run's spec needs neither later. Called for every cell when runs are planned, with the
+        backbone on the meta device, and before `unsupported`. Raises InputError for what cannot be right there."""
+        return self
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """The labels that this method's `waits_for` hold, by parameter; those that are not set are left out."""
+        labels = {name: getattr(self, name) for name in self.waits_for}
+        return {name: label for name, label in labels.items() if label is not None}
+
+    def inherit(self, backbone: Backbone, parents: Mapping[str, Finished]) -> Method:
+        """The method with what it takes from the runs that it waited for, by the parameter of `waits_for` that names
+        their configuration: those of the same task and seed. Called when the run starts, so that ranks are not in its
+        spec, and before `unsupported`; and once when runs are planned, with what the parents start with. Raises
+        InputError for a parent that has not what is asked for."""
         return self
 
     @classmethod
@@ -146,6 +155,11 @@ class Method(Strict, ABC):
         first, by the layer's name; {} where there are none to be had, as of a damaged export. NumPy alone: the report
         asks for them."""
         return {}
+
+    def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
+        """How stock PEFT trains a LoRA in place of the method's adapter with these ranks, by layer, 0 for none; None
+        where the adapter is no LoRA. `advise` asks for it: import neither torch nor PEFT."""
+        return None
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """Why the method cannot work on this backbone (the cell is then reported with that reason), or None.

@@ -184,3 +184,22 @@ class Size(NamedTuple):
     batches: int  # of the budget, used until then
     adapter_parameters: int
     rank: int | None  # live rank of all layers together; None where there is no rank
+
+
+class Finished(NamedTuple):
+    """What an earlier run ended with: the live rank of each adapted layer ({} where there is none), and the counts."""
+
+    ranks: dict[str, int]
+    parameters: ParameterCount | None
+
+    def own_ranks(self) -> dict[str, int]:
+        """The ranks. Raises InputError where there are none."""
+        if not self.ranks:
+            raise InputError("what it waits for has no ranks: name a method that has a rank")
+        return self.ranks
+
+    def adapter_parameters(self) -> int:
+        """Parameters of the adapter at the end. Raises InputError where there is none."""
+        if self.parameters is None or not (self.parameters.adapter_final or self.ranks):  # ranks may begin with 0
+            raise InputError("what it waits for has no adapter: name a method that has one")
+        return self.parameters.adapter_final

@@ -15,7 +15,7 @@ from harness.parameters import Strict
 
 MOST = 1_000_000_000  # batches, rows, examples of a batch
 NOT_SETTING = {"method", "method_version", "method_parameters", "task", "task_version", "task_parameters"}
-NOT_SETTING |= {"data_fingerprint", "seed", "place", "search"}  # what may differ within one table
+NOT_SETTING |= {"data_fingerprint", "seed", "place", "search", "parents"}  # what may differ within one table
 
 
 class TrainSpec(Strict):
@@ -156,6 +156,11 @@ class RunSpec(Strict):
     threads: int = Field(1, ge=1, description="CPU threads: results are bit-identical only at the same number")
     train: TrainSpec = TrainSpec()
     search: Search | None = Field(None, description="None: the hyperparameters are the user's, or the defaults")
+    parents: dict[str, str] = Field(
+        {},
+        description="run_ids of the runs that it takes ranks or sizes from, by the method's parameter that names them",
+        exclude_if=lambda value: not value,  # younger than the first records: without it, their run_ids stay
+    )
     place: Place = Place()
 
     @property
@@ -165,7 +170,7 @@ class RunSpec(Strict):
 
     @property
     def setting(self) -> dict[str, Any]:
-        """What the runs of one table share, as JSON has it: everything but method, task, seed, search and place."""
+        """What the runs of one table share, as JSON has it: all but method, task, seed, search, parents and place."""
         return self.model_dump(mode="json", exclude=NOT_SETTING)
 
     @property
@@ -175,7 +180,7 @@ class RunSpec(Strict):
 
     @functools.cached_property
     def run_id(self) -> str:
-        """16 hexadecimal digits: the SHA-256 of everything above but `place`, and `search` where there is one."""
+        """16 hexadecimal digits: SHA-256 of all above but `place`, of `search` and `parents` where there are any."""
         return identity_hash(self.model_dump(mode="json"))
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:

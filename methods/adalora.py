@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -9,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import RANK, RANKS, Adaptation, Backbone, Method, Step, Trace, TrainData
+from harness.method import RANK, RANKS, Adaptation, Backbone, Method, PeftForm, Step, Trace, TrainData
 from harness.optimizer import adamw
-from methods.shared.peft_model import peft_model
+from methods.shared.peft_model import lora_form, peft_model, shared_parameters
 from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
@@ -89,6 +90,10 @@ class AdaLora(Method):
         from methods.shared.spectrum import spectrum
 
         return spectrum(folder)
+
+    def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
+        """See `Method.peft_form`: LoRA with the triplets that stayed, E in one of its factors."""
+        return lora_form(ranks, self.alpha / self.init_rank, shared_parameters(self, self.dropout))
 
     def schedule(self, updates: int) -> tuple[int, int, int]:
         """(tinit, tfinal, deltaT) in updates, for a run of `updates`. Raises InputError where they do not fit in."""

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
 from harness.errors import InputError, unknown
-from harness.method import Adaptation, Backbone, FinishedRun, Method, TrainData
+from harness.method import Adaptation, Backbone, Finished, FinishedRun, Method, PeftForm, TrainData
 from harness.optimizer import adamw
-from harness.storage import os_errors
-from methods.shared.peft_model import lora_model, shuffled, unfit
-from methods.shared.peft_names import ADAPTER, PREFIX
+from methods.shared.peft_model import OF_ALL_RANKS, lora_form, lora_model, nearest_rank, pattern_of, shuffled, unfit
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from torch import Tensor, nn
 
     from harness.spec import TrainSpec
 
@@ -45,11 +42,13 @@ class Lora(Method):
     the rank on the backbone as it was.
 
     Controls: `ranks` and `parameters` are filled in when a run is planned: the run's own parameters are then
-    `rank_pattern` and `rank`.
+    `rank_pattern` and `rank`. `ranks_of` and `parameters_of` name a configuration of the same sweep: each run waits for
+    that one's run of its task and seed, and takes its ranks, or the rank nearest to its number of parameters.
     """
 
     version = 2
     capabilities = ("linear", "conv2d")
+    waits_for = ("ranks_of", "parameters_of")
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     rank: int = Field(
@@ -82,11 +81,19 @@ class Lora(Method):
     ranks: str | None = Field(
         None, description="run_id (in quotes if all digits): take the ranks that this run ended with"
     )
+    ranks_of: str | None = Field(
+        None,
+        description="label in the same sweep: take the ranks that its run of this task and seed ended with",
+        exclude_if=lambda value: value is None,  # as parameters_of: younger than the first records
+    )
     shuffle_ranks: bool = Field(
         False, description="permute the ranks among layers of the same shape, drawn from the run's seed"
     )
     parameters: int | None = Field(
         None, ge=1, description="adapter parameters: take the rank for all layers that comes nearest"
+    )
+    parameters_of: str | None = Field(
+        None, description="label in the same sweep: those of its run", exclude_if=lambda value: value is None
     )
     target_modules: tuple[str, ...] | None = Field(None, min_length=1, description="ends of layer names; all if unset")
 
@@ -110,12 +117,16 @@ class Lora(Method):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Lora:
-        if self.parameters is not None:
-            for name in ("ranks", "rank_pattern", "shuffle_ranks", "rank"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"parameters = {self.parameters} sets the rank, and so does {name}: give one")
-        if self.shuffle_ranks and self.ranks is None and not self.rank_pattern:
+        size = "parameters" if self.parameters is not None else "parameters_of"
+        if (value := getattr(self, size)) is not None:
+            for name in ("ranks", "ranks_of", "rank_pattern", "shuffle_ranks", "rank", "parameters_of"):
+                if name != size and getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{size} = {value} sets the rank, and so does {name}: give one")
+        if self.shuffle_ranks and self.ranks is None and self.ranks_of is None and not self.rank_pattern:
             raise ValueError("shuffle_ranks = true has nothing to shuffle: give ranks or rank_pattern")
+        for name in ("ranks", "rank_pattern"):
+            if self.ranks_of is not None and getattr(self, name):
+                raise ValueError(f"ranks_of = {self.ranks_of} sets the ranks, and so does {name}: give one")
         if self.dora and self.changes_backbone:
             raise ValueError(f"dora = true cannot be combined with init = {self.init}: give one of them")
         return self
@@ -127,6 +138,11 @@ class Lora(Method):
 
         return spectrum(folder)
 
+    def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
+        """See `Method.peft_form`: itself."""
+        settings = {"use_dora": self.dora, "init_lora_weights": self.init == "default" or self.init}
+        return lora_form(ranks, self.scale, self.model_dump(mode="json", include=OF_ALL_RANKS), **settings)
+
     @property
     def changes_backbone(self) -> bool:
         """Whether the init moves a part of the frozen weights into the adapter."""
@@ -136,7 +152,7 @@ class Lora(Method):
         """See `Method.resolve`: `parameters` becomes `rank`, `ranks` a `rank_pattern` (whose origin it stays)."""
         targets = backbone.targets(self.target_modules)
         if self.parameters is not None and targets:
-            rank = self._nearest_rank(backbone, targets, self.parameters)
+            rank = nearest_rank(backbone, targets, self.parameters, self.dora)
             return self.model_copy(update={"parameters": None, "rank": rank})
         if self.ranks is None:
             return self
@@ -152,8 +168,17 @@ class Lora(Method):
                 f"'{foreign[0]}': take a run on the same model",
                 self.ranks,
             )
-        live = {layer: rank for layer, rank in found.items() if rank > 0}
-        return self.model_copy(update={"rank_pattern": dict.fromkeys(targets, 0) | live})
+        return self.model_copy(update={"rank_pattern": pattern_of(found, targets)})
+
+    def inherit(self, backbone: Backbone, parents: Mapping[str, Finished]) -> Lora:
+        """See `Method.inherit`: `parameters_of` becomes `rank`, `ranks_of` a `rank_pattern` (whose origin it stays)."""
+        targets = backbone.targets(self.target_modules)
+        if "ranks_of" in parents:
+            return self.model_copy(update={"rank_pattern": pattern_of(parents["ranks_of"].own_ranks(), targets)})
+        if "parameters_of" not in parents:
+            return self
+        rank = nearest_rank(backbone, targets, parents["parameters_of"].adapter_parameters(), self.dora)
+        return self.model_copy(update={"parameters_of": None, "rank": rank})
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
@@ -185,10 +210,10 @@ class Lora(Method):
     def layer_ranks(self, backbone: Backbone) -> dict[str, int]:
         """The rank of every targeted layer, 0 for one without an adapter; not yet shuffled.
 
-        Raises InputError for a pattern that names no targeted layer, or where `resolve` has still to be called.
+        Raises InputError for a pattern that names no targeted layer, or before `resolve` and `inherit`.
         """
-        if self.parameters is not None or (self.ranks is not None and not self.rank_pattern):
-            raise InputError("ranks and parameters are filled in when a run is planned: call Method.resolve first")
+        if self.parameters or self.parameters_of or ((self.ranks or self.ranks_of) and not self.rank_pattern):
+            raise InputError("ranks and parameters are filled in: call Method.resolve and Method.inherit first")
         ranks = dict.fromkeys(backbone.targets(self.target_modules), self.rank)
         for end, rank in self.rank_pattern.items():
             named = [layer for layer in backbone.targets((end,)) if layer in ranks]
@@ -199,6 +224,8 @@ class Lora(Method):
 
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """See `Method.start`."""
+        from methods.shared.lora_adaptation import LoraAdaptation
+
         ranks = self.layer_ranks(backbone)
         if self.shuffle_ranks:
             ranks = shuffled(ranks, backbone, rng)
@@ -207,97 +234,3 @@ class Lora(Method):
         model = lora_model(backbone, ranks, self.scale, self.dropout, init_lora_weights=init, use_dora=self.dora)
         optimizer = adamw(model, self.learning_rate, self.weight_decay)
         return LoraAdaptation(model, optimizer, backbone, tuple(ranks), self.changes_backbone)
-
-    def _nearest_rank(self, backbone: Backbone, targets: tuple[str, ...], parameters: int) -> int:
-        """The rank whose adapter has nearest to so many `parameters`, the smaller of two, among those that every
-        layer can have."""
-        shapes = [backbone.shape(layer) for layer in targets]
-        fixed = sum(outputs for outputs, _ in shapes) if self.dora else 0
-        each = sum(map(sum, shapes))
-        return min(range(1, 1 + min(map(min, shapes))), key=lambda rank: abs(fixed + rank * each - parameters))
-
-
-class LoraAdaptation(Adaptation):
-    """A PEFT LoRA model in training.
-
-    targets: the layers that `ranks` tells of; of those without an adapter the rank is 0.
-    changes_backbone: the init took (alpha / rank) B A out of the frozen weights.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        backbone: Backbone,
-        targets: tuple[str, ...] = (),
-        changes_backbone: bool = False,
-    ) -> None:
-        from peft.tuners.lora import LoraLayer
-
-        super().__init__(model, optimizer, backbone)
-        self.targets = targets
-        self.layers: dict[str, Any] = {
-            name.removeprefix(PREFIX): layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
-        }
-        # What the init took out of the layers' weights, as `scaled_pairs` gives it.
-        self.taken = {name: (B, A.clone()) for name, (B, A) in self.scaled_pairs().items() if changes_backbone}
-
-    def ranks(self) -> dict[str, int]:
-        """See `Adaptation.ranks`."""
-        live = {name: layer.lora_A[ADAPTER].weight.shape[0] for name, layer in self.layers.items()}
-        return {name: live.get(name, 0) for name in self.targets or live}
-
-    def at_rank(self, rank: int) -> AbstractContextManager[None] | None:
-        """See `Adaptation.at_rank`: the best approximation of B A; None where that is not the update (DoRA; inits that
-        take a part out of the frozen weights)."""
-        if self.taken or any(layer.use_dora[ADAPTER] for layer in self.layers.values()):
-            return None
-        from methods.shared.truncation import best_approximation, swapped
-
-        pairs = [(layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight) for layer in self.layers.values()]
-        cut = {pair: best_approximation(*pair, rank) for pair in pairs}
-        return swapped({own: value for pair in cut for own, value in zip(pair, cut[pair], strict=True)})
-
-    def stored_bytes(self) -> int:
-        """See `Adaptation.stored_bytes`; what was taken out of the frozen weights is stored as well."""
-        taken = sum(factor.numel() * factor.element_size() for pair in self.taken.values() for factor in pair)
-        return super().stored_bytes() + taken
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Adaptation.state_dict`. Frozen weights that the init changed are in it: an SVD need not give the same
-        on another machine."""
-        changed = {name: self.layers[name].get_base_layer().weight.detach() for name in self.taken}
-        return super().state_dict() | {"changed": changed, "taken": self.taken}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Adaptation.load_state_dict`."""
-        super().load_state_dict(state)
-        for name, pair in self.taken.items():
-            self.layers[name].get_base_layer().weight.data.copy_(state["changed"][name])
-            for own, value in zip(pair, state["taken"][name], strict=True):
-                own.copy_(value)
-
-    def export(self, path: Path) -> None:
-        """The adapter and the head as `PeftModel.from_pretrained` reads them, for the backbone as it was."""
-        if not self.taken:
-            model: Any = self.model
-            with os_errors():
-                model.save_pretrained(str(path))
-            return
-        import torch
-
-        from methods.shared.stock_lora import export_stock_lora
-
-        pairs = self.scaled_pairs()
-        for name, (taken_B, taken_A) in self.taken.items():
-            B, A = pairs[name]
-            pairs[name] = torch.cat([B, -taken_B], 1), torch.cat([A, taken_A], 0)
-        export_stock_lora(path, pairs, self.model, self.head)
-
-    def scaled_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """(B, A) of every adapted layer, (outputs, r) and (r, inputs), of a convolution with kernels; B is scaled."""
-        pairs = {}
-        for name, layer in self.layers.items():
-            A, B = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
-            pairs[name] = layer.scaling[ADAPTER] * B, A
-        return pairs

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import RANK, Adaptation, Backbone, Method, Step, Trace, TrainData
+from harness.method import RANK, Adaptation, Backbone, Finished, Method, PeftForm, Step, Trace, TrainData
 from harness.optimizer import adamw
-from methods.lora import LoraAdaptation
-from methods.shared.peft_model import lora_model, unfit
+from methods.shared.lora_adaptation import LoraAdaptation
+from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class PrunedLora(Method):
 
     data_rule: ClassVar[Literal["all", "halves"]] = "halves"
     capabilities = ("linear", "conv2d", "rank-adaptive")
+    waits_for = ("size_of",)
 
     traces: ClassVar[tuple[Trace, ...]] = (RANK,)
 
@@ -61,6 +63,11 @@ class PrunedLora(Method):
     dropout: float = Field(
         0.0, ge=0, lt=1, description="dropout on the adapter's input", json_schema_extra={"peft": "lora_dropout"}
     )
+    size_of: str | None = Field(
+        None,
+        description="label in the same sweep: as many components stay as its run of this task and seed ended with",
+        exclude_if=lambda value: value is None,  # younger than the first records: without it, their run_ids stay
+    )
     selection: Literal["magnitude", "random"] = Field("magnitude", description="which components stay")
     components: int | None = Field(None, ge=1, description="components that stay, over all layers; or give keep")
     keep: float | None = Field(None, gt=0, le=1, description=f"share that stays; {KEEP} where neither is given")
@@ -74,7 +81,16 @@ class PrunedLora(Method):
     def _one_target(self) -> PrunedLora:
         if self.components is not None and self.keep is not None:
             raise ValueError(f"components = {self.components} and keep = {self.keep:g} are both set; give one of them")
+        for name in ("components", "keep"):
+            if self.size_of is not None and getattr(self, name) is not None:
+                raise ValueError(f"size_of = {self.size_of} and {name} are both set; give one of them")
         return self
+
+    def inherit(self, backbone: Backbone, parents: Mapping[str, Finished]) -> PrunedLora:
+        """See `Method.inherit`: the sum of the parent's ranks becomes `components`, whose origin `size_of` stays."""
+        if "size_of" not in parents:
+            return self
+        return self.model_copy(update={"components": sum(parents["size_of"].own_ranks().values())})
 
     @classmethod
     def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
@@ -83,10 +99,20 @@ class PrunedLora(Method):
 
         return spectrum(folder)
 
+    def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
+        """See `Method.peft_form`: LoRA with the components that stayed."""
+        return lora_form(ranks, self.alpha / self.rank, shared_parameters(self, self.dropout))
+
     def num_kept(self, num_layers: int) -> int:
-        """Components that stay of the rank * num_layers, at least 1."""
-        share = KEEP if self.keep is None else self.keep
-        return self.components or max(1, round(share * self.rank * num_layers))
+        """Components that stay of the rank * num_layers, at least 1; 0 for the size of a run that ended with none.
+
+        Raises InputError where `inherit` has still to be called.
+        """
+        if self.components is not None:
+            return self.components
+        if self.size_of is not None:
+            raise InputError("size_of is filled in when a run starts: call Method.inherit first")
+        return max(1, round((KEEP if self.keep is None else self.keep) * self.rank * num_layers))
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
@@ -94,8 +120,10 @@ class PrunedLora(Method):
             return backbone.without_layers()
         targets = backbone.targets(self.target_modules)
         backbone.check_rank(self.rank, targets)
-        most = self.rank * len(targets)
-        if self.num_kept(len(targets)) > most:
+        most, kept = self.rank * len(targets), self.num_kept(len(targets))
+        if self.size_of is not None and not 0 < kept <= most:
+            return f"{self.size_of} has {kept} components, and rank {self.rank} can have 1 to {most}"
+        if kept > most:
             raise InputError(f"components = {self.components} is above the {most} that there are", "components")
         return unfit(backbone, list(targets))
 

@@ -22,6 +22,7 @@ def command(results: Path, first: str, second: str, tasks: Sequence[str] | None)
     setting has both.
     """
     from harness.report.board.leaderboard import leaderboards
+    from harness.report.board.parents import grouped
     from harness.report.board.runs import runs_of
     from harness.report.evidence.compare import ExampleReader, compare, in_words, row_of, unused
     from harness.report.forms.text import CONSOLE_WIDTH
@@ -29,7 +30,7 @@ def command(results: Path, first: str, second: str, tasks: Sequence[str] | None)
     store, found = chosen(results, None, tasks)
     naming = installed.naming_of(record.spec.method for record in found.records)
     with uncollected():
-        boards = leaderboards(runs_of(found.records, naming))
+        boards = leaderboards(runs_of(grouped(store, found.records, naming), naming))
     if not boards:
         raise InputError(f"no records in {store.runs}: run `python -m harness run ...` first")
     labels = {row.label for board in boards for row in board.rows}

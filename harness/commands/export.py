@@ -27,6 +27,7 @@ def command(results: Path, run_id: str, to: Path) -> int:
     or a folder that is there already or cannot be made.
     """
     from harness.report.board.leaderboard import leaderboards
+    from harness.report.board.parents import grouped
     from harness.report.board.runs import runs_of
     from harness.report.forms.card import model_card
 
@@ -35,7 +36,7 @@ def command(results: Path, run_id: str, to: Path) -> int:
     record = store.find(run_id)
     names = _files(store, record)
     naming = installed.naming_of(each.spec.method for each in found.records)
-    boards = leaderboards(runs_of(found.records, naming))
+    boards = leaderboards(runs_of(grouped(store, found.records, naming), naming))
     card = model_card(record, boards, names)
     with target.made(to) as draft:
         for name in names:

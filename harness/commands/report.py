@@ -100,6 +100,7 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
     """Print the boards of `shown`; the files are made of `written`. Raises Unwritten where some could not be."""
     from harness.commands.packages import columns, known_of
     from harness.report.board.leaderboard import Board, sorted_by
+    from harness.report.board.parents import grouped
     from harness.report.board.runs import every_split, runs_of
     from harness.report.build import Unwritten, boards_of, build_report, to_stderr
     from harness.report.forms.text import console
@@ -110,7 +111,7 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
     split = wanted.every_split or any(sign in name for name in selection.columns for sign in (":", ", "))
 
     def made_of(records: list[RunRecord]) -> list[Board]:
-        runs = runs_of(records, naming)
+        runs = runs_of(grouped(store, records, naming), naming)
         runs = every_split(runs) if split else runs
         tell = None if wanted.is_complete else lambda line: told.update({line: None})
         return boards_of(store, runs, installed.family_average, installed.metric_of, table, selection, tell)

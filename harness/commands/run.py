@@ -87,7 +87,7 @@ def _carry_out(
         if number == 0:
             store.make_ready()
             _say(planned, console)
-        write_cells(store, specs)
+        write_cells(store, specs, planned.waiting(specs, store))
         _say_what_lacks(store, found.finished, planned.place, console)
         done = len(found.finished)
         console.print(f"{len(specs)} runs: {done} finished before, {len(found.missing)} to do", highlight=False)

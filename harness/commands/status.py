@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,10 +52,18 @@ def command(results: Path) -> int:
     names = ["done", *others, "running", "waiting"]
     table = [[*key, *(row.counts[name] or "-" for name in names)] for key, row in rows.items()]
     print(tabulate(table, ["method", "task", *(name.replace("_", " ") for name in names)], disable_numparse=True))
+    waiting = Counter((cell.method, cell.task, cell.waits_for) for cell in cells if _waits(store, cell, at_work))
+    for (method, task, waits_for), number in waiting.items():
+        print(f"waits for {waits_for}: {method} · {task}, {number} {'run' if number == 1 else 'runs'}")
     for cell, progress in mine:
         print(f"running: {cell.method} · {cell.task} · seed {cell.seed}: {_details(progress)}")
     print(_summary(rows, total, len(mine)))
     return 0
+
+
+def _waits(store: RecordStore, cell: Cell, at_work: Mapping[str, Progress]) -> bool:
+    """Whether a cell that waits for others has still no record, and nobody is at it."""
+    return bool(cell.waits_for) and cell.run_id not in at_work and not (cell.run_id and store.skim(cell.run_id))
 
 
 def _count(row: Row, store: RecordStore, cell: Cell, progress: Progress | None) -> None:
@@ -63,7 +72,7 @@ def _count(row: Row, store: RecordStore, cell: Cell, progress: Progress | None) 
         row.to_do += 1 - progress.share
         return
     try:
-        found = store.skim(cell.run_id)
+        found = store.skim(cell.run_id) if cell.run_id else None
     except Unreadable as error:
         print(error, file=sys.stderr)
         row.counts["unreadable"] += 1

@@ -34,7 +34,7 @@ def _carried_out(spec: RunSpec, store: RecordStore, view: View, max_retries: int
         record = run_once(spec, store, view.step)
         if record is None:
             return False
-        if record.status != "failed" or attempt == max_retries:
+        if not record.may_do_better or attempt == max_retries:
             view.ended(record)
             return True
         view.retried(spec, record.error or "", attempt + 1, max_retries)

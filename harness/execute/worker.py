@@ -81,7 +81,7 @@ class Worker(tune.Trainable):
                 record = run_once(self.spec, self.store, sweep=self.sweep)
         except (Unwritable, Unreadable) as error:  # ends the sweep: no other attempt would do better
             return {"done": True, "unwritable": str(error)}
-        if record is not None and record.status == "failed":
+        if record is not None and record.may_do_better:
             raise RunFailed(record.error)
         return {"done": True, "busy": record is None}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from harness.errors import InputError
-from harness.method import Backbone, Method
+from harness.method import Backbone, Finished, Method
 from harness.parameters import ParameterCount
 from harness.plan.sweep import Fingerprints, Sweep, model_of, task_cells
 from harness.plan.trial import check_rows
@@ -56,11 +56,6 @@ def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
     return checked
 
 
-def summaries(tasks: Sequence[CheckedTask]) -> list[str]:
-    """What was read of every task, a few lines each: see `Data.summary`."""
-    return [line for checked in tasks for line in checked.data.summary(checked.name)]
-
-
 def check_models(tasks: Sequence[CheckedTask], train: TrainSpec, place: Place) -> list[str]:
     """Load every task's model, encode its holdout and put a few rows of it through the model once, so that missing
     files, and a model that cannot serve, are found before the first run. What is to be said of them, a line each.
@@ -88,11 +83,18 @@ def model_notes(tasks: Sequence[CheckedTask]) -> list[str]:
     return list(said)
 
 
+def at_start(method: Method, backbone: Backbone, train: TrainSpec, num_examples: int) -> Finished:
+    """What a run of `num_examples` training rows starts with, from shapes alone. `backbone`: as in `preview`."""
+    adaptation = method.start(backbone, train, _Undrawn(num_examples), torch.Generator().manual_seed(0))
+    return Finished(adaptation.ranks(), Sizes(adaptation).parameters())
+
+
 def preview(method: Method, backbone: Backbone, train: TrainSpec, num_examples: int) -> ParameterCount:
     """The counts at the start of a run of `num_examples` training rows, from shapes alone. `backbone`: a new one on the
     meta device, which the method adapts."""
-    adaptation = method.start(backbone, train, _Undrawn(num_examples), torch.Generator().manual_seed(0))
-    return Sizes(adaptation).parameters()
+    count = at_start(method, backbone, train, num_examples).parameters
+    assert count is not None
+    return count
 
 
 class _Undrawn:

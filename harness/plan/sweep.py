@@ -14,6 +14,7 @@ from harness.errors import InputError, unknown
 from harness.method import Method
 from harness.notation import parse_choice
 from harness.parameters import Strict, checked_path
+from harness.plan import references
 from harness.spec import EVERYTHING, MOST, Place, RunSpec, Selection, TrainSpec
 from harness.task import Task
 
@@ -69,7 +70,7 @@ class Fingerprints(NamedTuple):
 def method_cells(sweep: Sweep) -> list[tuple[str, Method]]:
     """Every method of the sweep with its parameters, the grid multiplied out, duplicates left out.
 
-    Raises InputError for an unknown method, parameter or value.
+    Raises InputError for an unknown method, parameter or value, and a label that is not one of the sweep.
     """
     if not sweep.methods:
         raise InputError(f"no methods: give --methods, for example --methods lora,debora ({_all(registry.METHODS)})")
@@ -85,7 +86,9 @@ def method_cells(sweep: Sweep) -> list[tuple[str, Method]]:
         _check_number(len(cells) + math.prod(map(len, axes.values())), "methods, multiplied out by the grid,")
         for values in itertools.product(*axes.values()):
             method = registry.make_method(name, parameters | dict(zip(axes, values, strict=True)))
-            cells[name + method.model_dump_json()] = name, method
+            named = references.with_one_spelling((name, method))
+            cells[references.key_of(named)] = named
+    references.check(cells.values())
     return list(cells.values())
 
 

@@ -9,8 +9,10 @@ and one with a larger K begins with those of the smaller. All trials share one s
 
 from __future__ import annotations
 
+import copy
+import functools
 import warnings
-from typing import Any
+from typing import Any, Self
 
 from harness.errors import InputError
 from harness.method import Method
@@ -21,7 +23,7 @@ from harness.spec import RunSpec, Search
 
 
 class MethodSearch:
-    """The search of one method on one task: `trials` are the runs to try.
+    """The search of one method on one task.
 
     Raises InputError for a method whose search space is wrong, or whose learning rate is already fixed.
     """
@@ -29,13 +31,26 @@ class MethodSearch:
     def __init__(self, method: Method, template: RunSpec, number: int) -> None:
         self.template = template
         self.space = _space(template.method, method)
+        self.points = self._points(method, number)
+
+    def waiting_for(self, parents: dict[str, str]) -> Self:
+        """The same search, whose trials take ranks or sizes from these runs: see `RunSpec.parents`."""
+        other = copy.copy(self)
+        other.template = self.template.model_copy(update={"parents": parents})
+        other.__dict__.pop("trials", None)
+        return other
+
+    @functools.cached_property
+    def trials(self) -> list[RunSpec]:
+        """The runs to try."""
         role = Search(role="trial", parameters=tuple(self.space))
-        self.trials = [self._spec(values, TRIAL_SEED, role) for values in self._points(method, number)]
+        return [self._spec(values, TRIAL_SEED, role) for values in self.points]
 
     def chosen(self, store: RecordStore) -> RunSpec:
         """The template at the best setting so far; of equals, or where no trial gave a score, at the first."""
-        search = Search(role="chosen", parameters=tuple(self.space), trials=tuple(spec.run_id for spec in self.trials))
-        best = max(self.trials, key=lambda spec: _merit(store, spec))
+        trials = self.trials
+        search = Search(role="chosen", parameters=tuple(self.space), trials=tuple(spec.run_id for spec in trials))
+        best = max(trials, key=lambda spec: _merit(store, spec))
         return self._spec({name: best.method_parameters[name] for name in self.space}, self.template.seed, search)
 
     def _points(self, method: Method, number: int) -> list[dict[str, Any]]:

@@ -18,20 +18,22 @@ from harness.record.store import RecordStore
 from harness.spec import RunSpec
 from harness.storage import Damaged
 
-SCHEMA = 2
+SCHEMA = 3  # from 3 on, cells may wait for others
 
 
 class Cell(NamedTuple):
     """One run of a sweep."""
 
-    run_id: str
+    run_id: str  # "" while it depends on a search that has not ended
     method: str  # with the parameters that are not at their default
     task: str
     seed: int
+    waits_for: str = ""  # the methods whose runs have to end first
 
 
-def write(store: RecordStore, specs: Sequence[RunSpec]) -> None:
-    """Note a sweep's cells; the same sweep given again is the same file, and the newest.
+def write(store: RecordStore, specs: Sequence[RunSpec], waiting: Sequence[Cell] = ()) -> None:
+    """Note a sweep's cells, those to carry out now and those that wait for them; the same sweep given again is the
+    same file, and the newest.
 
     Raises Unwritable where the folder cannot be written, and Unreadable where a newer version has written this sweep.
     """
@@ -43,7 +45,7 @@ def write(store: RecordStore, specs: Sequence[RunSpec]) -> None:
             labels[key] = registry.label_of(spec.method, spec.method_parameters)
         return labels[key]
 
-    cells = [Cell(spec.run_id, label(spec), spec.task, spec.seed) for spec in specs]
+    cells = [*(Cell(spec.run_id, label(spec), spec.task, spec.seed) for spec in specs), *waiting]
     lines = "".join(json.dumps(cell) + "\n" for cell in cells)
     digest = hashlib.sha256(" ".join(sorted(cell.run_id for cell in cells)).encode()).hexdigest()[:12]
     path = store.sweeps / f"{digest}.jsonl"
@@ -88,7 +90,7 @@ def cells(path: Path) -> list[Cell]:
         raise Damaged(f"the checksum of sweep file '{path}' is not that of its cells")
     try:
         found = [Cell(*json.loads(line)) for line in lines]
-        if all(RUN_ID.fullmatch(cell.run_id) for cell in found):
+        if all(RUN_ID.fullmatch(cell.run_id) or (cell.waits_for and not cell.run_id) for cell in found):
             return found
     except (ValueError, TypeError, RecursionError):
         pass

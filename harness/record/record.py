@@ -20,6 +20,7 @@ SCHEMA, SEALED_FROM = 2, 2  # the version that is written, and the first that ha
 STATUSES = get_args(Status)
 RUN_ID = re.compile(r"[0-9a-f]{16}")
 RECORD, HISTORY, PREDICTIONS = "record.json", "history.jsonl", "predictions.safetensors"  # of a run's folder
+HOLDOUT = "holdout"  # the split that curves, tuning and selection use; never an evaluation split
 
 
 class Seconds(Strict):
@@ -99,6 +100,11 @@ class RunRecord(Strict):
     def to_json(self) -> str:
         """The record as a file holds it, with its checksum."""
         return storage.sealed_text(self.model_dump(mode="json") | {storage.VERSION: SCHEMA})
+
+    @property
+    def may_do_better(self) -> bool:
+        """Whether another attempt could end otherwise: a run that failed for its parent's sake fails without one."""
+        return self.status == "failed" and self.traceback is not None
 
     def merit(self, score: float) -> float:
         """A value of the headline metric, turned so that more is better."""

@@ -19,6 +19,7 @@ from harness.report.board.columns import COLUMNS, TableColumn
 from harness.report.board.labels import Naming
 from harness.report.board.leaderboard import Board, FamilyAverage, leaderboards
 from harness.report.board.notes import with_notes
+from harness.report.board.parents import grouped
 from harness.report.board.runs import Run, runs_of
 from harness.report.board.selection import selected
 from harness.report.evidence.compare import ExampleReader, with_ties
@@ -90,7 +91,7 @@ def build_report(
         raise InputError(f"no records in {store.runs}{left_out}: run `python -m harness run ...` first")
     trials = trials_frame(chosen, naming)
     records = {record.run_id: record for record in chosen}
-    boards = boards_of(store, runs_of(chosen, naming)) if boards is None else boards
+    boards = boards_of(store, runs_of(grouped(store, chosen, naming or {}), naming)) if boards is None else boards
     with _draft(store) as folder:
         drawing, tables = _Drawing(folder, forms, tell), {}
         for place, board in enumerate(boards):  # one after the other: histories are large

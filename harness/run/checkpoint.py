@@ -16,6 +16,8 @@ from harness import storage
 from harness.errors import InputError
 from harness.parameters import flattened
 from harness.record import processes
+from harness.record.environment import environment
+from harness.spec import RunSpec
 
 KEPT = 2  # the newest checkpoints of a run that stay on disk
 SCHEMA = 2
@@ -28,6 +30,12 @@ class Unusable(Exception):
     def __init__(self, path: Path) -> None:
         super().__init__(f"checkpoint '{path}' does not fit its run")
         self.path = path
+
+
+def origin_of(spec: RunSpec) -> dict[str, Any]:
+    """What a checkpoint belongs to: a run, and the versions that would carry it on."""
+    made = environment("cpu")
+    return {"spec": spec.model_dump(mode="json", exclude={"place"}), "harness": made.harness, "version": made.packages}
 
 
 def save(folder: Path, batches: int, state: dict[str, Any], origin: dict[str, Any] | None = None) -> None:

@@ -20,11 +20,12 @@ from harness.errors import Diverged, InputError
 from harness.method import Adaptation, Backbone, Method
 from harness.record.environment import device_of, environment
 from harness.record.locks import Progress
-from harness.record.record import PREDICTIONS, RETRIED, RunRecord, Seconds, Status
+from harness.record.record import HOLDOUT, PREDICTIONS, RETRIED, RunRecord, Seconds, Status
 from harness.record.store import RecordStore
 from harness.run import checkpoint
 from harness.run.data import Data, data_of
 from harness.run.memory import PeakMemory, is_out_of_memory
+from harness.run.parents import inherited, lacking, parents_of
 from harness.run.rank_curve import rank_curve
 from harness.run.streams import TrainingData, derived_seed, seed_everything
 from harness.run.training import Training, predict
@@ -62,12 +63,6 @@ def failed_record(spec: RunSpec, error: str, trace: str) -> RunRecord:
     )
 
 
-def _origin(spec: RunSpec) -> dict[str, Any]:
-    """What a checkpoint belongs to: a run, and the versions that would carry it on."""
-    made = environment("cpu")
-    return {"spec": spec.model_dump(mode="json", exclude={"place"}), "harness": made.harness, "version": made.packages}
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -83,6 +78,7 @@ class _Run:
     date: str = field(default_factory=_now)
     training: Training | None = None
     known: dict[str, Any] = field(default_factory=dict)  # fields of the record
+    kept: dict[str, np.ndarray] = field(default_factory=dict)  # predictions and references by split
     evaluation_seconds: float = 0.0
     earlier_seconds: float = 0.0  # of the run before it was interrupted
     error: str | None = None
@@ -153,13 +149,17 @@ class _Run:
 
     def _attempt(self) -> Status:
         spec, task, place = self.spec, self.task, self.spec.place
+        parents = parents_of(spec, self.store)
+        if found := lacking(spec, parents):
+            self.error = found.error
+            return found.status
         data = data_of(task, place.data_root, spec.limit, place.model)
         if data.splits.fingerprint != spec.data_fingerprint:
             raise InputError(f"the data of '{spec.task}' changed since the run was planned: plan again")
         method = registry.make_method(spec.method, spec.method_parameters)
         seed_everything(derived_seed(spec.seed, "backbone"))
         backbone = task.backbone(place.model, trust_remote_code=place.trust_remote_code)
-        self.error = method.unsupported(backbone)
+        method, self.error = inherited(method, backbone, parents)
         if self.error is not None:
             return "unsupported"
         backbone.module.to(self.device)
@@ -198,7 +198,7 @@ class _Run:
         assert training is not None
         folder = self.store.checkpoints / self.spec.run_id
         seed_everything(derived_seed(self.spec.seed, "training"))
-        origin = _origin(self.spec)
+        origin = checkpoint.origin_of(self.spec)
         self._resume(training, checkpoint.load_newest(folder, origin, self.unusable))
         self.task.set_training(adaptation.model)
         points = max(self.spec.train.holdout_points, int(self.spec.is_trial))  # a trial is scored at its end
@@ -248,12 +248,13 @@ class _Run:
         return predict(adaptation, self.task, encoded, references, self.spec.train, self.device)
 
     def _holdout(self, adaptation: Adaptation, data: Data) -> dict[str, float]:
-        """The holdout's metrics now; the last ones go into the record."""
+        """The holdout's metrics now; the last ones go into the record, and their predictions into the run's files."""
         started = time.perf_counter()
         encoded = data.encoded("holdout")
         references = self.task.gold(data.splits.holdout, encoded)
         predictions = self._predictions(adaptation, encoded, references)
         self.known["holdout"] = _finite(self.task.metrics(predictions, references), "the holdout")
+        self.kept |= {f"{HOLDOUT}/predictions": predictions, f"{HOLDOUT}/references": references}
         self.evaluation_seconds += time.perf_counter() - started
         return {f"holdout_{name}": value for name, value in self.known["holdout"].items()}
 
@@ -261,8 +262,6 @@ class _Run:
         """The one time that the evaluation splits are read."""
         started = time.perf_counter()
         metrics: dict[str, float] = {}
-        arrays: dict[str, np.ndarray] = {}
-
         gold = {name: self.task.gold(rows, data.encoded(name)) for name, rows in data.splits.evaluation.items()}
 
         def on(name: str) -> tuple[np.ndarray, dict[str, float]]:
@@ -273,7 +272,7 @@ class _Run:
             predictions, found = on(name)
             prefix = f"{name}_" if metrics else ""
             metrics |= {f"{prefix}{key}": value for key, value in _finite(found, f"split '{name}'").items()}
-            arrays |= {f"{name}/predictions": predictions, f"{name}/references": references}
+            self.kept |= {f"{name}/predictions": predictions, f"{name}/references": references}
         first, headline = next(iter(gold)), self.task.headline
         curve = rank_curve(adaptation, self.spec.place.rank_curve, lambda: on(first)[1][headline])
         if self.spec.place.predict_test:
@@ -281,9 +280,9 @@ class _Run:
                 encoded = self.task.encode(examples, self.spec.place.model)
                 if facts := self.task.facts(encoded):
                     self.known["data"][name] = facts
-                arrays[f"{name}/predictions"] = self._predictions(adaptation, encoded, examples.labels)
+                self.kept[f"{name}/predictions"] = self._predictions(adaptation, encoded, examples.labels)
         with self.store.writing():
-            storage.save_arrays(arrays, self.files / PREDICTIONS)
+            storage.save_arrays(self.kept, self.files / PREDICTIONS)
         self.known |= {"metrics": metrics, "score": metrics[headline], "rank_curve": curve}
         self.evaluation_seconds += time.perf_counter() - started
 

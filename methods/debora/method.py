@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import RANK, RANKS, Adaptation, Backbone, Method, Trace, TrainData, is_adaptable
+from harness.method import RANK, RANKS, Adaptation, Backbone, Method, PeftForm, Trace, TrainData, is_adaptable
 from harness.parameters import Range
 from methods.debora.schedule import Schedule, batches_a_step
+from methods.shared.peft_model import lora_form, shared_parameters
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import numpy as np
@@ -157,6 +159,14 @@ class Debora(Method):
         from methods.shared.spectrum import spectrum
 
         return spectrum(folder)
+
+    def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
+        """See `Method.peft_form`: LoRA with the components that stayed, each scaled by the share of tau that it starts
+        with here; None on manifolds."""
+        if self.geometry != "matrix":
+            return None
+        components = self.rank * (len(ranks) if self.budget_scope == "global" else 1)
+        return lora_form(ranks, self.tau / components, shared_parameters(self))
 
     @property
     def start_point(self) -> Literal["interior", "vertex"]:

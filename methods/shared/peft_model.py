@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from harness.method import Backbone, is_transposed
+from harness.method import Backbone, Method, PeftForm, is_transposed
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+# Hyperparameters of a LoRA that say nothing of its layers' ranks.
+OF_ALL_RANKS = {"learning_rate", "weight_decay", "rank", "alpha", "dropout", "rslora", "dora", "init", "target_modules"}
 
 
 def unfit(backbone: Backbone, layers: list[str], linear_only: str | None = None) -> str | None:
@@ -28,6 +32,20 @@ def unfit(backbone: Backbone, layers: list[str], linear_only: str | None = None)
         if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
             return f"layer '{name}' is a convolution with groups, dilation or padding that PEFT's LoRA does not follow"
     return None
+
+
+def nearest_rank(backbone: Backbone, targets: tuple[str, ...], parameters: int, dora: bool) -> int:
+    """The rank whose LoRA has nearest to so many `parameters`, the smaller of two, among those that every layer can
+    have."""
+    shapes = [backbone.shape(layer) for layer in targets]
+    fixed = sum(outputs for outputs, _ in shapes) if dora else 0
+    each = sum(map(sum, shapes))
+    return min(range(1, 1 + min(map(min, shapes))), key=lambda rank: abs(fixed + rank * each - parameters))
+
+
+def pattern_of(ranks: Mapping[str, int], targets: tuple[str, ...]) -> dict[str, int]:
+    """A run's ranks as a `rank_pattern`: targets that it did not adapt have rank 0."""
+    return dict.fromkeys(targets, 0) | {layer: rank for layer, rank in ranks.items() if rank > 0}
 
 
 def shuffled(ranks: dict[str, int], backbone: Backbone, rng: torch.Generator) -> dict[str, int]:
@@ -53,21 +71,44 @@ def lora_model(backbone: Backbone, ranks: dict[str, int], scale: float, dropout:
     """
     from peft import LoraConfig
 
+    fields = lora_fields(ranks, scale, dropout)
+    return peft_model(backbone.module, LoraConfig(**fields, modules_to_save=list(backbone.head), **settings))
+
+
+def lora_fields(ranks: Mapping[str, int], scale: float, dropout: float) -> dict[str, Any]:
+    """The fields of PEFT's LoraConfig for these ranks, not all of them 0; every update is multiplied by `scale`."""
     live = {name: rank for name, rank in ranks.items() if rank > 0}
     common = max(live.values())
     # PEFT reads these keys as regular expressions for the end of a name: this form matches one layer only.
     own = {f"^{re.escape(name)}": rank for name, rank in live.items() if rank != common}
-    config = LoraConfig(
-        r=common,
-        lora_alpha=scale * common,
-        rank_pattern=own,
-        alpha_pattern={name: scale * rank for name, rank in own.items()},
-        lora_dropout=dropout,
-        target_modules="|".join(map(re.escape, live)),
-        modules_to_save=list(backbone.head),
-        **settings,
-    )
-    return peft_model(backbone.module, config)
+    return {
+        "r": common,
+        "lora_alpha": scale * common,
+        "rank_pattern": own,
+        "alpha_pattern": {name: scale * rank for name, rank in own.items()},
+        "lora_dropout": dropout,
+        "target_modules": "|".join(map(re.escape, live)),
+    }
+
+
+def lora_form(ranks: Mapping[str, int], scale: float, parameters: dict[str, Any], **settings: Any) -> PeftForm | None:
+    """The LoRA with these ranks; None where all are 0. See `Method.peft_form`.
+
+    parameters: of the method "lora", its `rank` among them unless the largest of the ranks is to be it, with a fitting
+    `alpha`. settings: further fields of PEFT's LoraConfig.
+    """
+    if not any(ranks.values()):
+        return None
+    fields = lora_fields(ranks, scale, parameters["dropout"])
+    parameters = {"rank": fields["r"], "alpha": fields["lora_alpha"], **parameters}
+    pattern = {name: rank for name, rank in ranks.items() if rank != parameters["rank"]}
+    return PeftForm(fields | settings, "lora", parameters | {"rank_pattern": pattern})
+
+
+def shared_parameters(method: Method, dropout: float = 0.0) -> dict[str, Any]:
+    """The hyperparameters that any method has in common with a LoRA."""
+    of_method = method.model_dump(mode="json", include={"learning_rate", "weight_decay", "target_modules"})
+    return of_method | {"dropout": dropout}
 
 
 def peft_model(module: nn.Module, config: Any) -> nn.Module:

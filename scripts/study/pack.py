@@ -1,7 +1,8 @@
 """Pack the study's records into one file that git keeps: what tables, tests and pictures are made of, and no more.
 
 Of every run below results/study/ its record, as it may leave the machine, and predictions; of dEBORA's runs the
-upper-level steps of the history as well, without the singular values. Usage: python scripts/study/pack.py
+upper-level steps of the history as well, without the singular values; and which run each control took its ranks or size
+from (parents.json, by controls.py). Usage: python scripts/study/pack.py
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from harness.commands.export import plain_files
 from harness.errors import InputError
 from harness.record.record import HISTORY, PREDICTIONS, RECORD, RunRecord
+from harness.report.board.parents import PARENTS
 from harness.report.redact import handed_on
 
 STUDY = Path(__file__).parents[2] / "results" / "study"
@@ -57,6 +59,7 @@ def _files() -> Iterator[tuple[str, bytes]]:
             yield f"{inside}/{RECORD}", kept.model_copy(update={"files": sums}).to_json().encode()
             for name, content in files.items():
                 yield f"{inside}/{name}", content
+    yield f"main/{PARENTS}", (STUDY / PARENTS).read_bytes()
 
 
 def _check(folder: Path) -> None:

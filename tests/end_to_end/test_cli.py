@@ -196,6 +196,9 @@ WRONG = [
     (["--seeds", "1,1"], "each 0 or above and only once"),
     (["--device", "meta"], "--device 'meta' is not on this machine"),
     (["--checkpoint-every", "-1"], "--checkpoint-every = -1 is not allowed"),
+    (["--methods", "debora,lora[ranks_of=deborra]"], "sweep in lora.ranks_of 'deborra'. Did you mean 'debora'?"),
+    (["--methods", "head,lora[ranks_of=head]"], "lora[ranks_of=head]: what it waits for has no ranks: name a method"),
+    (["--methods", "lora[ranks_of=lora]"], "lora[ranks_of=lora] would wait for itself, in a circle"),
     (["--tasks", "synthetic[member=x]"], "parameter 'member' of synthetic is set by the task's name"),
 ]
 

@@ -23,6 +23,18 @@ from harness.record.store import RecordStore
 ROOT = Path(__file__).parents[2]
 METHODS = ["head", "lora[rank=2]", "debora[rank=4,T_max=2,n0=0,step_size=0.5]", "full[learning_rate=1e-3]"]
 SERIAL = ["--executor", "serial"]
+CONTROLS = """
+methods = [
+    "lora[ranks_of=debora]",
+    "lora[ranks_of=debora,shuffle_ranks=true]",
+    "pruned_lora[size_of=debora,selection=random]",
+    "lora[parameters_of=debora]",
+    "debora",
+]
+tasks = ["synthetic", "digits"]
+seeds = 2
+train.batches = 60
+"""
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +159,32 @@ def test_a_cluster_whose_machine_leaves_and_whose_driver_is_stopped_and_killed(t
     for record in first + second:
         assert store.read(record.run_id) == record  # made once, seconds and all
     assert main([*command(tmp_path / "serial", METHODS, batches=30, seeds=3)[3:], *SERIAL]) == 0
+    assert results_of(store.results) == results_of(tmp_path / "serial")
+
+
+@pytest.mark.slow
+def test_controls_of_one_toml_with_workers_killed_and_two_drivers(tmp_path, environment):
+    """A worker at a run that others wait for, and one at a run that has waited; a serial driver does its share."""
+    (tmp_path / "sweep.toml").write_text(CONTROLS)
+    store = RecordStore(tmp_path / "ray")
+
+    def sweep(results, *options):
+        where = ["--config", str(tmp_path / "sweep.toml"), "--results", str(results), "--checkpoint-every", "5"]
+        return [sys.executable, "-m", "harness", "run", *where, *options]
+
+    driver = started(environment, sweep(store.results))
+    os.kill(wait_for(lambda: holders(store))[0], signal.SIGKILL)
+    wait_for(lambda: [record for record in store.records() if record.spec.parents])
+    os.kill(wait_for(lambda: holders(store))[0], signal.SIGKILL)
+    second = started(environment, sweep(store.results, *SERIAL))
+    outputs = []
+    for process in (driver, second):
+        code, output, _ = ended(process)
+        assert code == 0, output
+        outputs.append(output)
+    assert outputs[0].count("the worker process died") == 2
+    assert main([*sweep(tmp_path / "serial")[3:], *SERIAL]) == 0
+    assert len(store.records()) == 20
     assert results_of(store.results) == results_of(tmp_path / "serial")
 
 

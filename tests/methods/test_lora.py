@@ -14,6 +14,7 @@ from harness.contracts import METHOD_CONTRACTS, Subject, start
 from harness.contracts.subject import task_of
 from harness.errors import InputError
 from harness.method import Backbone
+from harness.parameters import Finished, ParameterCount
 from harness.record.store import RecordStore
 from harness.run import checkpoint
 
@@ -237,6 +238,47 @@ def run(folder, methods, *options):
 def only_new(before, after):
     (record,) = [record for run_id, record in after.items() if run_id not in before]
     return record
+
+
+ENDED = Finished(
+    {"0": 3, "2": 0},
+    ParameterCount(adapter_initial=40, adapter_peak=40, adapter_final=33, head=0, total=99, stored_bytes=4),
+)
+
+
+def two_layers():
+    return Backbone(nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4)), (), ("0", "2"))
+
+
+def test_a_method_inherits_ranks_from_a_run_that_it_waited_for():
+    method = registry.make_method("lora", {"ranks_of": "debora", "rank": 4})
+    assert method.parents == {"ranks_of": "debora"}
+    inherited = method.inherit(two_layers(), {"ranks_of": ENDED})
+    assert inherited.layer_ranks(two_layers()) == {"0": 3, "2": 0}
+    assert inherited.scale == method.scale
+    with pytest.raises(InputError, match=r"call Method\.resolve and Method\.inherit first"):
+        method.layer_ranks(two_layers())
+
+
+def test_a_method_inherits_the_nearest_rank_to_a_runs_parameters():
+    method = registry.make_method("lora", {"parameters_of": "debora"})
+    assert method.inherit(two_layers(), {"parameters_of": ENDED}).layer_ranks(two_layers()) == {"0": 2, "2": 2}
+
+
+def test_a_method_without_parents_inherits_nothing():
+    method = registry.make_method("lora", {"rank": 2})
+    assert method.parents == {}
+    assert method.inherit(two_layers(), {}) == method
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"), [("ranks_of", "has no ranks: name"), ("parameters_of", "has no adapter: name")]
+)
+def test_a_run_without_what_a_method_takes(parameter, message):
+    method = registry.make_method("lora", {parameter: "head"})
+    nothing = ENDED.parameters.model_copy(update={"adapter_final": 0})
+    with pytest.raises(InputError, match=message):
+        method.inherit(two_layers(), {parameter: Finished({}, nothing)})
 
 
 def test_retraining_at_the_ranks_of_a_run(tmp_path, capsys):

@@ -11,7 +11,7 @@ from harness import registry
 from harness.cli import main
 from harness.contracts import METHOD_CONTRACTS, Subject, start
 from harness.errors import InputError
-from harness.method import Backbone
+from harness.method import Backbone, Finished
 
 COMPONENTS = 12 * 4  # of rank 4 on the synthetic task
 
@@ -177,6 +177,24 @@ def test_a_dry_run_says_how_many_stay(tmp_path, capsys):
     options = ["--tasks", "synthetic", "--batches", "9", "--results", str(tmp_path), "--dry-run"]
     assert main(["run", "--methods", "pruned_lora", *options]) == 0
     assert "29 of 96 components are left after batch 3 of 9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ranks", "reason"),
+    [
+        ({"0": 2, "1": 1}, None),
+        ({"0": 4, "1": 1}, "debora has 5 components, and rank 4 can have 1 to 4"),
+        ({"0": 0}, "debora has 0 components, and rank 4 can have 1 to 4"),
+    ],
+)
+def test_as_many_components_stay_as_a_run_that_it_waited_for_has(ranks, reason):
+    backbone = Backbone(nn.Sequential(nn.Linear(4, 4)), (), ("0",))
+    method = registry.make_method("pruned_lora", {"rank": 4, "size_of": "debora"})
+    inherited = method.inherit(backbone, {"size_of": Finished(ranks, None)})
+    assert inherited.num_kept(1) == sum(ranks.values())
+    assert inherited.unsupported(backbone) == reason
+    with pytest.raises(InputError, match="size_of is filled in when a run starts"):
+        method.num_kept(1)
 
 
 def test_too_many_components_are_an_input_error():

@@ -228,7 +228,7 @@ def test_a_method_that_does_not_fit_is_a_cell_with_a_reason_and_without_a_search
     assert (fits.reason, fits.search is None) == (None, False)
     assert misfit.reason is not None
     assert misfit.search is None
-    assert [spec.method for spec in plan_of(store, methods=["hadapter"], tasks=["digits"], tune=2).trials] == []
+    assert [spec.method for spec in plan_of(store, methods=["hadapter"], tasks=["digits"], tune=2).trials(store)] == []
 
 
 def test_a_label_leaves_out_what_follows_from_the_rest():

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from harness import cli
@@ -72,17 +74,29 @@ class TestDeclaredOnce:
             sorted_by([found], "own_costs")
 
     def test_what_packages_add_wrongly_is_a_line(self) -> None:
-        taken = dataclasses.replace(OWN, name="memory")
-        columns, told = with_added({"own": OWN, "taken": taken, "number": 5})
+        names = {"a": "memory", "b": "mean", "c": "parameters_final"}  # of columns, and of what else data hold
+        taken = {entry: dataclasses.replace(OWN, name=name) for entry, name in names.items()}
+        columns, told = with_added({"own": OWN, "number": 5} | taken)
         assert columns == (*COLUMNS, OWN)
-        assert [line for line in told if "'taken'" in line and "'memory'" in line]
+        for entry, name in names.items():
+            assert [line for line in told if f"'{entry}'" in line and f"'{name}'" in line]
         assert [line for line in told if "'number' is 5" in line]
 
     @pytest.mark.parametrize(
-        "value", [lambda row: row.nothing, lambda row: [1], lambda row: float("nan"), lambda row: 1 / 0]
+        "fault",
+        [
+            {"value": lambda row: [1]},
+            {"value": lambda row: float("nan")},
+            {"value": lambda row: np.int64(5)},  # which JSON does not hold
+            {"value": lambda row: row.nothing},
+            {"value": lambda row: 1 / 0},
+            {"shown": lambda rows: 1 / 0},
+            {"forms": None},
+            {"forms": ["papyrus"]},
+        ],
     )
-    def test_a_column_that_cannot_be_made_costs_no_table(self, value: object) -> None:
-        found = with_column(dataclasses.replace(OWN, value=value), record())
+    def test_a_column_that_cannot_be_made_costs_no_table(self, fault: dict[str, Any]) -> None:
+        found = with_column(dataclasses.replace(OWN, **fault), record())
         assert found.table == COLUMNS
         (note,) = found.notes
         assert note.startswith("The column 'own_cost' is left out (")

@@ -22,6 +22,7 @@ from harness.method import Adaptation
 from harness.record.environment import device_of
 from harness.record.record import RunRecord
 from harness.record.store import RecordStore
+from harness.report.board.runs import every_split, runs_of
 from harness.run import checkpoint, run, training
 from harness.run.memory import PeakMemory
 from harness.run.run import run_one
@@ -29,6 +30,8 @@ from harness.spec import Execution, Place
 from harness.storage import Damaged
 from methods.head import Head
 from tasks.synthetic import Synthetic
+
+HELD = ("holdout", "validation")
 
 
 @pytest.fixture
@@ -59,6 +62,24 @@ def test_what_a_finished_run_leaves(store, tmp_path):
     assert accuracy == pytest.approx(record.score)
     last = store.history(record.run_id)[-1]
     assert last["holdout_accuracy"] == record.holdout["accuracy"]
+
+
+def test_the_holdouts_last_predictions_are_kept_and_are_no_evaluation(store, tmp_path):
+    several = spec(tmp_path).model_copy(update={"train": spec(tmp_path).train.model_copy(update={"holdout_points": 3})})
+    record = run_one(several, store)
+    arrays = load_file(store.folder(record.run_id) / "predictions.safetensors")
+    assert set(arrays) == {f"{split}/{what}" for split in HELD for what in ("predictions", "references")}
+    assert len(arrays["holdout/predictions"]) == record.rows["holdout"]
+    assert (arrays["holdout/predictions"] == arrays["holdout/references"]).mean() == record.holdout["accuracy"]
+    assert store.test_splits(record.run_id) == []
+    assert [made.split for made in every_split(runs_of([record]))] == ["validation"]
+
+
+def test_a_run_that_never_scores_the_holdout_keeps_nothing_of_it(store, tmp_path):
+    never = spec(tmp_path).model_copy(update={"train": spec(tmp_path).train.model_copy(update={"holdout_points": 0})})
+    record = run_one(never, store)
+    arrays = load_file(store.folder(record.run_id) / "predictions.safetensors")
+    assert set(arrays) == {"validation/predictions", "validation/references"}
 
 
 def test_the_evaluation_split_is_read_once_at_the_end(store, tmp_path, monkeypatch):

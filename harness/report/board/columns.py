@@ -18,6 +18,12 @@ Form = Literal["console", "markdown", "latex", "page", "csv", "json"]
 FORMS: tuple[Form, ...] = ("console", "markdown", "latex", "page", "csv", "json")
 TABLES: tuple[Form, ...] = ("console", "markdown", "latex", "page")
 
+# Names in data that are no TableColumn's: of a row's place, its scores and its runs.
+RESERVED = {"setting", "setting_text", "label", "column", "metric", "is_headline", "is_best", "ties_with_best", "cells"}
+RESERVED |= {"method", "method_version", "method_parameters", "task", "task_version", "task_parameters"}
+RESERVED |= {"data_fingerprint", "model_fingerprint", "n", "mean", "standard_deviation", "interval_95"}
+RESERVED |= {"runs", "done", "unsupported", "diverged", "out_of_memory", "failed", "seeds", "run_ids"}
+
 
 @dataclass(frozen=True)
 class TableColumn:
@@ -141,11 +147,16 @@ def with_added(added: Mapping[str, object]) -> tuple[tuple[TableColumn, ...], li
     for name, column in added.items():
         if not isinstance(column, TableColumn):
             told.append(f"column '{name}' is {column!r}, which is no harness.report.board.columns.TableColumn")
-        elif any(column.name == other.name for other in columns):
-            told.append(f"column '{name}' is left out: there is a column '{column.name}' already")
+        elif taken := sorted(_keys(column) & RESERVED.union(*map(_keys, columns))):
+            told.append(f"column '{name}' is left out: there is a column '{taken[0]}' already")
         else:
             columns.append(column)
     return tuple(columns), told
+
+
+def _keys(column: TableColumn) -> set[str]:
+    """All its names: for `--sort`, and in data."""
+    return {column.name, *column.keys.values()}
 
 
 def usable(columns: Iterable[TableColumn], rows: Sequence[Row]) -> tuple[tuple[TableColumn, ...], list[str]]:
@@ -154,6 +165,8 @@ def usable(columns: Iterable[TableColumn], rows: Sequence[Row]) -> tuple[tuple[T
     for column in columns:
         try:
             if column not in COLUMNS:
+                if not isinstance(column.shown(rows), bool) or not set(column.forms) <= set(FORMS):
+                    raise ValueError(f"its forms are {column.forms!r}, and `shown` gives {column.shown(rows)!r}")
                 for row in rows:
                     _check(column, row)
         except Exception as error:
@@ -166,6 +179,6 @@ def usable(columns: Iterable[TableColumn], rows: Sequence[Row]) -> tuple[tuple[T
 def _check(column: TableColumn, row: Row) -> None:
     for each in (row, *map(row.on, row.cells)):
         value = column.value(each)
-        known = value is None or isinstance(value, str) or math.isfinite(value)
+        known = value is None or isinstance(value, (str, int)) or (type(value) is float and math.isfinite(value))
         if not known or not isinstance(column.text_of(each), str):
             raise ValueError(f"its value is {value!r}")

@@ -24,6 +24,7 @@ class _Variant(NamedTuple):
     parameters: str  # JSON, keys sorted
     data: str = ""
     tuned: int = 0  # trials of the search; the hyperparameters searched over are then left out above
+    parents: tuple[_Variant, ...] = ()  # of the runs that it took ranks or sizes from: one a seed, of one configuration
 
 
 def labels_of(records: Iterable[RunRecord], naming: Naming | None = None) -> dict[str, str]:
@@ -33,7 +34,10 @@ def labels_of(records: Iterable[RunRecord], naming: Naming | None = None) -> dic
     Of a method without an entry (an uninstalled plugin), the label names those that vary between its records. A version
     is named where the records hold several of one method or task.
     """
-    variants = {record.run_id: _method(record.spec) for record in records}
+    specs = {record.run_id: record.spec for record in records}
+    variants: dict[str, _Variant] = {}
+    for run_id in specs:
+        _method(run_id, specs, variants)
     labels = _labels(set(variants.values()), naming or {})
     return {run_id: labels[variant] for run_id, variant in variants.items()}
 
@@ -45,11 +49,18 @@ def columns_of(records: Iterable[RunRecord]) -> dict[str, str]:
     return {run_id: columns[variant] for run_id, variant in variants.items()}
 
 
-def _method(spec: RunSpec) -> _Variant:
+def _method(run_id: str, specs: Mapping[str, RunSpec], known: dict[str, _Variant]) -> _Variant:
+    """The configuration of a run; kept in `known`. A parent without a record tells nothing apart."""
+    if run_id in known:
+        return known[run_id]
+    spec = specs[run_id]
+    parents = tuple(_method(parent, specs, known) for _, parent in sorted(spec.parents.items()) if parent in specs)
     searched = spec.search.parameters if spec.search else ()
     fixed = {name: value for name, value in spec.method_parameters.items() if name not in searched}
     tuned = len(spec.search.trials) if spec.search else 0
-    return _Variant(spec.method, spec.method_version, json.dumps(fixed, sort_keys=True), tuned=tuned)
+    text = json.dumps(fixed, sort_keys=True)
+    known[run_id] = _Variant(spec.method, spec.method_version, text, tuned=tuned, parents=parents)
+    return known[run_id]
 
 
 def _task(spec: RunSpec) -> _Variant:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.metric import Metric, declared
+from harness.record.record import HOLDOUT
 from harness.storage import Damaged
 
 # The metric of a task's name and its own; None where nobody declares it.
@@ -24,10 +25,10 @@ def example_scores(path: Path, split: str, metric: Metric, score: float, rows: i
     scores, for others the jackknife's pseudo-values n f(all) - (n - 1) f(all but i), moved so that their mean is
     `score`.
 
-    `path`: the run's predictions, `split`: the evaluation split the score is on, `rows`: of it (None: not known). None
+    `path`: the run's predictions, `split`: the one that the score is on, `rows`: of it (None: not known). None
     where the values cannot be had: the metric is not declared as a function of sums, is none of these predictions, or
-    does not give the run's score. Raises OSError, and Damaged where the file does not hold finite predictions and
-    references, (rows, ...) both.
+    does not give the run's score. Raises OSError (FileNotFoundError, too, where an older run kept nothing of its
+    holdout), and Damaged where the file does not hold finite predictions and references, (rows, ...) both.
     """
     if metric.parts is None or metric.of_sums is None:
         return None
@@ -54,6 +55,8 @@ def _read(path: Path, split: str, rows: int | None) -> list[np.ndarray]:
     names = [f"{split}/predictions", f"{split}/references"]
     try:
         with safe_open(path, framework="numpy") as file:
+            if split == HOLDOUT and not {*names} & {*file.keys()}:
+                raise FileNotFoundError(f"no predictions of the {split}")
             shapes = [tuple(file.get_slice(name).get_shape()) for name in names]
             lengths = {shape[:1] for shape in shapes}
             if () in lengths or len(lengths) != 1 or (rows is not None and lengths != {(rows,)}):

@@ -67,8 +67,8 @@ def mean_ranks(board: Board) -> MeanRanks:
 
 
 def draw(board: Board) -> Figure | None:
-    """The diagram: configurations on an axis of mean ranks, bars over those that are not told apart; None where it is
-    refused."""
+    """The diagram: configurations on an axis of mean ranks, bars over those that do not differ significantly; None
+    where it is refused."""
     if refusal(board) is not None:
         return None
     found = mean_ranks(board)

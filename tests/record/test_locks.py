@@ -27,7 +27,7 @@ def dead():
     return processes.own().model_copy(update={"process": int(done.stdout)})
 
 
-def claim_of(folder, owner, run_id="a", sweep=""):
+def lock_of(folder, owner, run_id="a", sweep=""):
     told = Progress(run_id=run_id, batches=30, budget=40)
     content = {"owner": owner.model_dump(), "token": "theirs", "sweep": sweep, "progress": told.model_dump()}
     (folder / f"{run_id}.json").write_text(storage.sealed_text({storage.VERSION: locks.SCHEMA} | content))
@@ -43,29 +43,29 @@ def make_old(path, seconds=locks.STALE_SECONDS + 1):
     os.utime(path, (old, old))
 
 
-def test_a_claim_is_one_processs_and_goes_with_it(tmp_path):
-    with locks.locked(tmp_path, "a") as claim:
-        assert claim is not None
+def test_a_lock_is_one_processs_and_goes_with_it(tmp_path):
+    with locks.locked(tmp_path, "a") as lock:
+        assert lock is not None
         with locks.locked(tmp_path, "a") as second:
             assert second is None
-        claim.tell(Progress(run_id="a", batches=3, budget=4, loss=0.5))
+        lock.tell(Progress(run_id="a", batches=3, budget=4, loss=0.5))
         assert locks.progress(tmp_path, "a").share == 0.75
         assert locks.everything(tmp_path).keys() == {"a"}
     assert locks.progress(tmp_path, "a") is None
     assert not list(tmp_path.iterdir())
 
 
-def test_the_claim_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path, dead):
-    claim_of(tmp_path, dead)
+def test_the_lock_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path, dead):
+    lock_of(tmp_path, dead)
     assert locks.progress(tmp_path, "a") is None
-    with locks.locked(tmp_path, "a") as claim:
-        assert claim is not None
+    with locks.locked(tmp_path, "a") as lock:
+        assert lock is not None
 
 
 def test_a_process_is_known_by_its_start_and_not_by_its_number_alone(tmp_path):
-    claim_of(tmp_path, other(started=processes.own().started - 1))  # the number has been given again
-    with locks.locked(tmp_path, "a") as claim:
-        assert claim is not None
+    lock_of(tmp_path, other(started=processes.own().started - 1))  # the number has been given again
+    with locks.locked(tmp_path, "a") as lock:
+        assert lock is not None
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the state of a process is read from Linux's /proc")
@@ -78,40 +78,40 @@ def test_a_zombie_is_dead():
     child.communicate()
 
 
-def test_a_live_process_of_this_machine_keeps_its_claim_whatever_its_age(tmp_path):
-    claim_of(tmp_path, processes.own())
+def test_a_live_process_of_this_machine_keeps_its_lock_whatever_its_age(tmp_path):
+    lock_of(tmp_path, processes.own())
     make_old(tmp_path / "a.json", 1e6)
-    with locks.locked(tmp_path, "a") as claim:
-        assert claim is None
+    with locks.locked(tmp_path, "a") as lock:
+        assert lock is None
     assert locks.progress(tmp_path, "a").batches == 30
 
 
 @pytest.mark.parametrize("changes", [{"boot": "another", "host": "elsewhere"}, {"boot": "another"}, {"namespace": "1"}])
-def test_a_claim_that_cannot_be_looked_up_is_left_alone_until_it_shows_no_life(tmp_path, dead, changes):
-    claim_of(tmp_path, dead.model_copy(update=changes))
-    with locks.locked(tmp_path, "a") as claim:
-        assert claim is None
+def test_a_lock_that_cannot_be_looked_up_is_left_alone_until_it_shows_no_life(tmp_path, dead, changes):
+    lock_of(tmp_path, dead.model_copy(update=changes))
+    with locks.locked(tmp_path, "a") as lock:
+        assert lock is None
     make_old(tmp_path / "a.json")
-    with locks.locked(tmp_path, "a") as claim:
-        assert claim is not None
+    with locks.locked(tmp_path, "a") as lock:
+        assert lock is not None
 
 
-def test_a_claim_that_another_process_took_over_is_left_to_it(tmp_path, monkeypatch):
+def test_a_lock_that_another_process_took_over_is_left_to_it(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "BEAT_SECONDS", 0.01)
-    with locks.locked(tmp_path, "a") as claim:
-        claim_of(tmp_path, other(boot="another"))
+    with locks.locked(tmp_path, "a") as lock:
+        lock_of(tmp_path, other(boot="another"))
         make_old(tmp_path / "a.json")
         before = (tmp_path / "a.json").stat()
-        claim.tell(Progress(run_id="a", batches=1, budget=2))
+        lock.tell(Progress(run_id="a", batches=1, budget=2))
         time.sleep(0.1)  # a beat would have come by now
         after = (tmp_path / "a.json").stat()
         assert (after.st_mtime, after.st_ino) == (before.st_mtime, before.st_ino)
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_driver_releases_the_claims_of_its_own_workers_alone(tmp_path):
+def test_a_driver_releases_the_locks_of_its_own_workers_alone(tmp_path):
     for sweep, left in (("mine", False), ("theirs", True)):
-        claim_of(tmp_path, other(boot="another"), sweep=sweep)
+        lock_of(tmp_path, other(boot="another"), sweep=sweep)
         locks.release(tmp_path, "a", "mine")
         assert (tmp_path / "a.json").exists() is left
 
@@ -124,9 +124,9 @@ def test_drafts_of_processes_that_cannot_be_looked_up_stay_for_long(tmp_path, ch
     locks.clear_abandoned(tmp_path)
     assert theirs.exists()
     make_old(theirs, locks.REMAINS_SECONDS + 1)
-    claim_of(tmp_path, other(**changes))
+    lock_of(tmp_path, other(**changes))
     locks.clear_abandoned(tmp_path)
-    assert theirs.exists(), "its run is claimed"
+    assert theirs.exists(), "its run is locked"
     make_old(tmp_path / "a.json")
     locks.clear_abandoned(tmp_path)
     assert not theirs.exists()
@@ -154,12 +154,12 @@ def a_folder(path):
 
 
 def another_runs(path):
-    claim_of(path.parent, processes.own(), "0" * 16)
+    lock_of(path.parent, processes.own(), "0" * 16)
     (path.parent / f"{'0' * 16}.json").rename(path)
 
 
 @pytest.mark.parametrize("garble", [huge_number, nested, a_folder, another_runs])
-def test_a_garbled_claim_holds_until_it_is_old(tmp_path, garble, capsys):
+def test_a_garbled_lock_holds_until_it_is_old(tmp_path, garble, capsys):
     results = tmp_path / "results"
     command = ["run", "--executor", "serial", "--tasks", "synthetic", "--batches", "2", "--methods", "head"]
     assert main([*command, "--results", str(results)]) == 0
@@ -180,15 +180,15 @@ def test_a_garbled_claim_holds_until_it_is_old(tmp_path, garble, capsys):
     assert not list(store.running.iterdir())
 
 
-def test_a_claim_that_is_being_written_is_one(tmp_path):
+def test_a_lock_that_is_being_written_is_one(tmp_path):
     (tmp_path / "a.json").write_text("")
     assert locks.progress(tmp_path, "a") == Progress(run_id="a")
-    with locks.locked(tmp_path, "a") as claim:
-        assert claim is None
+    with locks.locked(tmp_path, "a") as lock:
+        assert lock is None
 
 
-def test_of_two_takers_of_an_abandoned_claim_one_gets_it(tmp_path, dead, monkeypatch):
-    claim_of(tmp_path, dead)
+def test_of_two_takers_of_an_abandoned_lock_one_gets_it(tmp_path, dead, monkeypatch):
+    lock_of(tmp_path, dead)
     rename = Path.rename
 
     with contextlib.ExitStack() as stack:
@@ -205,7 +205,7 @@ def test_of_two_takers_of_an_abandoned_claim_one_gets_it(tmp_path, dead, monkeyp
         assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_claim_shows_signs_of_life(tmp_path, monkeypatch):
+def test_a_lock_shows_signs_of_life(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "BEAT_SECONDS", 0.01)
     with locks.locked(tmp_path, "a"):
         make_old(tmp_path / "a.json")
@@ -259,7 +259,7 @@ def test_status_counts_the_cells_of_the_last_sweep(tmp_path, capsys, monkeypatch
     specs = [spec_of(Subject(name, tmp_path)) for name in ("full", "lora[rank=2]")]
     done = [record.spec for record in store.records()]
     cells.write(store, [*done, *specs])
-    claim_of(store.running, processes.own(), specs[1].run_id)
+    lock_of(store.running, processes.own(), specs[1].run_id)
     capsys.readouterr()
     assert main(["status", "--results", str(results)]) == 0
     lines = capsys.readouterr().out.splitlines()
