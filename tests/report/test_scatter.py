@@ -199,6 +199,15 @@ class TestMarks:
         assert "Hollow: controls." in figure.get_suptitle().replace("\n", " ")
         assert "Hollow" not in drawn(board(*runs(ADAPTERS)))[0].get_suptitle()
 
+    def test_rows_that_do_not_compete_are_hollow_and_on_no_front(self) -> None:
+        of = with_section(
+            board(*runs({"a": 1000, "b": 2000, "c": 3000, "hadapter": 500})), "", "hadapter", ranked=False
+        )
+        figure, (panel,) = drawn(of)
+        assert marks(panel, of)["hadapter"].get_markerfacecolor() == "white"
+        assert "Hollow: rows with fewer seeds." in figure.get_suptitle().replace("\n", " ")
+        assert not [line for line in panel.lines if line.get_label() == "Pareto front"], "a, b and c are alike"
+
     def test_intervals_and_seeds_are_behind_the_points(self) -> None:
         of = board(*runs(ADAPTERS))
         _, (panel,) = drawn(of)

@@ -39,17 +39,19 @@ def _seeds(board: Board) -> str:
 
 
 def _best(board: Board, column: Column) -> str:
+    """The best of a task and how many do not differ significantly from it, among the rows that may be best there."""
     rows = [row for row in board.rows if board.is_ranked(row, column)]
     best = [row for row in rows if board.is_best(row, column)]
     if column.title in board.best and not best:
         return f"{cut(column.title)}: the best ({score_text(board.best[column.title])}) is a row that is not shown."
     if not best:
         return f"{cut(column.title)}: no row is called best."
-    scores = [row.cells[column.title].score for row in best]
-    head = f"{cut(column.title)}: best {_listed(best)} ({score_text(scores[0].mean or 0.0)})"
-    others = len(rows) - len(best)
+    score = score_text(best[0].cells[column.title].score.mean or 0.0)
     ties = sum(board.is_tie(row, column) for row in rows if row not in best)
-    return f"{head}; not significantly different from it: {ties} of {_count(others, 'other')}."
+    others = _count(len(rows) - len(best), "other")
+    return (
+        f"{cut(column.title)}: best {_listed(best)} ({score}); not significantly different from it: {ties} of {others}."
+    )
 
 
 def _count(number: int, word: str) -> str:

@@ -51,6 +51,7 @@ class Point:
     label: str
     name: str  # what it is in the legend
     hollow: bool
+    ranked: bool  # whether it competes for the best, and so for the front
     parameters: float
     score: float
     half_width: float  # of the 95 % interval; 0 without one
@@ -92,11 +93,12 @@ def draw(board: Board) -> Figure | None:
 
 
 def _caption(board: Board) -> str:
-    titles = ", ".join(section.title for section in board.sections if section.title)
+    titles = [section.title for section in board.sections if section.title]
+    titles += ["rows with fewer seeds"] if any(not section.ranked for section in board.sections) else []
     return (
         f"{board.caption} Large: mean over seeds; bars: its 95 % interval, cut where it leaves the panel; small: "
         f"single seeds; dashed: Pareto front; on grey: far beyond the others, not to scale."
-        + (f" Hollow: {titles}." if titles else "")
+        + (f" Hollow: {', '.join(dict.fromkeys(titles))}." if titles else "")
     )
 
 
@@ -112,7 +114,8 @@ def _points(board: Board, column: Column) -> list[Point]:
                 continue
             name = row.label if few else cell.runs[0].method
             half = cell.score.half_width or 0.0
-            found.append(Point(row.label, name, hollow, parameters, cell.score.mean, half, cell.scored))
+            hollow_here, numbers = hollow or not section.ranked, (parameters, cell.score.mean, half)
+            found.append(Point(row.label, name, hollow_here, section.ranked, *numbers, cell.scored))
     return found
 
 
@@ -128,16 +131,15 @@ def _panel(axes: Axes, column: Column, points: Sequence[Point], x: BrokenAxis, b
     for point, place in zip(points, places, strict=True):
         _mark(axes, point, place, by_name[point.name])
     drawn = _connect(axes, points, x, y, by_name)
-    front = pareto_front([(point.parameters, point.score) for point in points], column.higher_is_better)
-    drawn += _front(
-        axes, np.stack([x.places(count for count, _ in front), y.places(score for _, score in front)], axis=1)
-    )
+    ranked = [(point.parameters, point.score) for point in points if point.ranked]
+    front = pareto_front(ranked, column.higher_is_better)
+    drawn += _front(axes, x.places(count for count, _ in front), y.places(score for _, score in front))
     plain(axes)
     axes.set_title(column.title, fontsize=8)
     axes.set_ylabel(column.metric.replace("_", " "))
     x.draw(axes, "x")
     y.draw(axes, "y")
-    on_front = {point.label for point in points if (point.parameters, point.score) in front}
+    on_front = {point.label for point in points if point.ranked and (point.parameters, point.score) in front}
     beyond = {point.label for point in points if x.is_beyond(point.parameters) or y.is_beyond(point.score)}
     order = sorted(range(len(points)), key=lambda at: _urgency(points[at], beyond, on_front))
     texts = [_label(axes, points[at], x, y, colours[at]) for at in order]
@@ -207,13 +209,19 @@ def _connect(
     return drawn
 
 
-def _front(axes: Axes, places: np.ndarray) -> list[Line2D]:
-    """Steps through the (n, 2) places of the front."""
-    if len(places) < 2:
+def _front(axes: Axes, across: np.ndarray, up: np.ndarray) -> list[Line2D]:
+    """Steps through the front's places."""
+    if len(across) < 2:
         return []
-    corners = np.repeat(places, 2, axis=0)
-    steps = np.stack([corners[1:, 0], corners[:-1, 1]], axis=1)
-    return axes.plot(*steps.T, color=GREY, linewidth=0.8, linestyle="--", zorder=1, label="Pareto front")
+    return axes.plot(
+        np.repeat(across, 2)[1:],
+        np.repeat(up, 2)[:-1],
+        color=GREY,
+        linewidth=0.8,
+        linestyle="--",
+        zorder=1,
+        label="Pareto front",
+    )
 
 
 def _label(axes: Axes, point: Point, x: BrokenAxis, y: BrokenAxis, colour: str) -> Text:
