@@ -161,11 +161,6 @@ def _add_report(commands: Any) -> None:
     report.add_argument(
         "--sort", metavar="COLUMN", help="order the printed rows by a task, or by parameters, rank, seconds and so on"
     )
-    report.add_argument(
-        "--every-split",
-        action="store_true",
-        help="give a task's further evaluation splits (MNLI's mismatched one) columns of their own",
-    )
     report_options.add_to(report)
     report.add_argument("--config", type=_path, metavar="FILE", help="the [report] table of a sweep; options win")
     report.add_argument(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from harness.errors import InputError, unknown
+from harness.errors import InputError
 from harness.method import Adaptation, Backbone, Finished, FinishedRun, Method, PeftForm, TrainData
 from harness.optimizer import adamw
 from harness.storage import os_errors
+from methods.shared.lora_inits import INITS, known_init
 from methods.shared.peft_model import OF_ALL_RANKS, lora_form, lora_model, nearest_rank, pattern_of, shuffled, unfit
 from methods.shared.peft_names import ADAPTER, PREFIX
 
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
     from harness.spec import TrainSpec
 
-MOST_ITERATIONS = 1000  # of PiSSA's fast SVD
 OWN_SCALE = "PEFT's rank_pattern would divide alpha by each layer's own rank"
-INITS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16")
 
 
 class Lora(Method):
@@ -112,12 +110,7 @@ class Lora(Method):
     @field_validator("init")
     @classmethod
     def _known_init(cls, init: str) -> str:
-        number = re.fullmatch(r"pissa_niter_(-?[0-9]+)", init)
-        if number and not (len(number[1]) < 9 and 1 <= int(number[1]) <= MOST_ITERATIONS):
-            raise ValueError(f"'{init}' is not allowed: N of pissa_niter_N is 1 to {MOST_ITERATIONS}")
-        if init not in INITS and not number:
-            raise unknown("init", init, INITS)
-        return init
+        return known_init(init)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Lora:
@@ -143,7 +136,10 @@ class Lora(Method):
         return spectrum(folder)
 
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
-        """See `Method.peft_form`: itself."""
+        """See `Method.peft_form`: itself. Of `parameters_of`, a run's rank is known by its ranks alone."""
+        if self.parameters_of is not None:
+            rank = max(ranks.values(), default=0) or self.rank
+            return self.model_copy(update={"parameters_of": None, "rank": rank}).peft_form(ranks)
         settings = {"use_dora": self.dora, "init_lora_weights": self.init == "default" or self.init}
         return lora_form(ranks, self.scale, self.model_dump(mode="json", include=OF_ALL_RANKS), **settings)
 

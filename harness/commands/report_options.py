@@ -45,3 +45,5 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--columns", metavar="A,B", help=text)
     text = "rows under a heading of their own, by labels or by parameters that they name; may be repeated"
     parser.add_argument("--group", action="append", metavar="TITLE=P|Q", help=text)
+    text = "give a task's further evaluation splits (MNLI's mismatched one) columns of their own"
+    parser.add_argument("--every-split", action="store_true", help=text)
