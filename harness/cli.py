@@ -158,16 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_report(commands: Any) -> None:
     report = _command(commands, "report", "rebuild tables, pictures and the page from the records", _report)
     _add_selection(report)
-    report.add_argument(
-        "--sort", metavar="COLUMN", help="order the printed rows by a task, or by parameters, rank, seconds and so on"
-    )
-    report_options.add_to(report)
-    report.add_argument("--config", type=_path, metavar="FILE", help="the [report] table of a sweep; options win")
-    report.add_argument(
-        "--latex-style", default="subscript", metavar="STYLE", help="of LaTeX cells: subscript (default), side, siunitx"
-    )
-    report.add_argument("--against", metavar="paper", help="print what the paper reports beside ours")
-    report.add_argument("--to-mlflow", action="store_true", help="log every record that MLflow does not have yet")
+    report_options.add_to(report, _path)
     _add_tracking(report)
 
 

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from harness.errors import InputError
+from harness.errors import InputError, unknown
 from harness.method import Adaptation, Backbone, Finished, FinishedRun, Method, PeftForm, TrainData
 from harness.optimizer import adamw
-from harness.storage import os_errors
-from methods.shared.lora_inits import INITS, known_init
 from methods.shared.peft_model import OF_ALL_RANKS, lora_form, lora_model, nearest_rank, pattern_of, shuffled, unfit
-from methods.shared.peft_names import ADAPTER, PREFIX
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from torch import Tensor, nn
 
     from harness.spec import TrainSpec
 
+MOST_ITERATIONS = 1000  # of PiSSA's fast SVD
 OWN_SCALE = "PEFT's rank_pattern would divide alpha by each layer's own rank"
+INITS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16")
 
 
 class Lora(Method):
@@ -110,7 +108,12 @@ class Lora(Method):
     @field_validator("init")
     @classmethod
     def _known_init(cls, init: str) -> str:
-        return known_init(init)
+        number = re.fullmatch(r"pissa_niter_(-?[0-9]+)", init)
+        if number and not (len(number[1]) < 9 and 1 <= int(number[1]) <= MOST_ITERATIONS):
+            raise ValueError(f"'{init}' is not allowed: N of pissa_niter_N is 1 to {MOST_ITERATIONS}")
+        if init not in INITS and not number:
+            raise unknown("init", init, INITS)
+        return init
 
     @model_validator(mode="after")
     def _fits_together(self) -> Lora:
@@ -224,6 +227,8 @@ class Lora(Method):
 
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """See `Method.start`."""
+        from methods.shared.lora_adaptation import LoraAdaptation
+
         ranks = self.layer_ranks(backbone)
         if self.shuffle_ranks:
             ranks = shuffled(ranks, backbone, rng)
@@ -232,89 +237,3 @@ class Lora(Method):
         model = lora_model(backbone, ranks, self.scale, self.dropout, init_lora_weights=init, use_dora=self.dora)
         optimizer = adamw(model, self.learning_rate, self.weight_decay)
         return LoraAdaptation(model, optimizer, backbone, tuple(ranks), self.changes_backbone)
-
-
-class LoraAdaptation(Adaptation):
-    """A PEFT LoRA model in training.
-
-    targets: the layers that `ranks` tells of; of those without an adapter the rank is 0.
-    changes_backbone: the init took (alpha / rank) B A out of the frozen weights.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        backbone: Backbone,
-        targets: tuple[str, ...] = (),
-        changes_backbone: bool = False,
-    ) -> None:
-        from peft.tuners.lora import LoraLayer
-
-        super().__init__(model, optimizer, backbone)
-        self.targets = targets
-        self.layers: dict[str, Any] = {
-            name.removeprefix(PREFIX): layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
-        }
-        # What the init took out of the layers' weights, as `scaled_pairs` gives it.
-        self.taken = {name: (B, A.clone()) for name, (B, A) in self.scaled_pairs().items() if changes_backbone}
-
-    def ranks(self) -> dict[str, int]:
-        """See `Adaptation.ranks`."""
-        live = {name: layer.lora_A[ADAPTER].weight.shape[0] for name, layer in self.layers.items()}
-        return {name: live.get(name, 0) for name in self.targets or live}
-
-    def at_rank(self, rank: int) -> AbstractContextManager[None] | None:
-        """See `Adaptation.at_rank`: the best approximation of B A; None where that is not the update (DoRA; inits that
-        take a part out of the frozen weights)."""
-        if self.taken or any(layer.use_dora[ADAPTER] for layer in self.layers.values()):
-            return None
-        from methods.shared.truncation import best_approximation, swapped
-
-        pairs = [(layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight) for layer in self.layers.values()]
-        cut = {pair: best_approximation(*pair, rank) for pair in pairs}
-        return swapped({own: value for pair in cut for own, value in zip(pair, cut[pair], strict=True)})
-
-    def stored_bytes(self) -> int:
-        """See `Adaptation.stored_bytes`; what was taken out of the frozen weights is stored as well."""
-        taken = sum(factor.numel() * factor.element_size() for pair in self.taken.values() for factor in pair)
-        return super().stored_bytes() + taken
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Adaptation.state_dict`. Frozen weights that the init changed are in it: an SVD need not give the same
-        on another machine."""
-        changed = {name: self.layers[name].get_base_layer().weight.detach() for name in self.taken}
-        return super().state_dict() | {"changed": changed, "taken": self.taken}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Adaptation.load_state_dict`."""
-        super().load_state_dict(state)
-        for name, pair in self.taken.items():
-            self.layers[name].get_base_layer().weight.data.copy_(state["changed"][name])
-            for own, value in zip(pair, state["taken"][name], strict=True):
-                own.copy_(value)
-
-    def export(self, path: Path) -> None:
-        """The adapter and the head as `PeftModel.from_pretrained` reads them, for the backbone as it was."""
-        if not self.taken:
-            model: Any = self.model
-            with os_errors():
-                model.save_pretrained(str(path))
-            return
-        import torch
-
-        from methods.shared.stock_lora import export_stock_lora
-
-        pairs = self.scaled_pairs()
-        for name, (taken_B, taken_A) in self.taken.items():
-            B, A = pairs[name]
-            pairs[name] = torch.cat([B, -taken_B], 1), torch.cat([A, taken_A], 0)
-        export_stock_lora(path, pairs, self.model, self.head)
-
-    def scaled_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """(B, A) of every adapted layer, (outputs, r) and (r, inputs), of a convolution with kernels; B is scaled."""
-        pairs = {}
-        for name, layer in self.layers.items():
-            A, B = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
-            pairs[name] = layer.scaling[ADAPTER] * B, A
-        return pairs

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from harness.errors import InputError
 from harness.method import RANK, Adaptation, Backbone, Finished, Method, PeftForm, Step, Trace, TrainData
 from harness.optimizer import adamw
-from methods.lora import LoraAdaptation
+from methods.shared.lora_adaptation import LoraAdaptation
 from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 from methods.shared.peft_names import ADAPTER
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from harness.errors import InputError
@@ -37,13 +38,20 @@ def _groups(texts: Iterable[str]) -> dict[str, str]:
     return groups
 
 
-def add_to(parser: argparse.ArgumentParser) -> None:
-    """Add the options."""
+def add_to(parser: argparse.ArgumentParser, path: Callable[[str], Path]) -> None:
+    """Add the options. `path`: reads a path that is given."""
+    text = "order the printed rows by a task, or by parameters, rank, seconds and so on"
+    parser.add_argument("--sort", metavar="COLUMN", help=text)
     text = 'only these rows, in this order: "lora,debora[*]", * for any signs and ? for any one'
     parser.add_argument("--rows", metavar="A,B", help=text)
     text = "only these columns, in this order: tasks, a task's further split as glue/mnli:mismatched, and the others"
     parser.add_argument("--columns", metavar="A,B", help=text)
-    text = "rows under a heading of their own, by labels or by parameters that they name; may be repeated"
-    parser.add_argument("--group", action="append", metavar="TITLE=P|Q", help=text)
     text = "give a task's further evaluation splits (MNLI's mismatched one) columns of their own"
     parser.add_argument("--every-split", action="store_true", help=text)
+    text = "rows under a heading of their own, by labels or by parameters that they name; may be repeated"
+    parser.add_argument("--group", action="append", metavar="TITLE=P|Q", help=text)
+    parser.add_argument("--config", type=path, metavar="FILE", help="the [report] table of a sweep; options win")
+    text = "of LaTeX cells: subscript (default), side, siunitx"
+    parser.add_argument("--latex-style", default="subscript", metavar="STYLE", help=text)
+    parser.add_argument("--against", metavar="paper", help="print what the paper reports beside ours")
+    parser.add_argument("--to-mlflow", action="store_true", help="log every record that MLflow does not have yet")

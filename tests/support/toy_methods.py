@@ -13,7 +13,8 @@ import torch
 from harness import registry
 from harness.method import Adaptation, Backbone, Step
 from harness.optimizer import adamw
-from methods.lora import Lora, LoraAdaptation
+from methods.lora import Lora
+from methods.shared.lora_adaptation import LoraAdaptation
 
 TOYS = {
     "growing": "tests.plugin.growing:Growing",
