@@ -139,7 +139,10 @@ class Lora(Method):
         return spectrum(folder)
 
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
-        """See `Method.peft_form`: itself."""
+        """See `Method.peft_form`: itself. Of `parameters_of`, a run's rank is known by its ranks alone."""
+        if self.parameters_of is not None:
+            rank = max(ranks.values(), default=0) or self.rank
+            return self.model_copy(update={"parameters_of": None, "rank": rank}).peft_form(ranks)
         settings = {"use_dora": self.dora, "init_lora_weights": self.init == "default" or self.init}
         return lora_form(ranks, self.scale, self.model_dump(mode="json", include=OF_ALL_RANKS), **settings)
 

@@ -32,6 +32,7 @@ def loaded(config):
     [
         ("lora[rank=4,alpha=12]", 3.0),
         ("lora[rank=4,alpha=12,rslora=true]", 6.0),
+        ("lora[parameters_of=debora,alpha=12]", 3.0),
         ("lora[rank=4,dora=true]", 4.0),
         ("lora[rank=4,init=pissa,dropout=0.1]", 4.0),
         ('lora[rank=2,rank_pattern={"query"=4,"dense"=4,"key"=4,"value"=4}]', 8.0),

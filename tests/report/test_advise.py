@@ -177,7 +177,7 @@ def test_equal_predictions_are_named_as_what_cannot_be_compared(tmp_path, capsys
     sweep(tmp_path, {2: 0.8, 8: 0.8}, kept=False, **same)
     _, text, _ = advised(tmp_path, capsys, "--margin", "0.05")
     assert "no advice" in text
-    assert "cannot be compared: lora and lora[rank=2] (the same scores at every seed)" in text
+    assert "cannot be compared: lora and lora[rank=2] (the same difference at every seed)" in text
 
 
 def test_an_older_advice_does_not_stay_when_nothing_is_advised(tmp_path, capsys):

@@ -123,7 +123,7 @@ def _without_spread(advice: Advice) -> list[str]:
     for of_column in advice.pairs:
         for labels, each in of_column.items():
             if each.difference is None:
-                found[labels] = "the same scores at every seed" if len(each.seeds) > 1 else "no two common seeds"
+                found[labels] = "the same difference at every seed" if len(each.seeds) > 1 else "no two common seeds"
     told = [f"{' and '.join(labels)} ({why})" for labels, why in found.items()]
     more = f" and {len(told) - MOST_NAMED} more" if len(told) > MOST_NAMED else ""
     return [f"cannot be compared: {', '.join(told[:MOST_NAMED])}{more}"] if told else []
