@@ -216,7 +216,7 @@ class Lora(Method):
         Raises InputError for a pattern that names no targeted layer, or before `resolve` and `inherit`.
         """
         if self.parameters or self.parameters_of or ((self.ranks or self.ranks_of) and not self.rank_pattern):
-            raise InputError("ranks and parameters are filled in: call Method.resolve and Method.inherit first")
+            raise InputError("filled in when a run is planned or starts: call Method.resolve and Method.inherit first")
         ranks = dict.fromkeys(backbone.targets(self.target_modules), self.rank)
         for end, rank in self.rank_pattern.items():
             named = [layer for layer in backbone.targets((end,)) if layer in ranks]

@@ -358,8 +358,8 @@ def test_the_dry_run_says_which_ranks(tmp_path, capsys):
 
 def test_an_unresolved_method_does_not_start():
     backbone = task_of("synthetic").backbone(None, meta=True)
-    for parameters in ({"parameters": 100}, {"ranks": "a"}):
-        with pytest.raises(InputError, match="are filled in"):
+    for parameters in ({"parameters": 100}, {"ranks": "a"}, {"ranks_of": "a"}, {"parameters_of": "a"}):
+        with pytest.raises(InputError, match="filled in when a run is planned"):
             registry.make_method("lora", parameters).start(backbone, None, None, torch.Generator())
 
 
