@@ -15,7 +15,9 @@ from tests.support.report_records import ENVIRONMENT, board, record
 
 def test_tables():
     losses = [
-        record(method, "pictures", 0, score, higher_is_better=False) for method, score in (("a", 0.3), ("b", 0.2))
+        record(method, "pictures", seed, score, higher_is_better=False)
+        for method, score in (("a", 0.3), ("b", 0.2))
+        for seed in (0, 1)
     ]
     made = board(*losses)
     assert [row.label for row in made.rows] == ["b", "a"]
