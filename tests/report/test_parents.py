@@ -44,6 +44,14 @@ def test_children_of_two_configurations_of_one_label_are_two_rows():
     assert all(labels[child.run_id].startswith("lora[ranks_of=debora] #") for child in found)
 
 
+def test_a_parent_without_a_record_tells_no_children_apart():
+    parents = [record("debora", seed=seed) for seed in range(3)]
+    found = children(parents)
+    for known in ([], parents[:1], parents[1:], parents):
+        labels = labels_of([*known, *found], NAMING)
+        assert {labels[child.run_id] for child in found} == {"lora[ranks_of=debora]"}
+
+
 def test_a_map_of_parents_groups_runs_from_before_there_were_labels(tmp_path):
     parents = [record("debora", seed=seed, method_parameters={"tau": 4.0}) for seed in (0, 1)]
     old = [

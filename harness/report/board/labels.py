@@ -25,6 +25,7 @@ class _Variant(NamedTuple):
     data: str = ""
     tuned: int = 0  # trials of the search; the hyperparameters searched over are then left out above
     parents: tuple[_Variant, ...] = ()  # of the runs that it took ranks or sizes from: one a seed, of one configuration
+    lacking: bool = False  # whether a parent, or one of its own, has no record
 
 
 def labels_of(records: Iterable[RunRecord], naming: Naming | None = None) -> dict[str, str]:
@@ -38,6 +39,7 @@ def labels_of(records: Iterable[RunRecord], naming: Naming | None = None) -> dic
     variants: dict[str, _Variant] = {}
     for run_id in specs:
         _method(run_id, specs, variants)
+    variants = _with_parents(variants)
     labels = _labels(set(variants.values()), naming or {})
     return {run_id: labels[variant] for run_id, variant in variants.items()}
 
@@ -50,17 +52,33 @@ def columns_of(records: Iterable[RunRecord]) -> dict[str, str]:
 
 
 def _method(run_id: str, specs: Mapping[str, RunSpec], known: dict[str, _Variant]) -> _Variant:
-    """The configuration of a run; kept in `known`. A parent without a record tells nothing apart."""
+    """The configuration of a run; kept in `known`."""
     if run_id in known:
         return known[run_id]
     spec = specs[run_id]
     parents = tuple(_method(parent, specs, known) for _, parent in sorted(spec.parents.items()) if parent in specs)
+    lacking = len(parents) < len(spec.parents) or any(parent.lacking for parent in parents)
     searched = spec.search.parameters if spec.search else ()
     fixed = {name: value for name, value in spec.method_parameters.items() if name not in searched}
     tuned = len(spec.search.trials) if spec.search else 0
     text = json.dumps(fixed, sort_keys=True)
-    known[run_id] = _Variant(spec.method, spec.method_version, text, tuned=tuned, parents=parents)
+    known[run_id] = _Variant(spec.method, spec.method_version, text, tuned=tuned, parents=parents, lacking=lacking)
     return known[run_id]
+
+
+def _with_parents(variants: Mapping[str, _Variant]) -> dict[str, _Variant]:
+    """The same, for a parent without a record tells nothing apart: its child is what the others of its label are, where
+    these are one configuration."""
+    whole: dict[_Variant, set[_Variant]] = defaultdict(set)
+    for variant in variants.values():
+        if variant.parents and not variant.lacking:
+            whole[variant._replace(parents=())].add(variant)
+    found = {}
+    for run_id, variant in variants.items():
+        alone = variant._replace(parents=(), lacking=False) if variant.lacking else variant
+        others = whole[alone] if variant.lacking else ()
+        found[run_id] = next(iter(others)) if len(others) == 1 else alone
+    return found
 
 
 def _task(spec: RunSpec) -> _Variant:
