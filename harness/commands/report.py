@@ -22,6 +22,7 @@ from harness.spec import EVERYTHING, Selection
 
 if TYPE_CHECKING:
     from harness.report.board.leaderboard import Board
+    from harness.report.board.runs import Run
     from harness.report.tables.differences import Differences
     from harness.report.tables.table import Table
 
@@ -119,17 +120,16 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
     selection, told = wanted.selection, dict[str, None]()
     split = wanted.every_split or any(sign in name for name in selection.columns for sign in (":", ", "))
 
-    def made_of(records: list[RunRecord]) -> list[Board]:
+    def made_of(records: list[RunRecord]) -> tuple[list[Board], dict[str, Differences]]:
         runs = runs_of(grouped(store, records, naming), naming)
         runs = every_split(runs) if split else runs
         tell = None if wanted.is_complete else lambda line: told.update({line: None})
-        return boards_of(store, runs, installed.family_average, installed.metric_of, table, selection, tell)
+        made = boards_of(store, runs, installed.family_average, installed.metric_of, table, selection, tell)
+        return made, _differences(runs, made, wanted, store, told)
 
     with uncollected():
-        every = made_of(written.records)
-        boards = every if shown is written.records else made_of(shown)
-        of_every = _differences(every, wanted, store, told)
-        compared = of_every if boards is every else _differences(boards, wanted, store, told)
+        every, of_every = made_of(written.records)
+        boards, compared = (every, of_every) if shown is written.records else made_of(shown)
     for line in told:
         to_stderr(line)
     if wanted.sort is not None:
@@ -164,17 +164,20 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
 
 
 def _differences(
-    boards: Sequence[Board], wanted: Wanted, store: RecordStore, told: dict[str, None]
+    runs: Sequence[Run], boards: Sequence[Board], wanted: Wanted, store: RecordStore, told: dict[str, None]
 ) -> dict[str, Differences]:
-    """By the board's key; none without a baseline. Raises InputError where no board has it, or, where its runs may be
-    still to come, puts a line into `told`."""
+    """What the boards show of the differences of all rows that the runs have, by the board's key; none without a
+    baseline. Raises InputError where no board has it, or, where its runs may be still to come, puts a line into
+    `told`."""
+    from harness.report.board.leaderboard import leaderboards
     from harness.report.evidence.compare import ExampleReader
-    from harness.report.tables.differences import differences
+    from harness.report.tables.differences import as_shown, differences
 
     if wanted.selection.baseline is None:
         return {}
+    whole, read = leaderboards(runs), ExampleReader(store, installed.metric_of)
     try:
-        return differences(boards, wanted.selection.baseline, ExampleReader(store, installed.metric_of))
+        return as_shown(differences(whole, wanted.selection.baseline, read), boards)
     except InputError as error:
         if wanted.is_complete:
             raise

@@ -288,6 +288,21 @@ class TestCommand:
         assert out.count("Differences to lora.") == 1
         assert "shown without it: unknown row for the baseline 'full'" in err  # its runs may be still to come
 
+    def test_what_is_shown_changes_no_figure(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        kept(tmp_path, grid())
+
+        def table(*shown: str) -> list[dict[str, str]]:
+            assert cli.main(["report", "--results", str(tmp_path), "--baseline", "lora", *shown]) == 0
+            with (tmp_path / "tables" / "differences.csv").open() as file:
+                return list(csv.DictReader(file))
+
+        every, narrow = table(), table("--rows", "full,head", "--columns", "mrpc")
+        chosen = [line for line in every if line["method"] in ("full", "head") and line["task"] != "cola"]
+        assert sorted(narrow, key=str) == sorted(chosen, key=str)
+        (setting,) = json.loads((tmp_path / "tables" / "differences.json").read_text())["settings"]
+        assert [list(row["cells"]) for row in setting["rows"]] == [["mrpc"], ["mrpc"]]
+        assert "with the rows that are not shown" in " ".join(capsys.readouterr().out.split())
+
     def test_only_settings_with_the_baseline_have_the_table(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

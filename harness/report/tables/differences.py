@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,6 +69,18 @@ def differences(boards: Sequence[Board], baseline: str, read: ExampleReader) -> 
     """
     found = rows_of(boards, baseline, "row for the baseline")
     return {board.key: _less(board, found[board.key], read) for board in boards if board.key in found}
+
+
+def as_shown(found: Mapping[str, Differences], boards: Iterable[Board]) -> dict[str, Differences]:
+    """Of these boards' rows and columns alone, whose p values stay corrected over all rows, and whose means and shares
+    stay those of all tasks."""
+    narrowed = {}
+    for board in boards:
+        if board.key in found:
+            rows = found[board.key].rows
+            rows = {row.label: rows[row.label] for row in board.rows if row.label in rows}
+            narrowed[board.key] = dataclasses.replace(found[board.key], board=board, rows=rows)
+    return narrowed
 
 
 def _less(board: Board, baseline: Row, read: ExampleReader) -> Differences:
@@ -142,7 +155,8 @@ def differences_json(found: Iterable[Differences]) -> dict[str, Any]:
         rows = []
         for label, against in each.rows.items():
             line: dict[str, Any] = {"label": label, "parameters_share": against.share}
-            line["cells"] = {title: _numbers(against.on.get(title)) for title in against.row.cells}
+            titles = [column.title for column in each.board.columns if column.title in against.row.cells]
+            line["cells"] = {title: _numbers(against.on.get(title)) for title in titles}
             line["over_tasks"] = None if against.overall is None else _numbers(against.overall)
             rows.append(line)
         names = {"key": each.board.key, "caption": each.board.caption, "baseline": each.baseline.label}
@@ -234,16 +248,17 @@ def _with_interval(each: Comparison | Overall | None, without: str) -> Entry:
 
 def _notes(found: Differences) -> tuple[str, ...]:
     name = found.baseline.label
+    column = "the column, with the rows that are not shown" if found.board.hidden else "the column"
     notes = [
         f"Each row's score less that of {name}, over the seeds that both have (n, or as given); ± is half the 95 % "
         f"interval over seeds and examples. parameters: of the adapter after training, as a share of those of {name}.",
-        f"better, worse: than {name}, after Holm's correction over the column. All other rows are {SAME} from {name}, "
+        f"better, worse: than {name}, after Holm's correction over {column}. All other rows are {SAME} from {name}, "
         f"or could not be tested ({NO_SEEDS}, one seed, no spread).",
     ]
     if found.has_overall:
         notes.append(
-            f"{OVER_TASKS}: the mean of a row's differences on all tasks. Its interval is for these tasks, not for "
-            "others like them."
+            f"{OVER_TASKS}: the mean of a row's differences on all tasks of the setting. Its interval is for these tasks, not "
+            "for others like them."
         )
     for column in found.board.columns:
         each = {label: against.on[column.title] for label, against in found.rows.items() if column.title in against.on}
