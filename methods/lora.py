@@ -123,7 +123,7 @@ class Lora(Method):
                 if name != size and getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{size} = {value} sets the rank, and so does {name}: give one")
         if self.shuffle_ranks and self.ranks is None and self.ranks_of is None and not self.rank_pattern:
-            raise ValueError("shuffle_ranks = true has nothing to shuffle: give ranks or rank_pattern")
+            raise ValueError("shuffle_ranks = true has nothing to shuffle: give ranks_of, ranks or rank_pattern")
         for name in ("ranks", "rank_pattern"):
             if self.ranks_of is not None and getattr(self, name):
                 raise ValueError(f"ranks_of = {self.ranks_of} sets the ranks, and so does {name}: give one")

@@ -172,7 +172,7 @@ class BadSettings:
         ("parameters=900,rank=4", "parameters = 900 sets the rank, and so does rank"),
         ('parameters=900,ranks="a"', "parameters = 900 sets the rank, and so does ranks"),
         ('parameters=900,rank_pattern={"query"=1}', "parameters = 900 sets the rank, and so does rank_pattern"),
-        ("shuffle_ranks=true", "shuffle_ranks = true has nothing to shuffle: give ranks or rank_pattern"),
+        ("shuffle_ranks=true", "shuffle_ranks = true has nothing to shuffle: give ranks_of, ranks or rank_pattern"),
         ('rank_pattern={"query"=-1}', "lora.rank_pattern.query = -1 is not allowed"),
         ('rank_pattern={"query"=true}', "lora.rank_pattern.query = True is not allowed"),
     ]

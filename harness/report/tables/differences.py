@@ -248,17 +248,17 @@ def _with_interval(each: Comparison | Overall | None, without: str) -> Entry:
 
 def _notes(found: Differences) -> tuple[str, ...]:
     name = found.baseline.label
-    column = "the column, with the rows that are not shown" if found.board.hidden else "the column"
+    family = "the column, with the rows that are not shown" if found.board.hidden else "the column"
     notes = [
         f"Each row's score less that of {name}, over the seeds that both have (n, or as given); ± is half the 95 % "
         f"interval over seeds and examples. parameters: of the adapter after training, as a share of those of {name}.",
-        f"better, worse: than {name}, after Holm's correction over {column}. All other rows are {SAME} from {name}, "
+        f"better, worse: than {name}, after Holm's correction over {family}. All other rows are {SAME} from {name}, "
         f"or could not be tested ({NO_SEEDS}, one seed, no spread).",
     ]
     if found.has_overall:
         notes.append(
-            f"{OVER_TASKS}: the mean of a row's differences on all tasks of the setting. Its interval is for these tasks, not "
-            "for others like them."
+            f"{OVER_TASKS}: the mean of a row's differences on all tasks of the setting. Its interval is for these tasks, "
+            "not for others like them."
         )
     for column in found.board.columns:
         each = {label: against.on[column.title] for label, against in found.rows.items() if column.title in against.on}
