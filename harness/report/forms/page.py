@@ -140,12 +140,12 @@ def _runs(cell: Cell) -> list[dict[str, Any]]:
 
 def _further(table: Table) -> dict[str, Any]:
     """A table of text and numbers as a table of the page."""
-    rows = [[_entry(entry) for entry in row] for row in table.rows]
+    rows = [[_entry(entry, place < table.left) for place, entry in enumerate(row)] for row in table.rows]
     return {"title": table.title, "headings": list(table.headings), "groups": _one_group(rows), "notes": table.notes}
 
 
-def _entry(entry: Entry) -> dict[str, Any]:
-    return _text(spaced(str(entry))) if entry.number is None else _number(str(entry), entry.number)
+def _entry(entry: Entry, is_name: bool) -> dict[str, Any]:
+    return _text(spaced(str(entry))) if is_name else _number(str(entry), entry.number)
 
 
 def _plain(table: pd.DataFrame) -> dict[str, Any]:

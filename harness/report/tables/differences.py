@@ -222,7 +222,9 @@ def _usual(rows: Iterable[Against], title: str) -> int:
 
 
 def _share_entry(share: float | None) -> Entry:
-    return Entry() if share is None else Entry(f"{share:.3g}", number=share)
+    if share is None:
+        return Entry()
+    return Entry(f"{share:.3g}" if share < 1000 else f"{share:,.0f}", number=share)
 
 
 def _entry(against: Against, title: str, n: int) -> Entry:
@@ -257,8 +259,8 @@ def _notes(found: Differences) -> tuple[str, ...]:
     ]
     if found.has_overall:
         notes.append(
-            f"{OVER_TASKS}: the mean of a row's differences on all tasks of the setting. Its interval is for these tasks, "
-            "not for others like them."
+            f"{OVER_TASKS}: the mean of a row's differences on all tasks of the setting. Its interval is for these "
+            "tasks, not for others like them."
         )
     for column in found.board.columns:
         each = {label: against.on[column.title] for label, against in found.rows.items() if column.title in against.on}
