@@ -10,6 +10,7 @@ margin, the least that counts as an error and the hardest to tell.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ MARGIN = 0.02
 
 class Setting(NamedTuple):
     """Simulated sweeps. means: of the configurations, the smallest first; of_*: standard deviations. binary: examples
-    are right or wrong, by the sign of a value that has these parts."""
+    are right or wrong. alike: share of the examples that are the same for all configurations, but for their means."""
 
     means: tuple[float, ...]
     seeds: int
@@ -31,6 +32,7 @@ class Setting(NamedTuple):
     of_example: float
     of_rest: float
     binary: bool = False
+    alike: float = 0.0
 
     def sweep(self, random: np.random.Generator) -> np.ndarray:
         """(configurations, seeds, examples) scores."""
@@ -43,7 +45,8 @@ class Setting(NamedTuple):
         # configuration has in common with its other seeds by a chance that `of_example` is.
         own = random.random((count, 1, self.examples)), random.random((count, self.seeds, self.examples))
         shared = random.random((count, self.seeds, self.examples)) < self.of_example
-        return (np.where(shared, *own) < 0.8 + score).astype(float)
+        alike, of_all = random.random((2, 1, 1, self.examples))
+        return (np.where(alike < self.alike, of_all, np.where(shared, *own)) < 0.8 + score).astype(float)
 
 
 def estimates(scores: np.ndarray) -> list[list[Estimate | None]]:
@@ -52,7 +55,7 @@ def estimates(scores: np.ndarray) -> list[list[Estimate | None]]:
     for c, j in itertools.combinations(range(len(scores)), 2):
         found = of_examples(scores[c] - scores[j])
         if found is not None:
-            against[c][j], against[j][c] = found, Estimate(-found.mean, found.parts)
+            against[c][j], against[j][c] = found, dataclasses.replace(found, mean=-found.mean)
     return against
 
 
@@ -76,14 +79,15 @@ def main() -> None:
     parser.add_argument("--sweeps", type=int, default=2000)
     options = parser.parse_args()
     sources = {
-        "seeds": (0.01, 0.0, 0.3, False),
-        "examples": (0.003, 0.3, 0.2, False),
-        "both": (0.03, 0.1, 0.1, False),
-        "right or wrong": (0.01, 0.5, 0.0, True),
+        "seeds": (0.01, 0.0, 0.3, False, 0.0),
+        "examples": (0.003, 0.3, 0.2, False, 0.0),
+        "both": (0.03, 0.1, 0.1, False, 0.0),
+        "right or wrong": (0.01, 0.5, 0.0, True, 0.0),
+        "few differ": (0.005, 0.5, 0.0, True, 0.97),
     }
     print("| seeds | configurations | what varies most | wrong | right, where all are equal |\n|---|---|---|---|---|")
-    for seeds, count, (name, (a, b, e, binary)) in itertools.product((2, 3, 5, 10), (2, 6), sources.items()):
-        bad = Setting((-MARGIN,) * (count - 1) + (0.0,), seeds, 500, a, b, e, binary)
+    for seeds, count, (name, source) in itertools.product((2, 3, 5, 10), (2, 6), sources.items()):
+        bad = Setting((-MARGIN,) * (count - 1) + (0.0,), seeds, 500, *source)
         wrong, _ = errors(bad, MARGIN, options.sweeps, seed=seeds)
         _, shown = errors(bad._replace(means=(0.0,) * count), 2 * MARGIN, options.sweeps // 4, seed=seeds)
         print(f"| {seeds} | {count} | {name} | {wrong:.3f} | {shown:.2f} |", flush=True)

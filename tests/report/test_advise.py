@@ -32,6 +32,14 @@ def test_one_that_is_worse_by_the_margin_is_recommended_at_most_5_percent_of_the
     assert wrong <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 600)
 
 
+@pytest.mark.parametrize(("means", "seeds"), [((-MARGIN, 0.0), 5), ((-MARGIN, 0.0), 3), ((-MARGIN,) * 3 + (0.0,), 5)])
+def test_nor_where_few_examples_tell_them_apart(means, seeds):
+    """Right or wrong, and alike on nearly all of few examples: a normal interval alone passes 5 to 9 %."""
+    setting = Setting(means, seeds, 250, 0.005, 0.5, 0.0, binary=True, alike=0.97)
+    wrong, _ = errors(setting, MARGIN, sweeps=400, seed=1)
+    assert wrong <= 0.05
+
+
 def test_of_many_bad_ones_none_is_recommended_because_it_was_lucky():
     setting = Setting((-MARGIN,) * 5 + (0.0,), 3, ROWS, 0.01, 0.0, 0.3)
     wrong, _ = errors(setting, MARGIN, sweeps=200, seed=2)

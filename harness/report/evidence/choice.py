@@ -168,7 +168,8 @@ def _difference(first: Row, second: Row, columns: Sequence[Column], pairs: Seque
         turned = (first.label, second.label) not in of_column
         each = of_column[(second.label, first.label) if turned else (first.label, second.label)]
         sign = column.merit(-1.0 if turned else 1.0)
-        found.append(estimate(each.scores[0] - each.scores[1], each.difference, each.num_examples, sign))
+        by_seed = each.scores[0] - each.scores[1]
+        found.append(estimate(by_seed, each.difference, each.num_examples, each.largest, sign))
     return mean_estimate(found)
 
 

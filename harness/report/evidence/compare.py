@@ -85,6 +85,7 @@ class Comparison:
     difference: Difference | None  # first less second, in the score's unit; None: not available
     num_examples: int | None  # None: the examples are not in the difference's interval
     mcnemar: tuple[float, ...]  # p within each seed; only of a share of right answers
+    largest: float = 0.0  # difference on an example, mean over seeds, without its sign
     adjusted_p: float | None = None  # Holm's, over the tasks compared
 
     @property
@@ -161,6 +162,7 @@ def compare_cells(first: Cell, second: Cell, column: Column, read: ExampleReader
         difference=paired(scores[0] - scores[1]) if differences is None else crossed(differences),
         num_examples=None if differences is None else differences.shape[1],
         mcnemar=tuple(_mcnemar(row) for row in differences) if binary and differences is not None else (),
+        largest=0.0 if differences is None else float(np.abs(differences.mean(axis=0)).max(initial=0.0)),
     )
 
 
