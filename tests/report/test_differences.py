@@ -246,7 +246,7 @@ class TestForms:
         ]
         table = differences_table(of_records(tmp_path / "store", *runs))
         (tmp_path / "table.tex").write_text(plain.latex([table], "differences"))
-        packages = r"\usepackage{booktabs,longtable}"
+        packages = r"\usepackage{array,booktabs,longtable}"
         text = rf"\documentclass{{article}}{packages}\begin{{document}}\input{{table.tex}}\end{{document}}"
         (tmp_path / "main.tex").write_text(text)
         command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"]

@@ -1,7 +1,8 @@
 r"""Tables as LaTeX that people edit: a line of source for each row, nothing nested.
 
-A table that is wider than the line becomes several blocks, each begun by the first column. One that is taller than a
-page becomes longtables. Sizes are those of the article class at 10 points, the narrowest of the usual ones.
+A table that is wider than the line becomes several blocks, each begun by the columns that name a row. One that is
+taller than a page becomes longtables. Sizes are those of the article class at 10 points, the narrowest of the usual
+ones.
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `caption`, `header` and `notes` are any text, `sides` how each column is set: "l" or "r"."""
+    """A table; `caption`, `header` and `notes` are any text, `sides` how each column is set: "l" or "r".
+
+    header: of each column, in lines of its own where it has several.
+    left: how many of the first columns name a row.
+    """
 
     label: str
     caption: str
@@ -50,6 +55,7 @@ class Table:
     parts: Sequence[Part]
     sides: str
     notes: Sequence[str] = ()
+    left: int = 1
 
 
 def document(tables: Iterable[Table], comments: Iterable[str] = ()) -> str:
@@ -120,20 +126,28 @@ def _environment(table: Table) -> str:
 
 
 def _blocks(table: Table) -> list[list[_Column]]:
-    """The columns in as many groups as it takes to stay within the line, each begun by the first column."""
-    rows = [row for part in table.parts for row in part.rows]
-    first, *others = (
-        _Column(lines_of(heading, HEADING), [row[place] for row in rows], side, WIDEST if place else WIDEST_FIRST)
+    """The columns in as many groups as it takes to stay within the line, each begun by those that name a row."""
+    rows, left = [row for part in table.parts for row in part.rows], table.left
+    columns = [
+        _Column(
+            lines_of(heading, HEADING), [row[place] for row in rows], side, WIDEST_FIRST if place < left else WIDEST
+        )
         for place, (heading, side) in enumerate(zip(table.header, table.sides, strict=True))
-    )
-    blocks, used = [[first]], first.width + GAP
-    for column in others:
-        if used + column.width + GAP > LINE_WIDTH and len(blocks[-1]) > 1:
-            blocks.append([first])
-            used = first.width + GAP
+    ]
+    first = columns[:left]
+    start = sum(column.width + GAP for column in first)
+    blocks, used = [[*first]], start
+    for column in columns[left:]:
+        if used + column.width + GAP > LINE_WIDTH and len(blocks[-1]) > left:
+            blocks.append([*first])
+            used = start
         blocks[-1].append(column)
         used += column.width + GAP
     return blocks
+
+
+def _lines_of(heading: str) -> list[str]:
+    return [line for part in heading.splitlines() for line in lines_of(part, HEADING)]
 
 
 def _tabular(block: Sequence[_Column], parts: Sequence[Part]) -> list[str]:
