@@ -11,10 +11,9 @@ from harness.report.board.runs import Run
 from harness.report.evidence.choice import Advice, Candidate
 from harness.report.evidence.compare import Comparison
 from harness.report.statistics import CONFIDENCE
-from harness.report.wording import human, summary_text
+from harness.report.wording import few, human, summary_text
 
 LEVEL_TEXT = f"{CONFIDENCE:.0%}".replace("%", " %")
-MOST_NAMED = 3  # rows that are left out for one reason
 
 
 def in_words(advice: Advice) -> list[str]:
@@ -110,8 +109,7 @@ def _of_whom_not(advice: Advice) -> list[str]:
         by_reason[why].append(label)
     lines = _without_spread(advice)
     for why, labels in by_reason.items():
-        more = f" and {len(labels) - MOST_NAMED} more" if len(labels) > MOST_NAMED else ""
-        lines.append(f"no candidate ({why}): {', '.join(labels[:MOST_NAMED])}{more}")
+        lines.append(f"no candidate ({why}): {few(labels)}")
     if any("tuned" in each.row.tuning for each in advice.candidates):
         lines.append("hyperparameters were tuned on the same holdout rows, which favours the tuned ones a little")
     return lines
@@ -125,8 +123,7 @@ def _without_spread(advice: Advice) -> list[str]:
             if each.difference is None:
                 found[labels] = "the same difference at every seed" if len(each.seeds) > 1 else "no two common seeds"
     told = [f"{' and '.join(labels)} ({why})" for labels, why in found.items()]
-    more = f" and {len(told) - MOST_NAMED} more" if len(told) > MOST_NAMED else ""
-    return [f"cannot be compared: {', '.join(told[:MOST_NAMED])}{more}"] if told else []
+    return [f"cannot be compared: {few(told)}"] if told else []
 
 
 def runs_behind(advice: Advice) -> list[Run]:

@@ -16,13 +16,12 @@ from harness.report.board.rows import Column, Row, over
 from harness.report.evidence.compare import Comparison, ExampleReader, compare_cells, corrected, rows_of, verdict_of
 from harness.report.statistics import Difference, holm, over_tasks
 from harness.report.tables.table import Entry, Table
-from harness.report.wording import DECIMALS, NOTHING, score_text
+from harness.report.wording import DECIMALS, NOTHING, few, score_text
 
 OVER_TASKS = "over tasks"
 NO_SEEDS = "no common seeds"
 SAME = "not significantly different"
 SHOWN = {"undecided": SAME, "not comparable": NO_SEEDS}  # verdicts, as the table words them
-FEW = 3  # labels that a note names
 
 
 @dataclass(frozen=True)
@@ -266,6 +265,5 @@ def _notes(found: Differences) -> tuple[str, ...]:
         each = {label: against.on[column.title] for label, against in found.rows.items() if column.title in against.on}
         alone = [label for label, one in each.items() if one.difference is not None and one.num_examples is None]
         if alone:
-            named = ", ".join(alone[:FEW]) + (f" and {len(alone) - FEW} more" if len(alone) > FEW else "")
-            notes.append(f"Over seeds alone on {column.title}, for want of usable predictions: {named}.")
+            notes.append(f"Over seeds alone on {column.title}, for want of usable predictions: {few(alone)}.")
     return tuple(notes)
