@@ -21,8 +21,6 @@ if [ "${1:-}" = --run ] && [ -d "${2:-}" ]; then
             --data-root "$root" "$@"
     }
     run main "$@"
-    go_on "$python" scripts/study/controls.py results/study/main --data-root "$root" "$@"
-    "$python" scripts/study/controls.py --parents results/study/main > results/study/parents.json
     run parts --model "$root/models/bert-tiny" "$@"
     run convolutions --model "$root/models/resnet50-half" "$@"
     "$python" scripts/study/pack.py

@@ -214,7 +214,10 @@ def _cell(
     if sized is not None:
         said = sized.notes(backbone, sweep.train, len(task.splits.train))
         notes = notes or said  # those of sizes that will be others say too much
-    search = MethodSearch(method, spec, sweep.tune) if sweep.tune else None
+    is_given = (
+        bool(parents) and "learning_rate" in method.model_fields_set
+    )  # a control with the rate of what it controls
+    search = MethodSearch(method, spec, sweep.tune) if sweep.tune and not is_given else None
     return Cell(method, task, spec, sized, None, tuple(notes), search, parents)
 
 

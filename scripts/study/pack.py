@@ -2,7 +2,7 @@
 
 Of every run below results/study/ its record, as it may leave the machine, and predictions; of dEBORA's runs the
 upper-level steps of the history as well, without the singular values; and which run each control took its ranks or size
-from (parents.json, by controls.py). Usage: python scripts/study/pack.py
+from, where its record does not say so itself (parents.json). Usage: python scripts/study/pack.py
 """
 
 from __future__ import annotations

@@ -1,67 +1,93 @@
-"""One of the study's results folders, and what its text asks of it: scores, numbers, differences, verdicts."""
+"""One of the study's results folders, and what its text asks of it: everything comes from the report's own tables."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 from tabulate import tabulate
 
 from harness import installed
-from harness.record.record import RunRecord
+from harness.record.record import PREDICTIONS, RunRecord
 from harness.record.store import RecordStore
 from harness.report.board.leaderboard import Board
-from harness.report.board.rows import Cell, Column, Row, over
+from harness.report.board.parents import grouped
+from harness.report.board.rows import Cell, Column, over
 from harness.report.board.runs import every_split, runs_of
+from harness.report.board.selection import matching, selected
 from harness.report.build import boards_of
-from harness.report.evidence.compare import Comparison, ExampleReader, compare_cells, corrected
+from harness.report.evidence.compare import ExampleReader, row_of
+from harness.report.forms import plain, text
 from harness.report.statistics import Difference, over_tasks
-from harness.report.wording import human, summary_text
+from harness.report.tables.differences import Against, Differences, differences, differences_table
+from harness.report.tables.rank_agreement import agreement_table, agreements, shared
+from harness.report.tables.trials import trials_frame
+from harness.report.wording import human
+from harness.spec import Selection
 
-RESERVED = "glue/sst2, reserved"
-TITLES = {
-    "glue/sst2": "SST-2",
-    RESERVED: "SST-2, 10,000 reserved",
-    "glue/stsb": "STS-B",
-    "glue/mrpc": "MRPC",
-    "glue/mnli": "MNLI",
-    "rotten_tomatoes": "rotten_tomatoes",
-    "cifar10": "CIFAR-10",
-}
-
+COUNTED = {"glue/sst2": "reserved"}  # the split that claims rest on, where it is not the first
 WORDS = {3: "three", 4: "four", 5: "five"}
 
 
 class Part:
-    """One of the study's results folders: its board, and what the text asks of it."""
+    """A sweep of the study: its board as the [report] table of its plan shows it, and what the text asks of it."""
 
-    def __init__(
-        self,
-        store: RecordStore,
-        records: Sequence[RunRecord],
-        relabel: Callable[[RunRecord], str | None] = lambda record: None,
-    ) -> None:
-        self.store = store
-        self._read = ExampleReader(store, installed.metric_of)
-        self._compared: dict[tuple[str, str, str], Comparison] = {}  # by both rows and the task
+    def __init__(self, folder: Path, width: int | None = None) -> None:
+        """`folder`: of the results, named as the plan. `width`: of a BERT's layers, whose shapes old records lack."""
+        self.store = RecordStore.existing(folder)
+        plan = tomllib.loads(Path(__file__).with_name(f"{folder.name}.toml").read_text())
+        records = self.store.records()
+        naming = installed.naming_of(record.spec.method for record in records)
+        records = grouped(self.store, [_with_shapes(record, width) for record in records], naming)
+        runs = every_split(runs_of(records, naming), COUNTED)
+        self.selection = Selection.model_validate(plan["report"])
+        (self.board,) = boards_of(self.store, runs, metric=installed.metric_of, selection=self.selection)
         self.records = {record.run_id: record for record in records}
+        self.trials = trials_frame(records, naming)
         self.traces = installed.traces_of(record.spec.method for record in records)
-        runs = runs_of(records, installed.naming_of(record.spec.method for record in records))
-        if any("reserved" in run.record.rows for run in runs):
-            runs = every_split(runs, counted={"glue/sst2": "reserved"})
-        runs = [dataclasses.replace(run, label=relabel(run.record) or run.label) for run in runs]
-        boards = boards_of(store, runs, metric=installed.metric_of)
-        assert len(boards) == 1, f"{store.results.name} has {len(boards)} settings"
-        self.board = boards[0]
-        self.rows = {row.label: row for row in self.board.rows}
-        self.columns = {_task(column.title): column for column in self.board.columns}
+        self.agreed = list(agreements(self.board)) if width else []
 
-    @property
-    def tasks(self) -> list[str]:
-        """Names of the tasks, in the order of TITLES."""
-        return [task for task in TITLES if task in self.columns]
+    def only(self, *rows: str, columns: Sequence[str] = ()) -> Board:
+        """The board with these rows and columns alone, as `report` names them."""
+        narrower = self.selection.model_copy(update={"rows": rows, "columns": tuple(columns)})
+        return selected([self.board], narrower)[0]
+
+    @functools.cache  # noqa: B019  (a few parts, which live as long as the program)
+    def against(self, baseline: str) -> Differences:
+        """The report's differences of all rows to one."""
+        read = ExampleReader(self.store, installed.metric_of)
+        return differences([self.board], baseline, read)[self.board.key]
+
+    # Tables.
+
+    def table(self) -> str:
+        """The leaderboard."""
+        return text.table(self.board)
+
+    def differences(self, baseline: str) -> str:
+        """The table of all rows less one."""
+        return plain.table(differences_table(self.against(baseline)))
+
+    def ranks(self, *rows: str) -> str:
+        """The table of how far seeds agree on their ranks."""
+        labels = matching(rows, [each.label for each in self.agreed])
+        return plain.table(agreement_table(self.board, [each for each in self.agreed if each.label in labels]))
+
+    def rates(self) -> str:
+        """The learning rates that the search chose, with * where it is the largest or smallest tried."""
+        lines: dict[str, dict[str, str]] = {}
+        for (label, task), trials in self.trials.groupby(["label", "column"]):
+            tried = trials["value"].astype(float)
+            chosen = tried[trials["chosen"]].iloc[0]
+            mark = "*" * (chosen in (tried.min(), tried.max()))
+            lines.setdefault(str(label), {"method": f"`{label}`"})[str(task)] = f"{chosen:g}{mark}"
+        return tabulate(lines.values(), "keys", tablefmt="github", disable_numparse=True)
+
+    # What fills a sentence.
 
     @property
     def seeds(self) -> str:
@@ -69,192 +95,135 @@ class Part:
         numbers = {cell.score.n for row in self.board.rows for cell in row.cells.values()}
         return " to ".join(dict.fromkeys(WORDS[n] for n in (min(numbers), max(numbers))))
 
-    def cell(self, label: str, task: str) -> Cell:
-        """Runs of a row on a task."""
-        return self.rows[label].cells[self.columns[task].title]
+    def less(self, label: str, other: str, *tasks: str) -> str:
+        """+0.004 (-0.003 to +0.011): the first's score less the second's, mean over these tasks (none: over all that
+        claims rest on), with its 95 % interval."""
+        found = self.difference(label, other, *tasks)
+        low, high = found.interval
+        return f"{found.mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
-    def score(self, label: str, task: str) -> str:
-        """0.823 ± 0.004: mean over seeds and half the 95 % interval of t."""
-        return summary_text(self.cell(label, task).score, with_n=False)
+    def difference(self, label: str, other: str, *tasks: str) -> Difference:
+        """The same as numbers."""
+        on = self._row(label, other).on
+        titles = tasks or [column.title for column in self.board.counted]
+        found = [on[title].difference for title in titles]
+        mean = found[0] if len(found) == 1 else over_tasks(found)
+        assert mean is not None
+        return mean
 
-    def count(self, label: str, task: str) -> float:
-        """Adapter parameters after training, mean over seeds."""
-        return over(self.cell(label, task).scored, "parameters_final") or 0.0
+    def share(self, label: str, other: str, task: str | None = None, with_head: bool = False) -> str:
+        """0.24: adapter parameters of one row over those of another, means over tasks; of one task also with the
+        head."""
+        if task is None:
+            return f"{self._row(label, other).share:.2f}"
+        head = (self.cell(label, task).scored[0].head or 0) if with_head else 0
+        return f"{(self._count(label, task) + head) / (self._count(other, task) + head):.2f}"
 
-    def numbers(self, label: str, task: str) -> str:
-        """The same, for people."""
-        return human(self.count(label, task))
+    def parameters(self, label: str, task: str) -> str:
+        """9.62k: of the adapter after training, mean over seeds."""
+        return human(self._count(label, task))
 
-    def ranks(self, label: str, task: str) -> dict[int, dict[str, int]]:
-        """Final ranks by layer of each seed's run."""
-        return {run.seed: self.records[run.run_id].ranks for run in self.cell(label, task).scored}
+    def significant(self, baseline: str) -> str:
+        """The rows that differ from this one over the tasks, after Holm's correction, with their differences."""
+        found = self.against(baseline).rows.items()
+        told = [label for label, row in found if row.overall and row.overall.verdict in ("better", "worse")]
+        return ", ".join(f"`{label}` {self.less(label, baseline)}" for label in told) or "none"
 
-    def ratio(self, label: str, other: str, task: str) -> str:
-        """Adapter parameters of one row over those of another."""
-        return f"{self.count(label, task) / self.count(other, task):.2f}"
+    def behind(self, column: Column) -> str:
+        """The rows whose scores the paired test tells from the best mean."""
+        board = self.board
+        told = [row.label for row in board.rows if not board.is_best(row, column) and not board.is_tie(row, column)]
+        return ", ".join(f"`{label}`" for label in told) or "none"
 
-    def mean_ratio(self, label: str, other: str) -> str:
-        """The same of the means over the tasks that claims rest on."""
-        return f"{self.mean(label, self.count) / self.mean(other, self.count):.2f}"
+    def beyond_chance(self, rows: str) -> str:
+        """3 of 28 (`debora[tau=32]` on glue/mnli): rows and tasks whose seeds share more than the middle 95 % of
+        chance."""
+        own = [each for each in self.agreed if matching([rows], [each.label])]
+        names = ", ".join(f"`{each.label}` on {each.column.title}" for each in own if each.found.is_beyond_chance)
+        return f"{sum(each.found.is_beyond_chance for each in own)} of {len(own)}" + (f" ({names})" if names else "")
 
-    def ratio_with_head(self, label: str, other: str, task: str) -> str:
-        """The same of all trained parameters, the head among them."""
-        head = self.cell(label, task).scored[0].head or 0
-        return f"{(self.count(label, task) + head) / (self.count(other, task) + head):.2f}"
+    def shared(self, label: str, other: str) -> str:
+        """0.77: components that runs of two rows have in common, layer by layer, mean over seeds and tasks."""
+        runs = [self._ranks(each) for each in (label, other)]
+        return f"{np.mean([shared([ranks, runs[1][key]]) for key, ranks in runs[0].items()]):.2f}"
 
-    def changed(self) -> list[str]:
-        """dEBORA's rows with a setting of their own."""
-        return sorted(label for label in self.rows if label.startswith("debora["))
+    def feed_forward(self, label: str) -> str:
+        """32%: share of the components in feed-forward layers, mean over runs."""
+        every = self._ranks(label).values()
+        wide = [sum(rank for layer, rank in ranks.items() if "attention" not in layer) for ranks in every]
+        return f"{np.mean([part / sum(ranks.values()) for part, ranks in zip(wide, every, strict=True)]):.0%}"
 
     def largest_class(self, task: str) -> str:
         """0.684: share of the largest class in the evaluation split, the accuracy of who always answers it."""
         run = self.cell("lora", task).scored[0]
-        kept = load_file(self.store.folder(run.run_id) / "predictions.safetensors")
-        references = kept[f"{run.split}/references"]
+        references = load_file(self.store.folder(run.run_id) / PREDICTIONS)[f"{run.split}/references"]
         return f"{np.unique(references, return_counts=True)[1].max() / len(references):.3f}"
 
-    def rows_of(self, task: str) -> str:
+    def training_rows(self, task: str) -> str:
         """56,349: rows of the training split that a run draws from."""
-        return f"{self.records[self.cell('lora', task).scored[0].run_id].rows['train']:,}"
-
-    def others(self, label: str) -> list[str]:
-        """All rows but one."""
-        return [other for other in self.rows if other != label]
+        return f"{self.cell('lora', task).scored[0].record.rows['train']:,}"
 
     def upper_share(self, label: str, task: str) -> str:
         """Share of the budget's batches that no optimizer step was made on: the upper level's."""
         runs = self.cell(label, task).scored
         return f"{1 - sum(run.record.updates for run in runs) / sum(run.batches for run in runs):.0%}"
 
-    def compare(self, label: str, others: Sequence[str], task: str) -> dict[str, Comparison]:
-        """One row against others on a task: the report's paired test, Holm-corrected over `others`."""
-        found = [self._compare(label, other, task) for other in others]
-        return dict(zip(others, corrected(found), strict=True))
+    # What a sentence rests on: "" where it holds, else the sentence has to be written anew.
 
-    def _compare(self, label: str, other: str, task: str) -> Comparison:
-        """One comparison, not corrected, made once."""
-        key = label, other, task
-        if key not in self._compared:
-            cells = self.cell(label, task), self.cell(other, task)
-            self._compared[key] = compare_cells(*cells, self.columns[task], self._read)
-        return self._compared[key]
-
-    def less(self, label: str, other: str, task: str) -> Difference | None:
-        """The first's score less the second's, over seeds and examples."""
-        return self._compare(label, other, task).difference
-
-    def difference(self, label: str, other: str, task: str) -> str:
-        """+0.004 (-0.003 to +0.011): the same with its 95 % interval, as text."""
-        return difference_text(self.less(label, other, task))
-
-    def overall(self, label: str, other: str, tasks: Sequence[str] | None = None) -> str:
-        """The same of the mean over these tasks; None for those that claims rest on."""
-        return difference_text(self._overall(label, other, tasks))
-
-    def _overall(self, label: str, other: str, tasks: Sequence[str] | None = None) -> Difference | None:
-        chosen = self.claimed if tasks is None else tasks
-        return over_tasks([self.less(label, other, task) for task in chosen])
-
-    def told_overall(self, other: str) -> str:
-        """The rows whose mean difference to this one over the tasks has an interval without 0, with it."""
-        found = {label: self._overall(label, other) for label in self.others(other)}
-        told = [f"`{label}` {difference_text(each)}" for label, each in found.items() if each and each.excludes_zero]
-        return ", ".join(told) or "none"
-
-    def told_from_best(self, task: str) -> str:
-        """The rows whose scores the paired test tells from the best mean."""
-        column = self.columns[task]
-        there = [row for row in self.board.rows if column.title in row.cells]
-        told = [row for row in there if not self.board.is_best(row, column) and not self.board.is_tie(row, column)]
-        return ", ".join(f"`{row.label}`" for row in told) or "none"
-
-    @property
-    def claimed(self) -> list[str]:
-        """The tasks that claims rest on: of SST-2 the reserved phrases, not the published sentences."""
-        return [task for task in self.tasks if task != "glue/sst2" or RESERVED not in self.tasks]
-
-    def mean(self, label: str, of: Callable[[str, str], float]) -> float:
-        """The mean over `claimed` of something of a row on a task."""
-        return sum(of(label, task) for task in self.claimed) / len(self.claimed)
-
-    def rates_table(self) -> str:
-        """The learning rates that the search chose, with * where it is the largest or smallest tried."""
-        lines = []
-        for row in self.board.rows:
-            line = {"method": f"`{row.label}`"}
-            for task in (each for each in self.tasks if each != RESERVED):
-                spec = self.records[self.cell(row.label, task).runs[0].run_id].spec
-                assert spec.search is not None
-                chosen = spec.method_parameters["learning_rate"]
-                tried = [self.records[trial].spec.method_parameters["learning_rate"] for trial in spec.search.trials]
-                line[TITLES[task]] = f"{chosen:g}" + "*" * (chosen in (min(tried), max(tried)))
-            lines.append(line)
-        return pipes(lines)
-
-    def expect(self, verdict: str, label: str, others: Sequence[str], task: str | None = None) -> str:
-        """Nothing, where this is the verdict of each comparison, corrected over `others`; a sentence rests on it.
-
-        `task`: None for every task that claims rest on. Raises ValueError where the records now say something else: the
-        sentence has to be written anew.
-        """
-        for name in self.claimed if task is None else [task]:
-            for other, each in self.compare(label, others, name).items():
-                if each.verdict != verdict:
-                    told = f"{label} is {each.verdict} against {other} on {name}"
-                    raise ValueError(f"{told}, where the text says {verdict}")
+    def expect(self, verdict: str, baseline: str, rows: Sequence[str], *tasks: str) -> str:
+        """Each of these rows (none: all) is better, worse or undecided against the baseline, after the correction over
+        its table; on these tasks, or (none) on all that claims rest on and over them. Raises ValueError."""
+        for label in rows or self.against(baseline).rows:
+            row = self._row(label, baseline)
+            found = {title: row.on[title].verdict for title in tasks or [each.title for each in self.board.counted]}
+            if not tasks and row.overall is not None:
+                found["all tasks"] = row.overall.verdict
+            for place, told in found.items():
+                if told != verdict:
+                    raise ValueError(f"{label} is {told} against {baseline} on {place}; the text says {verdict}")
         return ""
 
-    def expect_overall(self, verdict: str, label: str, others: Sequence[str]) -> str:
-        """The same of the mean over the tasks that claims rest on, each comparison on its own."""
-        for other in others:
-            found = self._overall(label, other)
-            told = "undecided"
-            if found is not None and found.excludes_zero:
-                told = "better" if found.mean > 0 else "worse"
-            if told != verdict:
-                raise ValueError(f"{label} is {told} against {other} over the tasks, where the text says {verdict}")
+    def expect_overall(self, verdict: str, baseline: str, rows: Sequence[str]) -> str:
+        """The same over the tasks alone. Raises ValueError."""
+        found = {label: self._row(label, baseline).overall for label in rows}
+        if wrong := [label for label, each in found.items() if each is None or each.verdict != verdict]:
+            raise ValueError(f"{wrong} are not {verdict} against {baseline} over the tasks, as the text says")
         return ""
 
-    def table(self) -> str:
-        """Scores against parameters, as Markdown; the number of seeds in a heading where tasks differ in it."""
-        seeds = {task: max(self.cell(label, task).score.n for label in self.rows) for task in self.tasks}
-        differ = len(set(seeds.values())) > 1
-        lines = []
-        for row in self.board.rows:
-            line = {"method": f"`{row.label}`", "parameters": human(self.mean(row.label, self.count))}
-            for task in self.tasks:
-                column = self.columns[task]
-                heading = f"{TITLES[task]} ({column.headline}{f', {seeds[task]} seeds' if differ else ''})"
-                line[heading] = _marked(self.board, row, column, seeds[task])
-            if searched := over(row.scored, "search_batches"):
-                line["search, batches"] = f"{searched:.0f}"
-            lines.append(line)
-        return pipes(lines)
+    def expect_ranks(self, label: str, beyond: bool) -> str:
+        """The row's seeds agree beyond chance on every task, or on none. Raises ValueError."""
+        for each in self.agreed:
+            if each.label == label and each.found.is_beyond_chance != beyond:
+                raise ValueError(f"seeds of {label} share {each.found} on {each.column.title}; the text says otherwise")
+        return ""
+
+    def changed(self, method: str) -> list[str]:
+        """The rows of a method with a setting of their own."""
+        return matching([f"{method}[*"], [row.label for row in self.board.rows])
+
+    def cell(self, label: str, task: str) -> Cell:
+        """Runs of a row on a task."""
+        return row_of(self.board, label).cells[task]
+
+    def _row(self, label: str, baseline: str) -> Against:
+        return self.against(baseline).rows[row_of(self.board, label).label]
+
+    def _count(self, label: str, task: str) -> float:
+        return over(self.cell(label, task).scored, "parameters_final") or 0.0
+
+    def _ranks(self, label: str) -> dict[tuple[str, int], dict[str, int]]:
+        """Final ranks by layer of each run, by task and seed."""
+        titles = [column.title for column in self.board.counted]
+        return {(task, run.seed): run.record.ranks for task in titles for run in self.cell(label, task).scored}
 
 
-def _task(title: str) -> str:
-    return title if title == RESERVED else title.partition("[")[0].partition(" (")[0]
-
-
-def _marked(board: Board, row: Row, column: Column, seeds: int) -> str:
-    cell = row.cells.get(column.title)
-    if cell is None:
-        return "-"
-    text = summary_text(cell.score, with_n=cell.score.n != seeds) + (" ≈" if board.is_tie(row, column) else "")
-    return f"**{text}**" if board.is_best(row, column) else text
-
-
-def difference_text(found: Difference | None, sign: int = 1) -> str:
-    """+0.004 (-0.003 to +0.011): a difference (times `sign`) with its 95 % interval."""
-    if found is None:
-        return "not available"
-    low, high = sorted(sign * end for end in found.interval)
-    return f"{sign * found.mean:+.3f} ({low:+.3f} to {high:+.3f})"
-
-
-def pipes(lines: Sequence[dict[str, str]], left: int = 1) -> str:
-    """The lines as a Markdown table, its first `left` columns left-aligned, numbers to the right."""
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    rows = [[line.get(name, "-") for name in names] for line in lines]
-    alignment = ["left"] * left + ["right"] * (len(names) - left)
-    return tabulate(rows, names, tablefmt="github", disable_numparse=True, colalign=alignment)
+def _with_shapes(record: RunRecord, width: int | None) -> RunRecord:
+    """The record with the shapes of a BERT's linear layers: all of attention are square, two feed forward."""
+    if width is None or record.shapes:
+        return record
+    shapes = {}
+    for layer in record.ranks:
+        module = layer.partition("layer.")[2].partition(".")[2]
+        wide = {"intermediate.dense": (4 * width, width), "output.dense": (width, 4 * width)}
+        shapes[layer] = wide.get(module, (width, width))
+    return record.model_copy(update={"shapes": shapes})

@@ -161,3 +161,17 @@ def test_after_the_parents_search_the_child_is_searched_with_the_chosen_run_of_t
     assert [spec.parents["ranks_of"] for spec in last] == [spec.run_id for spec in runs]
     assert {run_id for spec in last for run_id in spec.search.trials} == {spec.run_id for spec in of_child}
     assert list(stages) == []
+
+
+def test_a_child_whose_learning_rate_is_given_runs_as_given_after_its_parents_search(tmp_path):
+    store = RecordStore(tmp_path)
+    store.make_ready()
+    planned = plan_of(store, "lora", "lora[ranks_of=lora,learning_rate=0.003]", seeds=[5, 6], tune=3)
+    stages = planned.stages(store)
+    ended(store, trials := next(stages))
+    ended(store, runs := next(stages))
+    of_child = [spec for spec in next(stages) if spec.parents]
+    assert list(stages) == []
+    assert len(trials) == 3
+    assert [spec.parents["ranks_of"] for spec in of_child] == [spec.run_id for spec in runs]
+    assert {(spec.search, spec.method_parameters["learning_rate"]) for spec in of_child} == {(None, 0.003)}

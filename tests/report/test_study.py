@@ -1,14 +1,11 @@
 """The study: its archive gives the committed tables and text again."""
 
-import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from tests.support.report_records import record
 
 ROOT = Path(__file__).parents[2]
 STUDY = Path("results") / "study"
@@ -39,13 +36,3 @@ def test_pictures_of_the_texts_are_there(written):
     assert pictures == {path.name for path in (ROOT / STUDY / "pictures").iterdir()}
     text = (ROOT / STUDY / "README.md").read_text()
     assert all(f"pictures/{name}" in text for name in pictures)
-
-
-def test_a_task_is_shown_on_the_seeds_that_every_row_has_ended_on(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts" / "study")
-    whole = runpy.run_path(str(ROOT / "scripts" / "study" / "write.py"))["_whole"]
-    cells = [(task, seed, method) for task in ("whole", "begun") for seed in range(4) for method in ("lora", "head")]
-    missing = [("whole", 3, "head"), ("begun", 0, "head"), ("begun", 1, "lora")]
-    records = [record(method, task, seed=seed) for task, seed, method in cells if (task, seed, method) not in missing]
-    shown = {(each.spec.task, each.spec.seed, each.spec.method) for each in whole(records, 2)}
-    assert shown == {("whole", seed, method) for seed in range(3) for method in ("lora", "head")}

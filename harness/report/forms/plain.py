@@ -51,14 +51,18 @@ def spaced(name: str) -> str:
 def markdown(title: str, tables: Iterable[Table]) -> str:
     """Every table as a section."""
     parts = [f"# {title}"]
-    for table in tables:
-        columns = []
-        for place, (name, of) in enumerate(table.headings):
-            columns.append([f"{name} ({of})" if of else name, *(str(row[place]) for row in table.rows)])
-        columns = [[escaped(text) for text in column] for column in columns]
-        parts += [f"## Setting {table.key}", escaped(f"{table.title}. {table.caption}")]
-        parts += [_aligned(columns, table.left, "github"), "\n".join(f"- {escaped(note)}" for note in table.notes)]
+    for each in tables:
+        parts += [f"## Setting {each.key}", escaped(f"{each.title}. {each.caption}"), table(each)]
+        parts += ["\n".join(f"- {escaped(note)}" for note in each.notes)]
     return "\n\n".join(parts) + "\n"
+
+
+def table(found: Table) -> str:
+    """A table alone, as Markdown."""
+    columns = []
+    for place, (name, of) in enumerate(found.headings):
+        columns.append([f"{name} ({of})" if of else name, *(str(row[place]) for row in found.rows)])
+    return _aligned([[escaped(text) for text in column] for column in columns], found.left, "github")
 
 
 def _aligned(columns: Sequence[Texts], left: int, form: str) -> str:

@@ -31,7 +31,7 @@ def markdown(boards: Iterable[Board], damaged: Iterable[str] = ()) -> str:
         sections += [
             f"## Setting {board.key}",
             escape(f"{board.caption} {board.among}".strip()),
-            _pipes(_main_table(board)),
+            table(board),
         ]
         if any(column.others for column in board.columns):
             sections += ["Other metrics:", _pipes(_other_metrics(board))]
@@ -39,6 +39,11 @@ def markdown(boards: Iterable[Board], damaged: Iterable[str] = ()) -> str:
             sections += ["Notes:", "\n".join(f"- {escape(note)}" for note in board.notes)]
         sections += ["Runs:", "\n".join(_run_lines(board))]
     return "\n\n".join(sections) + "\n"
+
+
+def table(board: Board) -> str:
+    """The board's table alone, as Markdown."""
+    return _pipes(_main_table(board))
 
 
 def console(board: Board, damaged: Iterable[str] = (), width: int = CONSOLE_WIDTH) -> str:

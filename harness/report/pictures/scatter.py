@@ -88,7 +88,8 @@ def draw(board: Board) -> Figure | None:
             panel.axes.set_xlabel("adapter parameters")
         caption = textwrap.wrap(_caption(board), int(figure.get_figwidth() * 20), break_on_hyphens=False)
         figure.suptitle("\n".join(caption), fontsize=6, color=GREY)
-        _finish(figure, panels, across, _settled(figure, {point.name: by_name[point.name] for point in points}))
+        filled = {point.name for point in points if not point.hollow}
+        _finish(figure, panels, across, _settled(figure, {point.name: by_name[point.name] for point in points}, filled))
     return figure
 
 
@@ -233,12 +234,14 @@ def _label(axes: Axes, point: Point, x: BrokenAxis, y: BrokenAxis, colour: str) 
     return axes.text(0, 0, words, fontsize=6, color=dark, ha="left", va="bottom", zorder=4, transform=axes.transAxes)
 
 
-def _settled(figure: Figure, by_name: Mapping[str, Style]) -> dict[str, Line2D]:
-    """Entries of a legend by their names, when the figure and they have only signs that a font has."""
-    handles = [
-        Line2D([], [], color=colour, marker=marker, linestyle="", markersize=5, label=folded(name))
-        for name, (colour, marker) in sorted(by_name.items())
-    ]
+def _settled(figure: Figure, by_name: Mapping[str, Style], filled: Set[str]) -> dict[str, Line2D]:
+    """Entries of a legend by their names, hollow but for the `filled`, when the figure and they have only signs that a
+    font has."""
+    handles = []
+    for name, (colour, marker) in sorted(by_name.items()):
+        handle = Line2D([], [], color=colour, marker=marker, linestyle="", markersize=5, label=folded(name))
+        handle.set_markerfacecolor(colour if name in filled else "white")
+        handles.append(handle)
     legend = legend_below(figure, handles, "lower center")
     fonts.settle(figure)
     for handle, text in zip(handles, legend.get_texts(), strict=True):
