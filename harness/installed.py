@@ -53,6 +53,7 @@ def peft_form(method: str, parameters: dict[str, Any], ranks: Mapping[str, int])
         return None
 
 
+@functools.cache
 def metric_of(task: str, name: str) -> Metric | None:
     """The metric of this name, as the task declares it or as a common one; None where there is neither."""
     try:

@@ -178,13 +178,13 @@ class RecordStore:
                 f"the record of run '{run_id}' in '{self.results}' is damaged: make the run again", run_id
             ) from None
 
-    def verified(self, run_id: str, name: str) -> Path:
+    def verified(self, run_id: str, name: str, record: RunRecord | None = None) -> Path:
         """A file of the run's folder ("predictions.safetensors", "adapter/README.md"), which is what the run wrote.
 
-        Raises Damaged where it is not, and FileNotFoundError where the run has no such file. Of a run from before there
-        were checksums, the file as it is.
+        record: the run's, where it was read before. Raises Damaged where the file is not what it says, and
+        FileNotFoundError where the run has no such file. Of a run from before there were checksums, the file as it is.
         """
-        found, path = self.skim(run_id), self.folder(run_id) / name
+        found, path = record or self.skim(run_id), self.folder(run_id) / name
         if found is None:
             raise Damaged(f"{self._named(run_id)} is damaged")
         if found.files and name not in found.files:

@@ -61,7 +61,7 @@ class ExampleReader:
     def _read(self, run: Run, split: str, metric: Metric) -> np.ndarray | None:
         assert run.score is not None
         try:
-            path = self._store.verified(run.run_id, PREDICTIONS)
+            path = self._store.verified(run.run_id, PREDICTIONS, run.record)
             return example_scores(path, split, metric, run.score, run.record.rows.get(split))
         except FileNotFoundError:
             return None
