@@ -146,10 +146,6 @@ def _blocks(table: Table) -> list[list[_Column]]:
     return blocks
 
 
-def _lines_of(heading: str) -> list[str]:
-    return [line for part in heading.splitlines() for line in lines_of(part, HEADING)]
-
-
 def _tabular(block: Sequence[_Column], parts: Sequence[Part]) -> list[str]:
     """The block as lines of source."""
     start = [rf"\begin{{tabular}}{{{_forms(block)}}}", *_header(block)]
