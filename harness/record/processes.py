@@ -20,7 +20,7 @@ KINDS = ("draft", "old", "stack", "marker", "told", "cells", "owner")  # of what
 
 
 class Owner(Strict):
-    """A process, told from any other that ever ran on any machine."""
+    """A process, by what no other process on any machine ever has in common with it."""
 
     host: str
     boot: str = Field(description="of the machine's last start")

@@ -59,7 +59,7 @@ def test_what_only_some_settings_write_is_declared_too(method, tmp_path: Path):
 
 @pytest.mark.parametrize("method", [*METHODS, "lora[rank=4,init=pissa]", "peft[type=lokr]"])
 def test_a_disk_that_is_full_at_the_export_is_an_oserror(method, tmp_path: Path):
-    """So that it is told from a failure of the run. The stand-in for the disk is a limit on the size of files."""
+    """So that it does not count as a failure of the run. The stand-in for the disk is a limit on the size of files."""
     adaptation = start(Subject(method, tmp_path)).adaptation
     adaptation.export(tmp_path / "whole")
     (weights,) = (tmp_path / "whole").glob("*.safetensors")

@@ -189,7 +189,7 @@ def test_controls_of_one_toml_with_workers_killed_and_two_drivers(tmp_path, envi
 
 
 def holders(store):
-    """Processes that are at a run."""
+    """Processes that have a run in progress."""
     found = []
     for path in store.running.glob("*.json"):
         with contextlib.suppress(OSError, ValueError):
