@@ -13,13 +13,10 @@ from typing import Any
 
 from harness import installed, registry, storage
 from harness.commands import target
+from harness.commands.boards import boards_below
 from harness.errors import InputError
-from harness.record.chosen import chosen
-from harness.record.garbage import uncollected
-from harness.report.board.leaderboard import Board, leaderboards
-from harness.report.board.parents import grouped
+from harness.report.board.leaderboard import Board
 from harness.report.board.rows import Column
-from harness.report.board.runs import runs_of
 from harness.report.evidence.choice import Advice, advise, why_not
 from harness.report.evidence.compare import ExampleReader, unused
 from harness.report.evidence.pattern import one_pattern
@@ -43,10 +40,7 @@ def command(
     allowed = _margin(margin)
     if to is not None and to.suffix == ".toml":
         raise InputError(f"--to '{to}' is the configuration for PEFT, in JSON: the sweep goes beside it, as .toml")
-    store, found = chosen(results, methods, tasks)
-    naming = installed.naming_of(record.spec.method for record in found.records)
-    with uncollected():
-        boards = leaderboards(runs_of(grouped(store, found.records, naming), naming))
+    store, boards = boards_below(results, methods, tasks)
     if not boards:
         raise InputError(f"no records in {store.runs}: run `python -m harness run ...` first")
     read, made, refused = ExampleReader(store, installed.metric_of), [], []

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 from harness import installed, registry
 from harness.errors import InputError
 from harness.notation import parse_choice, split_list
-from harness.record.chosen import chosen
-from harness.record.garbage import uncollected
 
 if TYPE_CHECKING:
     from harness.report.board.rows import Row
@@ -27,16 +25,11 @@ def command(results: Path, first: str, second: str, tasks: Sequence[str] | None)
     hyperparameters as on the command line, so that "lora[r=4]" is the row "lora[rank=4]". Raises InputError for an
     unknown one, and where no setting has a pair.
     """
-    from harness.report.board.leaderboard import leaderboards
-    from harness.report.board.parents import grouped
-    from harness.report.board.runs import runs_of
+    from harness.commands.boards import boards_below
     from harness.report.evidence.compare import ExampleReader, compare, in_words, rows_of, unused
     from harness.report.forms.text import CONSOLE_WIDTH
 
-    store, found = chosen(results, None, tasks)
-    naming = installed.naming_of(record.spec.method for record in found.records)
-    with uncollected():
-        boards = leaderboards(runs_of(grouped(store, found.records, naming), naming))
+    store, boards = boards_below(results, tasks=tasks)
     if not boards:
         raise InputError(f"no records in {store.runs}: run `python -m harness run ...` first")
     labels = {row.label for board in boards for row in board.rows}

@@ -8,10 +8,9 @@ import stat
 import struct
 from pathlib import Path
 
-from harness import installed, storage
+from harness import storage
 from harness.commands import target
 from harness.errors import InputError
-from harness.record.chosen import chosen
 from harness.record.record import RunRecord
 from harness.record.store import RecordStore
 from harness.report.redact import HOMES, cut, cut_config, handed_on
@@ -26,17 +25,13 @@ def command(results: Path, run_id: str, to: Path) -> int:
     unknown run, one that kept no adapter, an adapter with something in it that is no plain file or cannot be handed on,
     or a folder that is there already or cannot be made.
     """
-    from harness.report.board.leaderboard import leaderboards
-    from harness.report.board.parents import grouped
-    from harness.report.board.runs import runs_of
+    from harness.commands.boards import boards_below
     from harness.report.forms.card import model_card
 
     target.check_new(to)
-    store, found = chosen(results, None, None)
+    store, boards = boards_below(results)
     record = store.find(run_id)
     names = _files(store, record)
-    naming = installed.naming_of(each.spec.method for each in found.records)
-    boards = leaderboards(runs_of(grouped(store, found.records, naming), naming))
     card = model_card(record, boards, names)
     with target.made(to) as draft:
         for name in names:

@@ -11,6 +11,8 @@ import torch
 from harness import registry
 from harness.method import Adaptation, Backbone, Method
 from harness.notation import parse_choice
+from harness.plan.sweep import Fingerprints, Sweep, model_of
+from harness.plan.sweep import spec_of as spec_of_cell
 from harness.run.streams import TrainingData, seed_everything
 from harness.run.training import Training
 from harness.spec import Place, RunSpec, TrainSpec
@@ -67,20 +69,12 @@ def spec_of(subject: Subject, task: str | None = None, method: str | None = None
     method_name, parameters = parse_choice(method or subject.name)
     task_name, task_parameters = parse_choice(task or subject.task)
     chosen, problem = registry.make_method(method_name, parameters), registry.make_task(task_name, task_parameters)
-    model = subject.place.model or problem.default_model
-    return RunSpec(
-        method=method_name,
-        method_version=chosen.version,
-        method_parameters=chosen.model_dump(mode="json"),
-        task=task_name,
-        task_version=problem.version,
-        task_parameters=registry.task_parameters(problem),
-        data_fingerprint=make_splits(problem, subject.place.data_root, None).fingerprint,
-        model_fingerprint=problem.model_fingerprint(model),
-        seed=0,
-        train=TrainSpec(batches=subject.batches, batch_size=8),
-        place=subject.place.model_copy(update={"model": model}),
+    sweep = Sweep(model=subject.place.model, train=TrainSpec(batches=subject.batches, batch_size=8))
+    found = Fingerprints(
+        make_splits(problem, subject.place.data_root, None).fingerprint,
+        problem.model_fingerprint(model_of(sweep, problem)),
     )
+    return spec_of_cell(sweep, subject.place, (method_name, chosen), (task_name, problem), found)
 
 
 def method_of(text: str) -> Method:
