@@ -56,7 +56,7 @@ class Size(NamedTuple):
 SMALL, WIDE = Size(6, 16, 3), Size(24, 64, 5)
 ROWS, RANK, BATCHES = 4096, 4, 3000
 EFFECTIVE = 0.1  # singular values above this count; the planted ones are 1
-NOISY = 1.0  # label noise, in standard deviations of what is to be learnt
+NOISY = 1.0  # label noise over what is to be learnt: singular values of noise reach 0.3 in plain LoRA
 
 
 class Network(nn.Module):
@@ -146,10 +146,10 @@ DEBORA: dict[str, dict[str, Any]] = {
     "stiefel implicit": STIEFEL | IMPLICIT,
 }
 
-# A component's scale, alpha / rank, is that of dEBORA's free factors at the start.
+# A component has the scale of dEBORA's free factors at the start, 2 / 3: alpha / rank, in PEFT's AdaLoRA / rank again.
 LORA = {"rank": RANK, "learning_rate": 1e-2, "alpha": 16 / 6}
 PRUNED = LORA | {"prune_at": 0.8, "components": lambda problem: sum(problem.ranks)}
-ADALORA = {"init_rank": RANK, "target_rank": 1, "learning_rate": 1e-2, "alpha": 16 / 6, "tfinal": 0.2}
+ADALORA = {"init_rank": RANK, "target_rank": 1, "learning_rate": 1e-2, "alpha": RANK * 16 / 6, "tfinal": 0.2}
 # A row's method and its parameters, of which a function is called with the problem.
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: ("debora", COMMON | parameters) for name, parameters in DEBORA.items()},
