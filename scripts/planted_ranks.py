@@ -1,7 +1,7 @@
 """How often a method finds planted ranks: a table of dEBORA's settings and of its rivals.
 
-    python scripts/planted_ranks.py [--seeds 0-19] [--settings "oblique direct" lora] [--set T_max=20 ...]
-        [--noise [SIGMA]] [--wide] [--sweep step_size=0.02,0.05] [--jobs 4]
+    python scripts/planted_ranks.py [--seeds 40-59] [--settings "oblique direct" ...] [--set T_max=20 ...]
+        [--sweep step_size=0.02,0.05] [--noise [SIGMA]] [--wide] [--jobs 4]
 
 A frozen random network of 6 residual layers, and a target that is the same network plus a change of known rank (1 to
 3, singular values 1) in 3 of the layers, drawn anew for every seed. Every layer starts at rank 4, one simplex spans the
@@ -130,9 +130,8 @@ UNIT = {
     "tau": lambda problem: 2.0 * sum(map(bool, problem.ranks))
 }  # s are singular values there: what is planted on average
 OBLIQUE, STIEFEL = ({"geometry": name} | UNIT for name in ("oblique", "stiefel"))
-CLOSED_FORM, DIRECT = {"hypergradient": "closed_form"}, {"hypergradient": "direct"}
-BACKTRACKING = {"hypergradient": "direct", "step_rule": "backtracking"}
-IMPLICIT = {"hypergradient": "implicit"}
+CLOSED_FORM, DIRECT, IMPLICIT = ({"hypergradient": kind} for kind in ("closed_form", "direct", "implicit"))
+BACKTRACKING = DIRECT | {"step_rule": "backtracking"}
 DEBORA: dict[str, dict[str, Any]] = {
     "matrix closed_form": FREE | CLOSED_FORM,
     "matrix direct": FREE | DIRECT,
@@ -192,8 +191,7 @@ def solve(run: Run) -> Outcome:
     """Train one setting on one seed's problem."""
     started = time.perf_counter()
     problem = Planted(run.seed, run.size, run.noise)
-    planted = problem.ranks
-    method = run.method(problem)
+    method, planted = run.method(problem), problem.ranks
     adaptation = trained(method, problem, run)
     change = torch.zeros_like(problem.frozen)
     for name, layer in adaptation.layers.items():
@@ -272,10 +270,9 @@ def checked(options: argparse.Namespace) -> dict[str, list[Run]]:
 
 def row_of(name: str, outcomes: list[Outcome]) -> list[Any]:
     """A row of the table."""
-    columns = Outcome(*zip(*outcomes, strict=True))
+    columns, mean, median = Outcome(*zip(*outcomes, strict=True)), statistics.mean, statistics.median
     counts = [f"{sum(column)} of {len(outcomes)}" for column in columns[:3]]
-    errors = [statistics.median(columns.error), statistics.mean(columns.error)]
-    return [name, *counts, statistics.mean(columns.total), *errors, statistics.median(columns.seconds)]
+    return [name, *counts, mean(columns.total), median(columns.error), mean(columns.error), median(columns.seconds)]
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -302,8 +299,8 @@ def main() -> None:
         rows = checked(options)
     except InputError as error:
         parser.error(str(error))
-    size, seeds = options.size, options.seeds
-    outcomes, table = solved(list(itertools.chain(*rows.values())), options.jobs), []
+    size, seeds, table = options.size, options.seeds, []
+    outcomes = solved(list(itertools.chain(*rows.values())), options.jobs)
     for name in rows:
         of_row: list[Outcome] = []
         for outcome in itertools.islice(outcomes, len(seeds)):
