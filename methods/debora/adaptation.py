@@ -21,7 +21,7 @@ from methods.debora.tuner.config import DeboraConfig
 from methods.debora.tuner.layer import DeboraLayer
 from methods.debora.tuner.model import DeboraModel
 from methods.debora.tuner.stock_lora import lora_pair
-from methods.debora.upper_level import HypergradientRule, upper_gradient
+from methods.debora.upper_level import FreeGradient, HypergradientRule, upper_gradient
 from methods.shared.peft_names import ADAPTER
 from methods.shared.stock_lora import export_stock_lora
 from methods.shared.truncation import largest, swapped
@@ -69,12 +69,15 @@ class DeboraAdaptation(Adaptation):
         self.search = search
         self.schedule = schedule
         self.hypergradient = hypergradient
+        self.free = FreeGradient() if hypergradient.kind == "free" else None
         self._write_s(search.s)
         super().__init__(model, optimizer, backbone)
-        self.stream = "lower"
+        self.stream = "lower" if self.free is None else "all"
 
     def before_step(self, step: Step) -> None:
-        """See `Adaptation.before_step`: clipping should see Riemannian gradients."""
+        """See `Adaptation.before_step`: clipping should see Riemannian gradients, and `free` the plain ones."""
+        if self.free is not None and not self.search.frozen and any(self.search.ranks):
+            self.free.add(self._live_layers())
         self.optimizer.project_gradients()
 
     def after_step(self, step: Step) -> dict[str, Any]:
@@ -135,7 +138,8 @@ class DeboraAdaptation(Adaptation):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Adaptation.state_dict`."""
-        return super().state_dict() | {"search": self.search.state_dict()}
+        free = None if self.free is None else self.free.state_dict()
+        return super().state_dict() | {"search": self.search.state_dict(), "free": free}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Adaptation.load_state_dict`. The layers are cut down to the saved ranks first."""
@@ -148,6 +152,8 @@ class DeboraAdaptation(Adaptation):
         }
         self.tuner.keep_columns(ADAPTER, columns, self.optimizer)
         super().load_state_dict(state)
+        if self.free is not None:
+            self.free.load_state_dict(state["free"], self.search.live.device)
 
     def export(self, path: Path) -> None:
         """A stock LoRA adapter with the head, at these ranks; see `export_stock_lora`."""
@@ -156,23 +162,32 @@ class DeboraAdaptation(Adaptation):
 
     def _upper_step(self, step: Step) -> dict[str, Any]:
         """A step of the search with a stochastic hypergradient (Algorithm 2), and what it does to the layers."""
-        layers = [layer for layer in self.layers.values() if layer.r[ADAPTER] > 0]
-        upper = upper_gradient(self.hypergradient, layers, step, self.data, self.optimizer)
+        residual, objective = 0.0, None
+        if self.free is not None:
+            value = self.free.take(self.search.s)
+        else:
+            upper = upper_gradient(self.hypergradient, self._live_layers(), step, self.data, self.optimizer)
+            value, residual = upper.value, upper.residual
 
-        @torch.no_grad()
-        def loss(s: Tensor) -> Tensor:
-            self._write_s(s)
-            return step.loss(upper.batch)
+            @torch.no_grad()
+            def loss(s: Tensor) -> Tensor:
+                self._write_s(s)
+                return step.loss(upper.batch)
 
+            objective = Objective(upper.loss, loss, step.budget - step.used)
         try:
-            moved = self.search.step(upper.value, Objective(upper.loss, loss, step.budget - step.used))
+            moved = self.search.step(value, objective)
         except FloatingPointError as error:
             raise Diverged(f"{error} at update {step.index}") from error
         history = {"jump": self.cut(moved.dropped)} | moved.history
         self._write_s(self.search.s)
         if self.hypergradient.kind == "implicit":
-            history["residual"] = upper.residual
+            history["residual"] = residual
         return history | self.search.sizes()
+
+    def _live_layers(self) -> list[DeboraLayer]:
+        """The layers that have a component."""
+        return [layer for layer in self.layers.values() if layer.r[ADAPTER] > 0]
 
     def _write_s(self, s: Tensor) -> None:
         """Give the layers the s of their components, (sum of ranks,)."""

@@ -82,14 +82,22 @@ class Debora(Method):
         None,
         description="s at the start: tau shared out, or eps everywhere; unset: vertex for stiefel, else interior",
     )
-    hypergradient: Literal["closed_form", "direct", "implicit"] = Field(
-        "direct", description="Theorem 4.1's, the partial derivative in s alone, or a solve with the Hessian"
+    hypergradient: Literal["closed_form", "direct", "implicit", "free", "path"] = Field(
+        "direct",
+        description="Theorem 4.1's, the partial derivative in s alone, or a solve with the Hessian; ours: the partial "
+        "derivative from the lower level's own batches, or its mean along the way from 0 to s",
     )
     paper_coefficient: bool = Field(
         False, description="closed_form with the paper's coefficient 1 for kernels, instead of the exact 1 / (d - 1)"
     )
     damping: float = Field(1e-3, ge=0, description="implicit: added to the Hessian's diagonal, beside weight_decay")
     iterations: int = Field(10, ge=1, description="implicit: most products with the Hessian (MINRES), a batch each")
+    path_points: int = Field(
+        4,
+        ge=1,
+        exclude_if=lambda value: value == 4,  # as with `momentum`
+        description="path: points on the way from 0 to s, a batch each",
+    )
     momentum: float = Field(
         0.0,
         ge=0,
@@ -134,6 +142,11 @@ class Debora(Method):
         if self.eps * self.rank > self.tau:
             raise ValueError(f"eps * rank = {self.eps * self.rank:g} should be at most tau = {self.tau:g}")
         descends = self.hypergradient == "direct" or (self.hypergradient == "closed_form" and self.geometry != "matrix")
+        if self.step_rule == "backtracking" and self.hypergradient == "free":
+            raise ValueError(
+                "hypergradient = free has no batch of the upper level, which step_rule = backtracking tries its points "
+                "on: set hypergradient = direct, or step_rule = fixed"
+            )
         if self.step_rule == "backtracking" and not descends:
             raise ValueError(
                 f"hypergradient = {self.hypergradient} with geometry = {self.geometry} gives no direction of descent "
@@ -181,7 +194,9 @@ class Debora(Method):
     @property
     def schedule(self) -> Schedule:
         """When the upper level moves."""
-        return Schedule(self.T_max, self.search_fraction, batches_a_step(self.hypergradient, self.step_rule))
+        return Schedule(
+            self.T_max, self.search_fraction, batches_a_step(self.hypergradient, self.step_rule, self.path_points)
+        )
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
@@ -273,6 +288,7 @@ class Debora(Method):
             paper_coefficient=self.paper_coefficient,
             damping=self.damping + (0.0 if on_manifolds else self.weight_decay),
             iterations=self.iterations,
+            path_points=self.path_points,
         )
 
 

@@ -15,7 +15,7 @@ class Schedule:
 
     T_max:           lower-level updates before each upper-level step; None: what gives the search 45 such steps.
     search_fraction: share of the budget after which s is frozen at latest.
-    batches_a_step:  fewest batches that one upper-level step takes.
+    batches_a_step:  fewest batches that one upper-level step takes, 0 of `free`.
     """
 
     T_max: int | None
@@ -49,8 +49,12 @@ class Schedule:
         return steps
 
 
-def batches_a_step(hypergradient: str, step_rule: str) -> int:
+def batches_a_step(hypergradient: str, step_rule: str, path_points: int) -> int:
     """Fewest batches that one upper-level step takes."""
+    if hypergradient == "free":
+        return 0  # the lower level's own batches give it
+    if hypergradient == "path":
+        return path_points
     if hypergradient == "implicit":
         return 4  # f1, the lower level's gradient, one product with the Hessian, the mixed derivative
     return 2 if step_rule == "backtracking" else 1
