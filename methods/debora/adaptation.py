@@ -22,9 +22,10 @@ from methods.debora.tuner.layer import DeboraLayer
 from methods.debora.tuner.model import DeboraModel
 from methods.debora.tuner.stock_lora import lora_pair
 from methods.debora.upper_level import HypergradientRule, upper_gradient
+from methods.shared.canonical import component_sizes
 from methods.shared.peft_names import ADAPTER
 from methods.shared.stock_lora import export_stock_lora
-from methods.shared.truncation import largest, swapped
+from methods.shared.truncation import best_approximation, largest, swapped
 
 
 def adapted(backbone: Backbone, targets: Sequence[str], **config: Any) -> tuple[nn.Module, dict[str, DeboraLayer]]:
@@ -123,8 +124,16 @@ class DeboraAdaptation(Adaptation):
         return {name: layer.r[ADAPTER] for name, layer in self.layers.items()}
 
     def at_rank(self, rank: int) -> AbstractContextManager[None]:
-        """See `Adaptation.at_rank`: the components with the largest s, which is what the method prunes by."""
-        return swapped({s: largest(s, rank) for s in (layer.debora_s[ADAPTER] for layer in self.layers.values())})
+        """See `Adaptation.at_rank`: of two factors the best approximation, of a CP form the largest components."""
+        values: dict[Tensor, Tensor] = {}
+        for layer in self.layers.values():
+            factors, s = layer.factors(ADAPTER), layer.debora_s[ADAPTER]
+            if len(factors) == 2:
+                B, A = best_approximation(factors[0] * s, factors[1].T, rank)
+                values |= {factors[0]: B / s, factors[1]: A.T}
+            else:
+                values[s] = s * (largest(component_sizes(factors, s), rank) > 0)
+        return swapped(values)
 
     def adapter_parameters(self) -> int:
         """Factors and s of every layer: rank x (sizes of the weight's modes + 1)."""
