@@ -60,6 +60,9 @@ class Debora(Method):
         "step_size": Range(0.02, 0.5, log=True),
     }
 
+    recipe: Literal["ours", "paper"] = Field(
+        "ours", description="defaults of everything below: what was found to identify ranks, or the paper's own form"
+    )
     learning_rate: float = Field(
         1e-3, gt=0, description="peak learning rate of the lower level; unset: 3e-3 where geometry is not matrix"
     )
@@ -69,46 +72,71 @@ class Debora(Method):
     geometry: Literal["matrix", "oblique", "stiefel"] = Field(
         "matrix", description="factors' columns: free, of norm 1, or orthonormal (a kernel's small factors: norm 1)"
     )
-    tau: float = Field(
-        16.0,
+    tau: float | None = Field(
+        None,
         gt=0,
         le=1e30,
-        description="bound on the sum of s - eps over a simplex; unset: 8 where geometry is not matrix",
+        description="bound on the sum of s - eps over a simplex; unset: 2 for each of its components, 1 where geometry "
+        "is not matrix",
     )
     rank: int = Field(8, ge=1, description="rank of every layer at the start, at most its smaller side")
-    eps: float = Field(1e-3, gt=0, description="least value of an entry of s; eps * rank is at most tau")
-    budget_scope: Literal["layer", "global"] = Field("layer", description="tau bounds each layer, or the whole network")
+    components: int | None = Field(
+        None, ge=1, description="target: the search ends where so many components are left, over all layers"
+    )
+    adapter_parameters: int | None = Field(
+        None, ge=1, description="target: the same as most parameters of the adapter; or give components"
+    )
+    eps: float = Field(1e-3, gt=0, description="least value of an entry of s; eps times the components is at most tau")
+    budget_scope: Literal["layer", "global"] = Field(
+        "global", description="tau bounds each layer, or the whole network; unset with recipe = paper: layer"
+    )
     start_at: Literal["interior", "vertex"] | None = Field(
         None,
         description="s at the start: tau shared out, or eps everywhere; unset: vertex for stiefel, else interior",
     )
+    factor_penalty: float | None = Field(
+        None,
+        ge=0,
+        le=1e30,
+        description="lambda of lambda / 2 times the squared norms of the factors, in the lower level's loss while it "
+        "searches; unset: by penalty_share; 0 with recipe = paper and where geometry is not matrix",
+    )
+    penalty_share: float = Field(
+        0.3,
+        gt=0,
+        description="lambda is such that the penalty's gradient is this share of the loss's, before the first step",
+    )
     hypergradient: Literal["closed_form", "direct", "implicit", "free", "path"] = Field(
-        "direct",
+        "free",
         description="Theorem 4.1's, the partial derivative in s alone, or a solve with the Hessian; ours: the partial "
-        "derivative from the lower level's own batches, or its mean along the way from 0 to s",
+        "derivative from the lower level's own batches, or its mean along the way from 0 to s; unset with recipe = "
+        "paper: closed_form",
     )
     paper_coefficient: bool = Field(
         False, description="closed_form with the paper's coefficient 1 for kernels, instead of the exact 1 / (d - 1)"
     )
     damping: float = Field(1e-3, ge=0, description="implicit: added to the Hessian's diagonal, beside weight_decay")
     iterations: int = Field(10, ge=1, description="implicit: most products with the Hessian (MINRES), a batch each")
-    path_points: int = Field(
-        4,
-        ge=1,
-        exclude_if=lambda value: value == 4,  # as with `momentum`
-        description="path: points on the way from 0 to s, a batch each",
-    )
+    path_points: int = Field(4, ge=1, description="path: points on the way from 0 to s, a batch each")
     momentum: float = Field(
-        0.0,
+        0.9,
         ge=0,
         lt=1,
-        exclude_if=lambda value: value == 0,  # younger than the first records: without it, their run_ids stay
-        description="share of the earlier hypergradients in the average that a step follows; 0: the batch's own alone",
+        description="share of the earlier hypergradients in the average that a step follows; 0: the newest alone, as "
+        "with recipe = paper",
     )
     T_max: int | None = Field(
         None,
         ge=1,
-        description="lower-level updates before each upper-level step; unset: about 45 such steps in the search",
+        description="lower-level updates before each upper-level step; unset: about 400 such steps in the search where "
+        "hypergradient is free, else 45",
+    )
+    warm_up: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="share of the budget before the first upper-level step; unset: a tenth of the search, and until the "
+        "learning rate has peaked; 0 with recipe = paper",
     )
     n0: int | None = Field(
         None,
@@ -117,53 +145,52 @@ class Debora(Method):
     )
     p: float = Field(0.0, ge=0, description="a simplex with a Frank-Wolfe gap of at most p, in loss, stays where it is")
     face_steps: int | None = Field(
-        None, ge=1, description="steps without a change of the active set, the last gaps at most p, that end the search"
+        None,
+        ge=1,
+        description="the search ends after so many steps without a change of the active set, if new hypergradients "
+        "promise no descent beyond p and their noise",
     )
-    step_rule: Literal["fixed", "diminishing", "backtracking"] = Field(
-        "fixed", description="step n is step_size, step_size * 2 / (n + 2), or the short-step rule from step_size on"
+    steps: Literal["away", "pairwise"] = Field(
+        "pairwise", description="away from a vertex or towards one, or from one to another; with recipe = paper: away"
     )
-    step_size: float = Field(0.15, gt=0, le=1, description="see step_rule; 1 goes all the way to a vertex")
+    step_rule: Literal["fixed", "linear", "diminishing", "short", "backtracking"] = Field(
+        "linear",
+        description="step n is step_size, falls from it to 0, is step_size * 2 / (n + 2), or the short-step rule from "
+        "step_size on, with one curvature or with one found by trials; with recipe = paper: short, or backtracking "
+        "where geometry is not matrix",
+    )
+    step_size: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="see step_rule; 1 goes all the way to a vertex; unset: all steps together move 4 times all the "
+        "weight, at least 0.01; 0.15 with recipe = paper",
+    )
     rho: float = Field(0.25, gt=0, le=0.5, description="backtracking: share of the first-order decrease to be reached")
     trials: int = Field(4, ge=1, description="backtracking: most trial points of a step, a batch each")
-    search_fraction: float = Field(0.3, gt=0, le=1, description="share of the budget after which s is frozen at latest")
+    search_fraction: float = Field(
+        0.5, gt=0, le=1, description="share of the budget after which s is frozen at latest; 0.3 with recipe = paper"
+    )
+    cut_by: Literal["size", "s"] = Field(
+        "size",
+        description="what decides at the end of a search that did not reach its target: singular values, or s; with "
+        "recipe = paper: s",
+    )
+    fold: bool = Field(
+        True, description="after the search, s goes into the factors, which train free; with recipe = paper: false"
+    )
     target_modules: tuple[str, ...] | None = Field(None, min_length=1, description="ends of layer names; all if unset")
 
     @model_validator(mode="after")
-    def _defaults_of_the_geometry(self) -> Debora:
-        """Columns of norm 1 cannot grow: s alone is an update's size there, and a step turns them less."""
-        if self.geometry != "matrix":
-            for name, value in (("tau", 8.0), ("learning_rate", 3e-3)):
-                if name not in self.model_fields_set:
-                    object.__setattr__(self, name, value)
+    def _defaults_of_the_recipe(self) -> Debora:
+        for name, value in defaults(self.recipe, self.geometry).items():
+            if name not in self.model_fields_set:
+                object.__setattr__(self, name, value)
         return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Debora:
-        if self.eps * self.rank > self.tau:
-            raise ValueError(f"eps * rank = {self.eps * self.rank:g} should be at most tau = {self.tau:g}")
-        descends = self.hypergradient == "direct" or (self.hypergradient == "closed_form" and self.geometry != "matrix")
-        if self.step_rule == "backtracking" and self.hypergradient == "free":
-            raise ValueError(
-                "hypergradient = free has no batch of the upper level, which step_rule = backtracking tries its points "
-                "on: set hypergradient = direct, or step_rule = fixed"
-            )
-        if self.step_rule == "backtracking" and not descends:
-            raise ValueError(
-                f"hypergradient = {self.hypergradient} with geometry = {self.geometry} gives no direction of descent "
-                "at fixed factors, as step_rule = backtracking needs: set hypergradient = direct, or step_rule = fixed"
-            )
-        if self.step_rule == "backtracking" and self.momentum:
-            raise ValueError(
-                f"momentum = {self.momentum:g} gives a direction that need not descend on the batch that step_rule = "
-                "backtracking tries: set momentum = 0, or step_rule = fixed"
-            )
-        if self.start_point == "interior" and self.geometry == "stiefel":
-            raise ValueError("start_at = interior changes the model where geometry = stiefel: set start_at = vertex")
-        if self.start_point == "interior" and self.geometry == "oblique" and self.rank % 2:
-            raise ValueError(
-                f"rank = {self.rank} should be even where geometry = oblique and start_at = interior, since components "
-                "cancel in pairs"
-            )
+        check_parameters(self)
         return self
 
     @classmethod
