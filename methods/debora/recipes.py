@@ -24,13 +24,20 @@ ON_MANIFOLDS: dict[str, Any] = {"learning_rate": 3e-3, "factor_penalty": 0.0}
 # There the closed form descends at fixed factors, so that the paper's step 6 can be tested.
 PAPER_ON_MANIFOLDS: dict[str, Any] = {"step_rule": "backtracking"}
 
-# Before there were recipes (version 3): the paper's form but for these.
-BEFORE_RECIPES: dict[str, Any] = PAPER | {"hypergradient": "direct", "step_rule": "fixed", "recipe": "paper"}
-
-
 def defaults(recipe: str, geometry: str) -> dict[str, Any]:
     """What a recipe and a geometry say of hyperparameters that are not given, by name."""
     values: dict[str, Any] = dict(PAPER) if recipe == "paper" else {}
     if geometry != "matrix":
         values |= ON_MANIFOLDS | (PAPER_ON_MANIFOLDS if recipe == "paper" else {})
     return values
+
+
+def in_todays_words(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a run from before there were recipes (version 3 and below), which was the paper's form but for
+    what it names; others as they are."""
+    if "recipe" in parameters:
+        return parameters
+    return {name: PAPER[name] for name in ("steps", "factor_penalty", "warm_up", "cut_by", "fold", "momentum")} | {
+        "recipe": "paper",
+        **parameters,
+    }
