@@ -1,6 +1,6 @@
-"""How often a method finds planted ranks: a table of dEBORA's settings and of its rivals.
+"""How often a method finds planted ranks: a table of dEBORA in its variants and of its rivals.
 
-    python scripts/planted_ranks.py [--seeds 40-59] [--settings "oblique direct" ...] [--set T_max=20 ...]
+    python scripts/planted_ranks.py [--seeds 40-59] [--settings matrix oblique ...] [--set T_max=20 ...]
         [--sweep step_size=0.02,0.05] [--noise [SIGMA]] [--wide] [--jobs 4]
 
 A frozen random network of 6 residual layers, and a target that is the same network plus a change of known rank (1 to
@@ -116,33 +116,20 @@ class Planted:
         return (model(**batch.inputs) - batch.labels).square().mean() / self.start
 
 
-COMMON: dict[str, Any] = {
-    "rank": RANK,
-    "budget_scope": "global",
-    "learning_rate": 1e-2,
-    "T_max": 5,
-    "step_size": 0.05,
-    "search_fraction": 0.8,
-    "iterations": 5,
-}
+COMMON: dict[str, Any] = {"rank": RANK, "budget_scope": "global", "learning_rate": 1e-2, "search_fraction": 0.8}
+PAPER = {"recipe": "paper"}
 FREE = {"geometry": "matrix", "tau": lambda problem: 16 / 6 * len(problem.ranks)}  # s starts at 2 / 3
-UNIT = {
-    "tau": lambda problem: 2.0 * sum(map(bool, problem.ranks))
-}  # s are singular values there: what is planted on average
+UNIT = {"tau": lambda problem: 2.0 * sum(map(bool, problem.ranks))}  # s are singular values: what is planted on average
 OBLIQUE, STIEFEL = ({"geometry": name} | UNIT for name in ("oblique", "stiefel"))
-CLOSED_FORM, DIRECT, IMPLICIT = ({"hypergradient": kind} for kind in ("closed_form", "direct", "implicit"))
-BACKTRACKING = DIRECT | {"step_rule": "backtracking"}
+IMPLICIT = {"hypergradient": "implicit", "iterations": 5, "T_max": 5, "step_rule": "fixed", "step_size": 0.05}
 DEBORA: dict[str, dict[str, Any]] = {
-    "matrix closed_form": FREE | CLOSED_FORM,
-    "matrix direct": FREE | DIRECT,
-    "matrix direct backtracking": FREE | BACKTRACKING,
-    "matrix implicit": FREE | IMPLICIT,
-    "oblique direct": OBLIQUE | DIRECT,
-    "oblique direct backtracking": OBLIQUE | BACKTRACKING,
-    "oblique implicit": OBLIQUE | IMPLICIT,
-    "stiefel direct": STIEFEL | DIRECT,
-    "stiefel direct backtracking": STIEFEL | BACKTRACKING,
-    "stiefel implicit": STIEFEL | IMPLICIT,
+    "matrix": FREE,
+    "matrix, recipe=paper": FREE | PAPER,
+    "matrix, recipe=paper, implicit": FREE | PAPER | IMPLICIT,
+    "oblique": OBLIQUE,
+    "oblique, recipe=paper": OBLIQUE | PAPER,
+    "stiefel": STIEFEL,
+    "stiefel, recipe=paper": STIEFEL | PAPER,
 }
 
 # A component has the scale of dEBORA's free factors at the start, 2 / 3: alpha / rank, in PEFT's AdaLoRA / rank again.

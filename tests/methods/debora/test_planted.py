@@ -1,4 +1,4 @@
-"""The planted-ranks script, on a seed or two: it runs, and its best setting finds what was planted."""
+"""The planted-ranks script, on a seed or two: every row runs, and one that is known to find what was planted does."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_an_oracle_ends_with_as_many_components_as_are_planted(name):
     assert solve(Run(name, {}, 1, 40)).total == sum(Planted(1).ranks)
 
 
-def test_the_best_setting_finds_the_planted_ranks():
-    outcome = solve(Run("matrix implicit", {}, 0))
+def test_implicit_finds_the_planted_ranks():
+    outcome = solve(Run("matrix, recipe=paper, implicit", {}, 0))
     assert outcome.layers
     assert outcome.ranks
     assert outcome.effective
