@@ -261,7 +261,7 @@ def test_the_smallest_gap_falls_with_the_diminishing_rule(generator):
         gradient = frank_wolfe.points(weights, TAU, EPS) - target
         direction = frank_wolfe.choose_direction(weights, gradient, everything(weights), TAU)
         smallest.append(direction.gap if n == 0 else torch.minimum(smallest[-1], direction.gap))
-        weights = frank_wolfe.take_step(weights, direction, frank_wolfe.diminishing_step_size(n)).weights
+        weights = frank_wolfe.take_step(weights, direction, 2 / (n + 2)).weights
     diameter = 2 * TAU**2  # of the simplex, squared; the objective's curvature is 1
     for n in range(2, 400):
         assert (smallest[n] <= 27 * diameter / (4 * (n + 2))).all()  # Jaggi (2013), theorem 2, for towards steps alone
@@ -287,7 +287,7 @@ def random_quadratic(generator, simplices, components):
 def test_the_short_step_is_the_minimiser_where_the_bound_is_exact(generator):
     weights, gradient = random_weights(generator, 100, 5), normal(generator, 100, 5)
     direction = frank_wolfe.choose_direction(weights, gradient, everything(weights), TAU)
-    squares = frank_wolfe.squared_length(weights, direction, TAU)
+    squares = frank_wolfe.squared_length(direction, TAU)
     s = frank_wolfe.points(weights, TAU, EPS)
     corner = vertices(5)[direction.vertex]
     d = torch.where(direction.away[:, None], s - corner, corner - s)
@@ -295,16 +295,16 @@ def test_the_short_step_is_the_minimiser_where_the_bound_is_exact(generator):
     alpha = frank_wolfe.short_step_size(direction, squares, 7.0)
     # f(s + alpha d) = f(s) - alpha slope + 7/2 alpha^2 |d|^2 has no slope left there.
     torch.testing.assert_close(7.0 * alpha * squares, direction.slope)
-    largest = frank_wolfe.curvature_for(weights, direction, TAU, 0.2)
+    largest = frank_wolfe.curvature_for(direction, TAU, 0.2)
     assert float(frank_wolfe.short_step_size(direction, squares, largest).max()) == pytest.approx(0.2)
 
 
 def test_at_a_vertex_that_is_the_oracles_the_short_step_is_zero():
     weights = torch.tensor([[0.0, 1.0, 0.0]])
     direction = frank_wolfe.choose_direction(weights, torch.tensor([[-1.0, 0.0]]), everything(weights), TAU)
-    squares = frank_wolfe.squared_length(weights, direction, TAU)
+    squares = frank_wolfe.squared_length(direction, TAU)
     assert frank_wolfe.short_step_size(direction, squares, 1.0).item() == 0
-    assert frank_wolfe.curvature_for(weights, direction, TAU, 0.1) == 0
+    assert frank_wolfe.curvature_for(direction, TAU, 0.1) == 0
     found = frank_wolfe.backtrack(weights, direction, TAU, lambda moved: moved.sum() / 0, 0.0, 0.0, 3)
     assert torch.equal(found.taken.weights, weights)
     assert found.trials == 0
@@ -370,7 +370,3 @@ def test_backtracking_drops_a_component_exactly():
     assert found.taken.drop.item()
     assert found.taken.weights[0, 1] == 0
     assert found.trials == 1
-
-
-def test_diminishing_step_sizes():
-    assert [frank_wolfe.diminishing_step_size(n) for n in (0, 1, 2, 8)] == [1, 2 / 3, 0.5, 0.2]

@@ -52,10 +52,14 @@ def gradients(count: int, size: int, seed: int = 0) -> list[torch.Tensor]:
 def test_steps_against_a_slow_reference(interior, one_simplex, step_rule, momentum):
     search = Search(3, 4, rules(step_rule=step_rule, momentum=momentum), one_simplex=one_simplex, interior=interior)
     size = 12 if one_simplex else 4
-    average: list[float] = []
+    seen: list[list[float]] = []
     for n, gradient in enumerate(gradients(9, 12)):
         s, g = search.s.tolist(), gradient.tolist()
-        average = [momentum * a + (1 - momentum) * x for a, x in zip(average, g, strict=True)] if average else g
+        seen.append(g)
+        powers = [momentum ** (n - i) for i in range(n + 1)]
+        average = [
+            sum(w * x for w, x in zip(powers, own, strict=True)) / sum(powers) for own in zip(*seen, strict=True)
+        ]
         step = 0.3 if step_rule == "fixed" else 0.3 * 2 / (n + 2)
         expected: list[float] = []
         for first in range(0, 12, size):
