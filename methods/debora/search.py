@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
 
 from methods.debora.math import frank_wolfe
 from methods.debora.target import cut_to, falling_share, given_back
@@ -110,6 +110,11 @@ class Search:
         return self.target is not None and self.interior and sum(compress(self.costs, self.active)) <= self.target
 
     @property
+    def over_target(self) -> bool:
+        """Whether the live components, with weight or not, cost more than the target."""
+        return self.target is not None and sum(self.costs) > self.target
+
+    @property
     def s(self) -> Tensor:
         """s of the live components, (n,)."""
         return self._s_at(self.weights)
@@ -162,8 +167,7 @@ class Search:
     def cut_to_target(self, scores: Tensor) -> list[list[bool]]:
         """Drop live components by their scores, (n,), until the rest cost at most the target: see `cut_to`. Returns the
         flags of `drop`."""
-        most = sum(self.costs) if self.target is None else self.target
-        return self.drop(cut_to(most, scores.tolist(), self.costs))
+        return self.drop(cut_to(self.target or sum(self.costs), scores.tolist(), self.costs))
 
     def drop(self, flags: Sequence[bool]) -> list[list[bool]]:
         """Remove live components for good, one flag for each in order. Returns the flags by layer.
@@ -205,8 +209,7 @@ class Search:
         weights = torch.cat([1 - components.sum(-1, keepdim=True), components], -1)
         if not (weights >= -1e-4).all():
             raise ValueError("s lies outside its simplices")
-        weights = weights.clamp(min=0)
-        self.weights = weights / weights.sum(-1, keepdim=True)
+        self.weights = normalize(weights.clamp(min=0), p=1.0, dim=-1)
         before, self.active = self.active, (~self._weightless(self.weights)).tolist()
         self.stable_steps = self.stable_steps if self.active == before else 0
 

@@ -72,3 +72,10 @@ def reachable(components: int, step_sizes: Sequence[float], steps: Literal["away
         emptied = max(emptied, sum(min(1.0, size / weight) for size in ordered[: len(ordered) - t]))
         weight *= 1 - min(1.0, ordered[t]) if t < len(ordered) else 1.0
     return max(0, components - math.floor(emptied + 1e-6))
+
+
+def component_parameters(shape: Sequence[int]) -> int:
+    """Parameters of one component of a weight of this shape, s not counted: a row of each factor. A mode of size 1 has
+    no factor, unless fewer than two others are left: then the first two have."""
+    needed = 2 if sum(size > 1 for size in shape) < 2 else 0
+    return sum(size for mode, size in enumerate(shape) if size > 1 or mode < needed)

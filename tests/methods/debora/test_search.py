@@ -336,7 +336,9 @@ def test_from_a_vertex_the_target_is_only_cut_to():
         search.step(torch.tensor(gradient))
         assert not search.reached
     assert search.freeze() == [[False, False, False, True]]
+    assert search.over_target
     assert search.cut_to_target(search.s) == [[True, False, False]]
+    assert not search.over_target
     assert search.cut_to_target(search.s) == [[False, False]]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from methods.debora.search import Rules, Search
-from methods.debora.target import cut_to, given_back, largest_step_sizes, reachable
+from methods.debora.target import component_parameters, cut_to, given_back, largest_step_sizes, reachable
 
 
 @pytest.mark.parametrize(
@@ -95,3 +95,11 @@ def test_what_is_reachable_in_numbers():
     assert reachable(10, [math.inf], "pairwise") == 9
     assert reachable(10, [1.0]) == 0  # a full step towards the vertex eps*1
     assert reachable(10, []) == reachable(10, [], "pairwise") == 10
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [((8, 5), 13), ((8, 5, 3, 3), 19), ((8, 5, 1, 3), 16), ((8, 5, 1, 1), 13), ((8, 1), 9), ((1, 1, 3, 1), 5)],
+)
+def test_what_a_component_has_of_parameters(shape, count):
+    assert component_parameters(shape) == count
