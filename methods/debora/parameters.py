@@ -212,7 +212,9 @@ def check_parameters(given: DeboraParameters) -> None:
 
 
 def _check_steps(given: DeboraParameters) -> None:
-    descends = given.hypergradient == "direct" or (given.hypergradient == "closed_form" and given.geometry != "matrix")
+    descends = given.hypergradient == "direct" or (
+        given.hypergradient == "closed_form" and given.geometry != "matrix"
+    )
     if given.step_rule == "backtracking" and given.hypergradient == "free":
         raise ValueError(
             "hypergradient = free has no batch of the upper level, which step_rule = backtracking tries its points on: "
