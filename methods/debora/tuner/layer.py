@@ -144,9 +144,9 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
         kinds = self.manifolds(adapter_name)
         basis = normalised(factors, s)
         if kinds == ("euclidean", "euclidean"):
-            basis = singular_basis(*factors, s)
+            basis = singular_basis(factors[0], factors[1], s)
         elif kinds == ("oblique", "oblique"):
-            rotated = singular_basis(*factors, s, unit_columns=True)
+            rotated = singular_basis(factors[0], factors[1], s, unit_columns=True)
             basis = rotated if (rotated.s >= max(eps, torch.finfo(s.dtype).tiny)).all() else basis
         for factor, values, P in zip(factors, basis.factors, basis.maps, strict=True):
             change_basis(factor, values, P, 1, optimizer)
