@@ -142,11 +142,12 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
         """
         factors, s = self.factors(adapter_name), self.debora_s[adapter_name]
         kinds = self.manifolds(adapter_name)
-        basis = normalised(factors, s)
         if kinds == ("euclidean", "euclidean"):
-            basis = singular_basis(*factors, s)
-        elif kinds == ("oblique", "oblique"):
-            rotated = singular_basis(*factors, s, unit_columns=True)
+            basis = singular_basis(factors[0], factors[1], s)
+        else:
+            basis = normalised(factors, s)
+        if kinds == ("oblique", "oblique"):
+            rotated = singular_basis(factors[0], factors[1], s, unit_columns=True)
             basis = rotated if (rotated.s >= max(eps, torch.finfo(s.dtype).tiny)).all() else basis
         for factor, values, P in zip(factors, basis.factors, basis.maps, strict=True):
             change_basis(factor, values, P, 1, optimizer)
