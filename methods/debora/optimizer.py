@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harness.optimizer import can_fuse, decay_groups
 from methods.debora.math import manifolds
@@ -45,6 +45,15 @@ class ManifoldAdamW(torch.optim.AdamW):
                 parameter.copy_(moved)
         return result
 
+    def release(self, weight_decay: float) -> None:
+        """Let every parameter leave its manifold: a free matrix from now on, decayed as such. The state stays.
+
+        A checkpoint from after it needs no release before it is loaded, since it brings its own groups.
+        """
+        for group in self.param_groups:
+            if group.pop("manifold", None) is not None:
+                group["weight_decay"] = weight_decay
+
     def _constrained(self) -> Iterator[tuple[manifolds.Manifold, list[nn.Parameter]]]:
         """(manifold, parameters of one shape on it): they go through one batched decomposition."""
         for group in self.param_groups:
@@ -72,3 +81,17 @@ def manifold_adamw(
     groups = decay_groups((p for p in model.parameters() if id(p) not in on_manifold), weight_decay)
     groups += [{"params": p, "weight_decay": 0.0, "manifold": manifold} for manifold, p in by_manifold.items()]
     return ManifoldAdamW(groups, lr=learning_rate, fused=can_fuse(groups))
+
+
+@torch.no_grad()
+def add_penalty(factors: Iterable[nn.Parameter], strength: float) -> None:
+    """Add the gradient of strength / 2 times the sum of the factors' squared norms to their gradients.
+
+    Coupled, unlike AdamW's decay: it is a part of the loss, which clipping and the moments see. For free factors.
+    """
+    held: list[Tensor] = [factor for factor in factors if factor.numel() > 0]
+    gradients = [gradient_of(factor) for factor in held]
+    if held:
+        torch._foreach_add_(gradients, held, alpha=strength)
+    for factor, gradient in zip(held, gradients, strict=True):
+        factor.grad = gradient
