@@ -1,12 +1,12 @@
 """What a step of dEBORA costs in this checkout, against another checkout of the project.
 
     git worktree add ../before COMMIT
-    python scripts/bench_debora_against.py ../before [--sides dEBORA floor] [--geometry matrix] [--repeats 40]
+    python scripts/bench_debora_against.py ../before [--sides "dEBORA lower"] [--geometry matrix] [--repeats 40]
 
 The sides are those of bench_debora.py, which runs as it is here on both checkouts' methods: one process each, which
 wait for one another, so that single steps take turns. Every step has its opposite right beside it: the ratio is the
 median over these pairs, with its 95 % interval from the order of the pairs. The floor is the same code in both, and
-shows how far the machine is to be trusted.
+shows how far the machine is to be trusted. "x floor" is what each checkout's median is of its own floor's.
 """
 
 from __future__ import annotations
@@ -84,20 +84,24 @@ def compare(here: Checkout, there: Checkout, sides: list[str], repeats: int) -> 
             times = {first: first.seconds(side), second: second.seconds(side)}
             if repeat >= 2:
                 pairs[side].append((times[here], times[there]))
-    print(f"{'':24s}{'here ms':>9s}{'there ms':>9s}{'ratio':>8s}   95 % of its median, {repeats} pairs")
+    medians = {
+        side: [1e3 * statistics.median(times) for times in zip(*found, strict=True)] for side, found in pairs.items()
+    }
+    print(f"{'':24s}{'here ms':>9s}{'there ms':>9s}{'x floor':>8s}{'x floor':>8s}{'ratio':>8s}   95 %, {repeats} pairs")
     for side, found in pairs.items():
-        ours, theirs = (1e3 * statistics.median(times) for times in zip(*found, strict=True))
+        (ours, theirs), floors = medians[side], medians["floor"]
         ratios = sorted(a / b for a, b in found)
         low = max(0, math.floor(repeats / 2 - 0.98 * math.sqrt(repeats)))  # order statistics around the median
         bounds = f"{ratios[low]:.3f} to {ratios[repeats - 1 - low]:.3f}"
-        print(f"{side:24s}{ours:9.2f}{theirs:9.2f}{statistics.median(ratios):8.3f}   {bounds}")
+        of_floor = f"{ours / floors[0]:8.3f}{theirs / floors[1]:8.3f}"
+        print(f"{side:24s}{ours:9.2f}{theirs:9.2f}{of_floor}{statistics.median(ratios):8.3f}   {bounds}")
 
 
 def main() -> None:
     """Print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path, help="the root of the other checkout")
-    parser.add_argument("--sides", nargs="+", default=["floor", "dEBORA", "Frank-Wolfe"], help="starts of their names")
+    parser.add_argument("--sides", nargs="+", default=["dEBORA", "Frank-Wolfe"], help="starts of their names")
     parser.add_argument("--geometry", default="matrix", choices=["matrix", "oblique", "stiefel"])
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -105,7 +109,7 @@ def main() -> None:
     if options.serve:
         return serve(options.checkout, options.geometry)
     here, there = (Checkout(root, options.geometry) for root in (HERE, options.checkout.resolve()))
-    sides = [side for side in here.sides if side.startswith(tuple(options.sides))]
+    sides = [side for side in here.sides if side.startswith(("floor", *options.sides))]
     print(f"{options.geometry}: {here.root} against {there.root}, one thread each, in turns")
     compare(here, there, sides, options.repeats)
     here.close()

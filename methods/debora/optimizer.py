@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from harness.optimizer import can_fuse, decay_groups
 from methods.debora.math import manifolds
@@ -81,17 +81,3 @@ def manifold_adamw(
     groups = decay_groups((p for p in model.parameters() if id(p) not in on_manifold), weight_decay)
     groups += [{"params": p, "weight_decay": 0.0, "manifold": manifold} for manifold, p in by_manifold.items()]
     return ManifoldAdamW(groups, lr=learning_rate, fused=can_fuse(groups))
-
-
-@torch.no_grad()
-def add_penalty(factors: Iterable[nn.Parameter], strength: float) -> None:
-    """Add the gradient of strength / 2 times the sum of the factors' squared norms to their gradients.
-
-    Coupled, unlike AdamW's decay: it is a part of the loss, which clipping and the moments see. For free factors.
-    """
-    held: list[Tensor] = [factor for factor in factors if factor.numel() > 0]
-    gradients = [gradient_of(factor) for factor in held]
-    if held:
-        torch._foreach_add_(gradients, held, alpha=strength)
-    for factor, gradient in zip(held, gradients, strict=True):
-        factor.grad = gradient
