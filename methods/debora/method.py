@@ -49,7 +49,7 @@ class Debora(DeboraParameters):
         Trace("gap", "Frank-Wolfe gap", drawing="log_line"),
         Trace("active_components", "active components", drawing="steps"),
         Trace("hypergradient_norm", "norm of the hypergradient", drawing="log_line"),
-        Trace("slope", "slope that new hypergradients confirm"),
+        Trace("unbiased_slope", "slope that new hypergradients confirm"),
         Trace("step_size", "step size"),
         Trace("jump", "norm of the removed update"),
         Trace("residual", "relative residual of the solve", drawing="log_line"),
