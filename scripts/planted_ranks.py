@@ -136,6 +136,7 @@ DEBORA: dict[str, dict[str, Any]] = {
 LORA = {"rank": RANK, "learning_rate": 1e-2, "alpha": 16 / 6}
 PRUNED = LORA | {"prune_at": 0.8, "components": lambda problem: sum(problem.ranks)}
 ADALORA = {"init_rank": RANK, "target_rank": 1, "learning_rate": 1e-2, "alpha": RANK * 16 / 6, "tfinal": 0.2}
+ADALORA |= {"beta1": 0.99, "beta2": 0.99}  # at its default, 0.85, it was wrong on seeds 3, 4 and 5 of 0 to 5
 # A row's method and its parameters, of which a function is called with the problem.
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: ("debora", COMMON | parameters) for name, parameters in DEBORA.items()},
