@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,22 +14,37 @@ from harness.notation import split_list
 from methods.debora.adaptation import DeboraAdaptation
 from methods.debora.upper_level import upper_gradient
 
-# What a test does not set, so that a changed default changes no test.
-BASE = {
+# What a test does not set, so that a changed default changes no test: of the paper's algorithm, and of ours.
+PAPER = {
+    "recipe": "paper",
     "learning_rate": 1e-3,
     "tau": 16,
     "hypergradient": "closed_form",
     "T_max": 10,
+    "step_rule": "fixed",
     "step_size": 0.1,
     "search_fraction": 0.5,
 }
+OURS = {"T_max": 2, "step_size": 0.1, "momentum": 0.9, "penalty_share": 0.3, "warm_up": 0.1, "search_fraction": 0.5}
 FAST = "rank=4,T_max=2,n0=0,step_size=0.5"  # truncates from the first upper-level steps on
+# A short run of each recipe, with a truncation and, of ours, the fold.
+RECIPES = {
+    "ours": "rank=4,T_max=2,n0=0,step_size=0.1,warm_up=0.1",
+    "paper": f"recipe=paper,{FAST},step_rule=fixed,search_fraction=0.8",
+}
+
+
+def given(settings: str) -> dict[str, str]:
+    """Settings by name."""
+    return dict(part.split("=", 1) for part in split_list(settings))
 
 
 def started(settings: str, updates: int = 0, batches: int = 24) -> Started:
-    """The method on the synthetic task, after some updates, in evaluation mode so that nothing is random."""
-    given = dict(part.split("=", 1) for part in split_list(settings))
-    text = ",".join(f"{name}={value}" for name, value in (BASE | given).items())
+    """The method on the synthetic task, after some updates, in evaluation mode so that nothing is random. It is the
+    paper's unless the settings have a recipe."""
+    named = given(settings)
+    base: dict[str, Any] = OURS if named.get("recipe") == "ours" else PAPER
+    text = ",".join(f"{name}={value}" for name, value in (base | named).items())
     run = start(Subject(f"debora[{text}]", Path(), batches=batches))
     run.adaptation.model.eval()
     for _ in range(updates):

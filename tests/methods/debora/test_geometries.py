@@ -24,8 +24,10 @@ from harness.spec import TrainSpec
 from harness.task import Batch
 from methods.debora.math import frank_wolfe, manifolds
 from methods.debora.method import Debora
+from methods.debora.schedule import FREE_UPPER_STEPS, UPPER_STEPS
 from tests.methods.debora.bert import tiny_backbone
 from tests.methods.debora.runs import (
+    RECIPES,
     adaptation_of,
     dense,
     empty,
@@ -36,15 +38,19 @@ from tests.methods.debora.runs import (
     started,
 )
 
-FAST = "rank=4,T_max=2,step_size=0.5,search_fraction=0.8"
+FAST = "recipe=paper,rank=4,T_max=2,step_size=0.5,search_fraction=0.8"
+FIXED = f"{FAST},step_rule=fixed"
 SETTINGS = {
-    "oblique": f"{FAST},geometry=oblique,n0=1",
-    "oblique-vertex": f"{FAST},geometry=oblique,start_at=vertex,n0=4,budget_scope=global",
-    "stiefel": f"{FAST},geometry=stiefel,n0=4",
+    "oblique": f"{FIXED},geometry=oblique,n0=1",
+    "oblique-vertex": f"{FIXED},geometry=oblique,start_at=vertex,n0=4,budget_scope=global",
+    "stiefel": f"{FIXED},geometry=stiefel,n0=4",
     "backtracking": f"{FAST},n0=1,geometry=oblique,step_rule=backtracking,budget_scope=global",
-    "implicit": f"{FAST},n0=1,hypergradient=implicit,iterations=2",
-    "implicit-stiefel": f"{FAST},geometry=stiefel,hypergradient=implicit,iterations=2,n0=2",
-    "face": f"{FAST},hypergradient=direct,p=10,face_steps=2",
+    "implicit": f"{FIXED},n0=1,hypergradient=implicit,iterations=2",
+    "implicit-stiefel": f"{FIXED},geometry=stiefel,hypergradient=implicit,iterations=2,n0=2",
+    "face": f"{FIXED},hypergradient=direct,p=10,face_steps=2",
+    "ours": f"{RECIPES['ours']},components=40",
+    "ours-path-oblique": f"{RECIPES['ours']},geometry=oblique,hypergradient=path,path_points=2,components=20",
+    "ours-stiefel": f"{RECIPES['ours']},geometry=stiefel,adapter_parameters=600",
 }
 
 
@@ -64,14 +70,18 @@ def test_contracts(name, contract, tmp_path):
 
 
 @pytest.mark.parametrize("geometry", ["oblique", "stiefel"])
-def test_the_loss_falls_on_a_manifold(geometry, tmp_path):
-    settings = f"geometry={geometry},rank=4,tau=4,learning_rate=0.01,step_size=0.2,T_max=5"
+@pytest.mark.parametrize(
+    "recipe", ["recipe=paper,step_rule=fixed,step_size=0.2,tau=4,T_max=5", "step_size=0.02,T_max=2"], ids=["paper", "ours"]
+)
+def test_the_loss_falls_on_a_manifold(recipe, geometry, tmp_path):
+    settings = f"{recipe},geometry={geometry},rank=4,learning_rate=0.01"
     loss_falls_on_a_batch_that_can_be_memorised(Subject(f"debora[{settings}]", tmp_path))
 
 
 @pytest.mark.parametrize("geometry", ["oblique", "stiefel"])
-def test_factors_are_feasible_after_every_update(geometry):
-    run = started(f"geometry={geometry},rank=4,T_max=3,step_size=0.5,n0=4,learning_rate=0.03", batches=150)
+@pytest.mark.parametrize("recipe", ["recipe=paper,tau=16,step_size=0.5", "recipe=ours,step_size=0.05,fold=false"])
+def test_factors_are_feasible_after_every_update(recipe, geometry):
+    run = started(f"{recipe},geometry={geometry},rank=4,T_max=3,n0=4,learning_rate=0.03", batches=150)
     adaptation, ranks = adaptation_of(run), set()
     first = numbers(adaptation)
     while run.training.used < 150:
@@ -120,9 +130,9 @@ def test_backtracking_keeps_what_it_promised_and_counts_its_trials():
     adaptation, seen = adaptation_of(run), []
     search, training, step = adaptation.search, run.training, adaptation.search.step
 
-    def watched(value, objective):
+    def watched(value, objective, progress):
         weights, live, used = search.weights, search.live, training.used
-        moved = step(value, objective)
+        moved = step(value, objective, progress)
         assert training.used - used == moved.history["trials"]
         alive = torch.zeros(48, dtype=torch.bool)
         alive[live] = True
@@ -152,9 +162,21 @@ def test_a_hypergradient_that_is_not_finite_is_a_divergence(name):
         run.training.update()
 
 
-@pytest.mark.parametrize("name", ["oblique", "stiefel", "implicit-stiefel"])
-def test_training_goes_on_where_every_component_is_gone(name, tmp_path):
-    run = started(SETTINGS[name] + ",T_max=100,n0=0,step_size=1", 3, batches=30)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        f"recipe={recipe},geometry={geometry},hypergradient={kind}"
+        for recipe, geometry, kind in (
+            ("paper", "oblique", "closed_form"),
+            ("paper", "stiefel", "implicit"),
+            ("ours", "matrix", "free"),
+            ("ours", "oblique", "free"),
+            ("ours", "stiefel", "path"),
+        )
+    ],
+)
+def test_training_goes_on_where_every_component_is_gone(settings, tmp_path):
+    run = started(settings + ",rank=4,step_rule=fixed,steps=away,momentum=0,T_max=100,n0=0,step_size=1", 3, batches=30)
     adaptation = adaptation_of(run)
     empty(adaptation)
     assert set(adaptation.ranks().values()) == {0}
@@ -167,7 +189,9 @@ def test_training_goes_on_where_every_component_is_gone(name, tmp_path):
 def test_without_a_head_and_with_every_component_gone_a_run_still_ends():
     module = nn.Sequential(nn.Linear(4, 4))
     data = TrainingData(8, 4, 0)
-    adaptation = Debora(rank=2, T_max=9, n0=0, step_size=1).start(Backbone(module, (), ("0",)), None, data, None)
+    method = Debora(rank=2, T_max=9, n0=0, steps="away", step_rule="fixed", step_size=1, momentum=0)
+    train = TrainSpec(batches=12)
+    adaptation = method.start(Backbone(module, (), ("0",)), train, data, None)
 
     class Task:
         def collate(self, encoded, rows, generator):
@@ -176,7 +200,7 @@ def test_without_a_head_and_with_every_component_gone_a_run_still_ends():
         def loss(self, model, batch, generator):
             return model(**batch.inputs).square().mean()
 
-    training = Training(adaptation, Task(), None, data, TrainSpec(batches=12), torch.device("cpu"), 12)
+    training = Training(adaptation, Task(), None, data, train, torch.device("cpu"), 12)
     training.update()
     empty(adaptation)
     training.run(lambda training: None)
@@ -222,13 +246,24 @@ def test_the_history_has_ranks_and_s_of_every_layer():
     assert rows[-1]["s"] == pytest.approx(s.tolist())
 
 
+def test_the_history_ends_with_the_s_that_is_folded():
+    run = started("recipe=ours,rank=4,step_size=0.03,n0=0", batches=40)
+    run.training.run(lambda training: None)
+    rows = [row for row in run.training.history if "s" in row]
+    assert len(rows) > 3
+    assert len(set(rows[-1]["s"])) > 1
+    assert rows[-1]["ranks"] == list(run.adaptation.ranks().values())
+    s = torch.cat([s for _, s, _ in numbers(adaptation_of(run)).values()])
+    assert len(set(s.tolist())) == 1
+
+
 @pytest.mark.parametrize("paper", [False, True])
 def test_a_convolutions_closed_form_has_the_coefficient_that_was_asked_for(paper):
     """d = 4: G = -d_s f1 / 3 exactly, and with the paper's coefficient 1 it is d_s f1 - 4 d_s f1."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(3, 6, 3))
-    method = Debora(rank=2, hypergradient="closed_form", paper_coefficient=paper)
-    adaptation = method.start(Backbone(module, (), ("0",)), None, TrainingData(8, 4, 0), None)
+    method = Debora(recipe="paper", rank=2, paper_coefficient=paper)
+    adaptation = method.start(Backbone(module, (), ("0",)), TrainSpec(batches=9), TrainingData(8, 4, 0), None)
     layer = adaptation.layers["0"]
     for factor in layer.factors("default"):
         nn.init.normal_(factor)
@@ -245,31 +280,46 @@ def test_a_convolutions_closed_form_has_the_coefficient_that_was_asked_for(paper
     torch.testing.assert_close(found, direct[0] * (-3 if paper else -1 / 3), rtol=1e-3, atol=1e-4)
 
 
+SCHEDULES = ["T_max=3", "T_max=7,search_fraction=1", "T_max=4,search_fraction=0.3", "T_max=40", "warm_up=0.2", ""]
+
+
+@pytest.mark.parametrize("batches", [7, 50])
+@pytest.mark.parametrize("settings", SCHEDULES)
 @pytest.mark.parametrize(
-    "settings",
-    [{"T_max": 3}, {"T_max": 7, "search_fraction": 1.0}, {"T_max": 4, "search_fraction": 0.3}, {"T_max": 40}, {}],
-    ids=str,
+    "recipe",
+    [
+        "recipe=paper",
+        "hypergradient=free",
+        "hypergradient=path,path_points=3",
+        "hypergradient=direct",
+        "hypergradient=implicit,iterations=1",
+    ],
 )
-@pytest.mark.parametrize("batches", [7, 24, 50])
-def test_the_dry_runs_number_of_upper_steps_is_the_runs(settings, batches):
-    method = Debora(rank=2, hypergradient="closed_form", **settings)
-    text = ",".join(f"{name}={value}" for name, value in settings.items())
-    run = start(Subject(f"debora[rank=2,hypergradient=closed_form,{text}]", Path(), batches=batches))
+def test_the_dry_runs_number_of_upper_steps_is_the_runs(recipe, settings, batches):
+    text = ",".join(part for part in (recipe, settings, "rank=2,n0=1000,step_size=0.01") if part)
+    run = start(Subject(f"debora[{text}]", Path(), batches=batches))
     run.training.run(lambda training: None)
-    assert method.schedule.upper_steps(batches) == run.training.data.drawn["upper"]
+    train = TrainSpec(batches=batches, warmup=0.0)
+    notes = run.method.notes(tiny_backbone("meta"), train, 100)
+    steps = sum("gap" in row for row in run.training.history)
+    assert notes[0].startswith(f"at most {steps} upper-level steps in ")
 
 
-@pytest.mark.parametrize(("batches", "each"), [(80, 1), (600, 3), (1500, 9), (36000, 239)])
-def test_the_search_has_45_upper_steps_unless_told_otherwise(batches, each):
-    assert Debora().schedule.lower_updates(batches) == each
-    assert Debora(T_max=5).schedule.lower_updates(batches) == 5
-    assert Debora().schedule.upper_steps(batches) == (12 if batches == 80 else 45)
+@pytest.mark.parametrize("batches", [3000, 36000])
+def test_the_search_has_its_upper_steps_whatever_the_budget(batches):
+    for method, expected in ((Debora(recipe="paper"), UPPER_STEPS), (Debora(), FREE_UPPER_STEPS)):
+        train = TrainSpec(batches=batches)
+        assert method.schedule(train).upper_steps(batches) == pytest.approx(expected, rel=0.2)
+        assert Debora(recipe=method.recipe, T_max=5).schedule(train).lower_updates(batches) == 5
 
 
 def test_a_manifold_has_defaults_of_its_own():
-    assert (Debora().tau, Debora().learning_rate) == (16.0, 1e-3)
-    assert (Debora(geometry="oblique").tau, Debora(geometry="stiefel").learning_rate) == (8.0, 3e-3)
-    assert (Debora(geometry="oblique", tau=4).tau, Debora.of({"geometry": "oblique"}, "debora").tau) == (4.0, 8.0)
+    assert (Debora().learning_rate, Debora(geometry="stiefel").learning_rate) == (1e-3, 3e-3)
+    assert Debora(geometry="stiefel", learning_rate=1e-3).learning_rate == 1e-3
+    assert Debora(geometry="oblique").simplex_tau(12) == Debora().simplex_tau(12) / 2
+    assert Debora(geometry="oblique", tau=4).simplex_tau(12) == 4
+    assert Debora(geometry="oblique").factor_penalty == 0
+    assert Debora.of({"geometry": "oblique"}, "debora").learning_rate == 3e-3
     targets = Debora.of({"geometry": "oblique", "target_modules": ["query"]}, "debora").target_modules
     assert targets == ("query",)
 
@@ -277,10 +327,22 @@ def test_a_manifold_has_defaults_of_its_own():
 def test_a_dry_run_says_what_is_reachable():
     backbone = tiny_backbone("meta")
     train = TrainSpec(batches=220)
-    interior = Debora(rank=4, budget_scope="global", T_max=10, search_fraction=0.5).notes(backbone, train, 100)
+    paper = {"recipe": "paper", "rank": 4, "step_rule": "fixed", "step_size": 0.15}
+
+    def notes(**values):
+        return Debora(**paper | values).notes(backbone, train, 100)
+
+    interior = notes(budget_scope="global", T_max=10, search_fraction=0.5, step_size=0.02)
     assert interior[0] == "at most 10 upper-level steps in 110 of 220 batches"
     assert interior[1] == "at least 38 of the 48 components of the one simplex of 12 layers stay"
-    vertex = Debora(rank=4, geometry="stiefel").notes(backbone, train, 100)
+    assert notes()[1] == "the steps may empty each of 12 simplices but for one of its 4 components"
+    vertex = notes(geometry="stiefel")
     assert vertex[1] == "at most 4 of the 4 components of each of 12 simplices can get weight"
-    late = Debora(rank=4, n0=40).notes(backbone, train, 100)
-    assert late[2] == "n0 = 40: nothing is removed before the search ends"
+    assert notes(n0=40)[2] == "n0 = 40: nothing is removed before the search ends"
+    target = notes(components=7)
+    assert target[2] == (
+        "target: 7 components of 48 components; what the steps leave beyond it is cut by s when the search ends"
+    )
+    assert Debora(rank=4, adapter_parameters=500).notes(backbone, train, 100)[2] == (
+        "target: 500 parameters of 48 components; what the steps leave beyond it is cut by size when the search ends"
+    )

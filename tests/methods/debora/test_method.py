@@ -14,6 +14,7 @@ from harness.contracts.subject import Started
 from harness.errors import Diverged, InputError
 from harness.method import Backbone
 from harness.run.streams import TrainingData
+from harness.spec import TrainSpec
 from methods.debora.method import Debora
 from methods.debora.search import Rules
 from tests.methods.debora.bert import tiny_backbone
@@ -76,15 +77,10 @@ def test_the_methods_settings_reach_the_search():
     ).search
     assert search.rules == Rules(
         tau=8, eps=0.01, step_size=0.3, step_rule="diminishing", momentum=0.75, tolerance=0.5, first_truncation=7,
-        face_steps=3,
+        face_steps=3, steps="away",
     )  # fmt: skip
     rules = adaptation_of(started("rank=4,step_rule=backtracking,rho=0.1,trials=9,hypergradient=direct")).search.rules
     assert (rules.step_rule, rules.rho, rules.trials) == ("backtracking", 0.1, 9)
-
-
-def test_momentum_that_is_off_is_no_part_of_a_runs_identity():
-    assert "momentum" not in Debora().model_dump()
-    assert Debora(momentum=0.9).model_dump()["momentum"] == 0.9
 
 
 def test_an_upper_step_moves_s_alone_and_leaves_no_gradient():
@@ -209,7 +205,7 @@ def test_layers_that_cannot_be_adapted_are_a_reason_and_wrong_values_an_error():
     with pytest.raises(InputError, match="rank = 9 is above the 8 channels of layer 'conv'"):
         Debora(rank=9, geometry="stiefel", target_modules=("conv",)).unsupported(mixed)
     with pytest.raises(InputError, match="1 training rows: two halves need at least 2"):
-        Debora(rank=2).start(linear, None, TrainingData(1, 4, 0), None)
+        Debora(rank=2).start(linear, TrainSpec(batches=9), TrainingData(1, 4, 0), None)
     with pytest.raises(InputError, match="rank = 17"):
         Debora(rank=17).unsupported(linear)
     with pytest.raises(InputError, match="Did you mean 'query'"):
@@ -222,7 +218,7 @@ def test_layers_that_cannot_be_adapted_are_a_reason_and_wrong_values_an_error():
     ("values", "message"),
     [
         ({"tau": 0}, "tau"),
-        ({"eps": 3, "rank": 8}, r"eps \* rank = 24 should be at most tau = 16"),
+        ({"eps": 3, "rank": 8, "tau": 16}, r"eps \* rank = 24 should be at most tau = 16"),
         ({"T_max": 0}, "T_max"),
         ({"step_size": 1.5}, "step_size"),
         ({"hypergradient": "exact"}, "closed_form"),
@@ -231,7 +227,7 @@ def test_layers_that_cannot_be_adapted_are_a_reason_and_wrong_values_an_error():
         ({"geometry": "oblique", "rank": 7}, "rank = 7 should be even"),
         ({"step_rule": "backtracking", "hypergradient": "closed_form"}, "no direction of descent at fixed factors"),
         ({"step_rule": "backtracking", "hypergradient": "implicit", "geometry": "oblique"}, "no direction of descent"),
-        ({"step_rule": "backtracking", "momentum": 0.5}, "need not descend on the batch"),
+        ({"step_rule": "backtracking", "hypergradient": "direct", "momentum": 0.5}, "need not descend on the batch"),
         ({"momentum": 1}, "momentum"),
         ({"damping": -1}, "damping"),
         ({"iterations": 0}, "iterations"),
@@ -247,6 +243,6 @@ def test_only_the_targeted_layers_are_adapted():
     """Also where one layer's name is the end of another's."""
     module = nn.ModuleDict({"fc": nn.Linear(4, 4), "block": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
     backbone = Backbone(module, head=(), layers=("fc",))
-    adaptation = Debora(rank=2).start(backbone, None, TrainingData(8, 4, 0), None)
+    adaptation = Debora(rank=2).start(backbone, TrainSpec(batches=9), TrainingData(8, 4, 0), None)
     assert adaptation.ranks() == {"fc": 2}
     assert type(module["block"]["fc"]) is nn.Linear

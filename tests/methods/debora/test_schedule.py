@@ -24,10 +24,11 @@ def walked(schedule: Schedule, budget: int) -> int:
 
 @pytest.mark.parametrize("batches", [0, 1, 2, 4])
 @pytest.mark.parametrize("search_fraction", [0.05, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("warm_up", [0.0, 0.04])
 @pytest.mark.parametrize("T_max", [1, 3, 7, 40, None])
-def test_the_foretold_number_of_steps_is_a_loops(T_max, search_fraction, batches):
-    schedule = Schedule(T_max, search_fraction, batches)
-    for budget in (*range(1, 120), 400, 1500, 4001):
+def test_the_foretold_number_of_steps_is_a_loops(T_max, warm_up, search_fraction, batches):
+    schedule = Schedule(T_max, search_fraction, batches, warm_up)
+    for budget in (*range(1, 90), 400, 1501):
         assert schedule.upper_steps(budget) == walked(schedule, budget), budget
 
 
