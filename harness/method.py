@@ -120,9 +120,8 @@ class Method(Strict, ABC):
 
     @property
     def upper_share(self) -> float:
-        """Share of the training rows that the upper stream gets, between 0 and 1; the lower stream gets the others.
-
-        A bilevel method that holds out another share than half overrides it, with a number or a hyperparameter."""
+        """Share of the training rows that the upper stream gets, between 0 and 1; the lower stream gets the others. A
+        bilevel method that holds out another share than half overrides it, with a number or a hyperparameter."""
         return 0.5
 
     def resolve(self, backbone: Backbone, finished: FinishedRun) -> Method:

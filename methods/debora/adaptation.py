@@ -29,7 +29,7 @@ from methods.shared.stock_lora import export_stock_lora
 from methods.shared.truncation import best_approximation, largest, swapped
 
 if TYPE_CHECKING:
-    from methods.debora.method import Debora
+    from methods.debora.parameters import DeboraParameters
 
 
 def adapted(backbone: Backbone, targets: Sequence[str], **config: Any) -> tuple[nn.Module, dict[str, DeboraLayer]]:
@@ -58,7 +58,7 @@ class DeboraAdaptation(Adaptation):
 
     def __init__(
         self,
-        method: Debora,
+        method: DeboraParameters,
         model: nn.Module,
         layers: Mapping[str, DeboraLayer],
         optimizer: ManifoldAdamW,

@@ -34,9 +34,8 @@ class Schedule:
         return self.T_max or max(1, each - self.batches_a_step)
 
     def first_updates(self, budget: int) -> int:
-        """Lower-level updates of the warm-up, each a batch; at least 1 where it is the lower level's batches that give
-        the hypergradient, which are counted from its end on. Rounded up, as the learning rate's own warm-up is."""
-        return max(0 if self.batches_a_step else 1, math.ceil(self.warm_up * budget))
+        """Lower-level updates of the warm-up, each a batch; rounded up, as the learning rate's own warm-up is."""
+        return math.ceil(self.warm_up * budget)
 
     def is_due(self, updates: int, used: int, budget: int) -> bool:
         """Whether an upper-level step comes after so many updates, and fits into what is left of the budget."""

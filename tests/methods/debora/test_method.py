@@ -210,8 +210,8 @@ def test_layers_that_cannot_be_adapted_are_a_reason_and_wrong_values_an_error():
         Debora(rank=17).unsupported(linear)
     with pytest.raises(InputError, match="Did you mean 'query'"):
         Debora(target_modules=("querry",)).unsupported(linear)
-    with pytest.raises(InputError, match=r"eps \* rank \* layers = 24"):
-        Debora(eps=0.25, budget_scope="global").unsupported(linear)
+    with pytest.raises(InputError, match=r"eps \* components = 24 should be at most tau = 16"):
+        Debora(eps=0.25, tau=16).unsupported(linear)
 
 
 @pytest.mark.parametrize(
