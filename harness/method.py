@@ -150,6 +150,11 @@ class Method(Strict, ABC):
         return []
 
     @classmethod
+    def in_todays_words(cls, parameters: dict[str, Any]) -> dict[str, Any]:
+        """The parameters of a record, of this version or an older one, by today's names and defaults: for its label."""
+        return parameters
+
+    @classmethod
     def singular_values(cls, folder: Path) -> Mapping[str, np.ndarray]:
         """Of what `Adaptation.export` wrote into `folder`: the singular values of each layer's update, (rank,), largest
         first, by the layer's name; {} where there are none to be had, as of a damaged export. NumPy alone: the report

@@ -87,6 +87,7 @@ def shown_parameters(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
     Those are the ones that are not at their default, but for defaults that follow from another parameter.
     """
     defaults = method_class(name).defaults()
+    parameters = method_class(name).in_todays_words(parameters)
     order = [*(key for key in defaults if key in parameters), *(key for key in parameters if key not in defaults)]
     shown = {key: parameters[key] for key in order if parameters[key] != defaults.get(key)}
     return {key: value for key, value in shown.items() if not _follows(name, json.dumps(shown), key)}

@@ -27,11 +27,15 @@ KEEP = 0.3  # about what dEBORA is reported to keep of a rank of 8 on GLUE
 
 
 class PrunedLora(Method):
-    """LoRA at one rank, pruned once over the whole network, at random or by magnitude, and trained on.
+    """LoRA at one rank, pruned once over the whole network, at random, by magnitude or by sensitivity, and trained on.
 
-    Component i of a layer is the i-th column b of B with the i-th row a of A. When `prune_at` of the budget is used,
-    all but `components` (or `keep`) of them are removed for good, with their optimizer state: "magnitude" keeps the
-    largest (alpha / rank) ||a|| ||b|| of all layers together, "random" draws from the run's seed, each alike.
+    When `prune_at` of the budget is used, every layer is brought to the singular value decomposition of its update,
+    since raw columns are any basis of it; see `methods.shared.canonical`. Component i is then the i-th column b of B
+    with the i-th row a of A, and all but `components` (or `keep`) of all layers together are removed for good, with
+    their optimizer state. "magnitude" keeps the largest singular values of (alpha / rank) B A, "random" draws from the
+    run's seed, each alike, and "sensitivity" keeps those whose removal raises the loss most, to first order: with the
+    smallest b . d_b f, averaged over the last batches before; see `PrunedLoraAdaptation`. With `prune_at` 0, for
+    "random" alone, the components that stay are those that there are from the start.
 
     A control for dEBORA's matrix geometry, with the same defaults of rank, learning rate, decay, scale at the start
     (alpha = tau) and length of the search (prune_at = search_fraction). Until the pruning it draws from the half of the
@@ -40,6 +44,7 @@ class PrunedLora(Method):
     components one after the other.
     """
 
+    version: ClassVar[int] = 2  # 1 chose among raw columns
     data_rule: ClassVar[Literal["all", "halves"]] = "halves"
     capabilities = ("linear", "conv2d", "rank-adaptive")
     waits_for = ("size_of",)
@@ -68,22 +73,38 @@ class PrunedLora(Method):
         description="label in the same sweep: as many components stay as its run of this task and seed ended with",
         exclude_if=lambda value: value is None,  # younger than the first records: without it, their run_ids stay
     )
-    selection: Literal["magnitude", "random"] = Field("magnitude", description="which components stay")
+    selection: Literal["magnitude", "random", "sensitivity"] = Field(
+        "magnitude", description="which components stay: the largest, any, or those whose removal costs most"
+    )
     components: int | None = Field(None, ge=1, description="components that stay, over all layers; or give keep")
     keep: float | None = Field(None, gt=0, le=1, description=f"share that stays; {KEEP} where neither is given")
-    prune_at: float = Field(0.3, gt=0, lt=1, description="share of the budget after which components are removed")
+    prune_at: float = Field(
+        0.3, ge=0, lt=1, description="share of the budget after which components are removed; 0: from the start"
+    )
+    window: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        exclude_if=lambda value: value == 0.5,  # younger than the first records
+        description='"sensitivity": share of the batches before the pruning, the last ones, that it averages over',
+    )
     first_rows: Literal["lower", "all"] = Field(
         "lower", description="rows before the pruning: those of a bilevel method's lower level, or all"
     )
     target_modules: tuple[str, ...] | None = Field(None, min_length=1, description="ends of layer names; all if unset")
 
     @model_validator(mode="after")
-    def _one_target(self) -> PrunedLora:
+    def _fits_together(self) -> PrunedLora:
         if self.components is not None and self.keep is not None:
             raise ValueError(f"components = {self.components} and keep = {self.keep:g} are both set; give one of them")
         for name in ("components", "keep"):
             if self.size_of is not None and getattr(self, name) is not None:
                 raise ValueError(f"size_of = {self.size_of} and {name} are both set; give one of them")
+        if self.prune_at == 0 and self.selection != "random":
+            raise ValueError(
+                f"prune_at = 0 with selection = {self.selection}: nothing is trained yet to choose by; "
+                "set selection = random, or prune_at above 0"
+            )
         return self
 
     def inherit(self, backbone: Backbone, parents: Mapping[str, Finished]) -> PrunedLora:
@@ -131,20 +152,37 @@ class PrunedLora(Method):
         """See `Method.notes`."""
         num_layers, budget = len(backbone.targets(self.target_modules)), train.budget(num_examples)
         kept, update = self.num_kept(num_layers), math.ceil(self.prune_at * budget)
-        return [f"{kept} of {self.rank * num_layers} components are left after batch {update} of {budget}"]
+        when = f"left after batch {update} of {budget}" if self.prune_at else "there from the start"
+        return [f"{kept} of {self.rank * num_layers} components are {when}"]
 
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """See `Method.start`."""
+        import torch
+
         targets = backbone.targets(self.target_modules)
-        model = lora_model(backbone, dict.fromkeys(targets, self.rank), self.alpha / self.rank, self.dropout)
+        ranks = dict.fromkeys(targets, self.rank)
+        # Drawn at the start, so that a resumed run has the same.
+        drawn = torch.randperm(self.rank * len(targets), generator=rng)[: self.num_kept(len(targets))]
+        if self.prune_at == 0:
+            left = torch.bincount(drawn // self.rank, minlength=len(targets)).tolist()
+            ranks = dict(zip(targets, left, strict=True))
+        model = lora_model(backbone, ranks, self.alpha / self.rank, self.dropout)
         optimizer = adamw(model, self.learning_rate, self.weight_decay)
-        return PrunedLoraAdaptation(self, model, optimizer, backbone, targets, rng)
+        return PrunedLoraAdaptation(self, model, optimizer, backbone, targets, drawn)
 
 
 class PrunedLoraAdaptation(LoraAdaptation):
     """One run: LoRA on the method's `first_rows`, one pruning, LoRA at the ranks that are left.
 
-    drawn: for "random", the components that stay, drawn at the start so that a resumed run has the same.
+    drawn: for "random", the components that stay, positions among those of all layers in turn.
+    effects: for "sensitivity", the sum of B^T d_B f over the batches of the window, (layers, rank, rank).
+
+    B^T d_B f = B^T dW A^T tells of every basis at once: where B becomes B Q and A becomes R^T A it becomes
+    Q^T (B^T d_B f) R, whose diagonal holds the b . d_b f. So the batches' matrices are added up as they come, while
+    B and A move, and only their sum goes to the basis of the pruning. That is the mean effect of the components that
+    are there in the end, each followed back through the window in its own coordinates. Were layers rotated before the
+    window instead, components would have drifted apart from the decomposition by its end; were they rotated at every
+    batch, one place would hold other components where singular values cross.
     """
 
     def __init__(
@@ -154,24 +192,38 @@ class PrunedLoraAdaptation(LoraAdaptation):
         optimizer: torch.optim.Optimizer,
         backbone: Backbone,
         targets: tuple[str, ...],
-        rng: torch.Generator,
+        drawn: Tensor,
     ) -> None:
         import torch
 
         super().__init__(model, optimizer, backbone, targets)
         self.method = method
-        self.pruned = False
-        self.stream = method.first_rows
-        order = torch.randperm(method.rank * len(targets), generator=rng)
-        self.drawn = order[: method.num_kept(len(targets))]
+        self.drawn = drawn
+        self.pruned = method.prune_at == 0
+        self.stream = "all" if self.pruned else method.first_rows
+        self.effects: Tensor | None = None
+        if method.selection == "sensitivity":
+            device = next(iter(self.layers.values())).lora_A[ADAPTER].weight.device
+            self.effects = torch.zeros(len(targets), method.rank, method.rank, device=device)
+
+    def before_step(self, step: Step) -> None:
+        """See `Adaptation.before_step`: the batches' own gradients, before clipping."""
+        method = self.method
+        if self.effects is None or self.pruned or step.used <= (1 - method.window) * method.prune_at * step.budget:
+            return
+        from methods.shared.optimizer_state import gradient_of
+
+        for effect, (B, _) in zip(self.effects, self._pairs(), strict=True):
+            effect += B.detach().flatten(1).T @ gradient_of(B).flatten(1)
 
     def after_step(self, step: Step) -> dict[str, Any]:
         """See `Adaptation.after_step`. The history of the update that prunes has the `rank` of all layers together."""
         if self.pruned or step.used < self.method.prune_at * step.budget:
             return {}
+        values = self._rotate()
         kept = self.drawn
-        if self.method.selection == "magnitude":
-            kept = self._magnitudes().argsort(descending=True, stable=True)[: len(self.drawn)].cpu()
+        if self.method.selection != "random":
+            kept = values.argsort(descending=True, stable=True)[: len(self.drawn)].cpu()
         self._keep(kept)
         return {"rank": len(kept)}
 
@@ -179,7 +231,11 @@ class PrunedLoraAdaptation(LoraAdaptation):
         """See `Adaptation.state_dict`."""
         from methods.shared.optimizer_state import shapes
 
-        return super().state_dict() | {"pruned": self.pruned, "shapes": shapes(self.optimizer)}
+        return super().state_dict() | {
+            "pruned": self.pruned,
+            "shapes": shapes(self.optimizer),
+            "effects": self.effects,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Adaptation.load_state_dict`. The layers are cut down to the saved ranks first."""
@@ -188,6 +244,8 @@ class PrunedLoraAdaptation(LoraAdaptation):
         match_shapes(self.optimizer, state["shapes"])
         if state["pruned"]:
             self._go_on_pruned()
+        if self.effects is not None:
+            self.effects.copy_(state["effects"])
         super().load_state_dict(state)
 
     def export(self, path: Path) -> None:
@@ -196,14 +254,27 @@ class PrunedLoraAdaptation(LoraAdaptation):
 
         export_stock_lora(path, self.scaled_pairs(), self.model, self.head)
 
-    def _magnitudes(self) -> Tensor:
-        """||a|| ||b|| of every component, layer after layer, (layers * rank,). All have the same scale."""
+    def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(B, A) of every layer."""
+        layers = [self.layers[name] for name in self.targets]
+        return [(layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight) for layer in layers]
+
+    def _rotate(self) -> Tensor:
+        """Bring every layer to the SVD of its update. Returns what each component is worth, layer after layer,
+        (layers * rank,) float64: its singular value (all layers have one scale), or minus the sum of its effects."""
         import torch
 
-        layers = [self.layers[name] for name in self.targets]
-        rows = torch.cat([layer.lora_A[ADAPTER].weight.detach().flatten(1).norm(dim=1) for layer in layers])
-        columns = torch.cat([layer.lora_B[ADAPTER].weight.detach().flatten(1).norm(dim=0) for layer in layers])
-        return rows * columns
+        from methods.shared.canonical import rotate_lora
+
+        values = []
+        for number, (B, A) in enumerate(self._pairs()):
+            basis = rotate_lora(B, A, self.optimizer)
+            if self.effects is None:
+                values.append(basis.sizes)
+            else:
+                map_B, map_A = basis.maps  # with s = 1 these are R^T and Q^T
+                values.append(-(map_A @ self.effects[number].double() @ map_B.T).diagonal())
+        return torch.cat(values)
 
     def _keep(self, kept: Tensor) -> None:
         """Remove all other components; `kept` are positions among those of all layers in turn."""
@@ -222,6 +293,6 @@ class PrunedLoraAdaptation(LoraAdaptation):
     def _go_on_pruned(self) -> None:
         """Draw from all rows, and leave layers without components to their base layers."""
         self.pruned, self.stream = True, "all"
-        for name, rank in self.ranks().items():
-            if rank == 0:
-                self.layers[name].enable_adapters(False)
+        for layer in self.layers.values():
+            if len(layer.lora_A[ADAPTER].weight) == 0:
+                layer.enable_adapters(False)

@@ -1,19 +1,19 @@
-"""dEBORA (Zangrando et al., ICLR 2025): its hyperparameters and checks. The run itself is in `adaptation`."""
+"""dEBORA (Zangrando et al., ICLR 2025). Its hyperparameters are in `parameters`, a run of it in `adaptation`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
-
-from pydantic import Field, model_validator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from harness.errors import InputError
-from harness.method import RANK, RANKS, Adaptation, Backbone, Method, PeftForm, Trace, TrainData, is_adaptable
+from harness.method import RANK, RANKS, Adaptation, Backbone, PeftForm, Trace, TrainData, is_adaptable
 from harness.parameters import Range
-from methods.debora.schedule import Schedule, batches_a_step
+from methods.debora.parameters import DeboraParameters
+from methods.debora.recipes import in_todays_words
+from methods.debora.target import component_parameters, largest_step_sizes, reachable
 from methods.shared.peft_model import lora_form, shared_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -24,19 +24,24 @@ if TYPE_CHECKING:
     from methods.debora.upper_level import HypergradientRule
 
 
-class Debora(Method):
-    """dEBORA (Zangrando et al., 2025): updates in CP form, s and ranks found by Frank-Wolfe on a second data half.
+class Debora(DeboraParameters):
+    """dEBORA (Zangrando et al., 2025): updates in CP form, s and ranks found by Frank-Wolfe.
 
-    Lower level: AdamW on the factors (on their manifold) and the head over one half of the training set. Upper level:
-    after every T_max of those updates, one Frank-Wolfe step on s with a batch of the other half; from step n0 on,
-    components whose s fell to eps are removed. When the face is identified, or search_fraction of the budget is used,
-    s is frozen, every component at eps goes, and the factors and the head train on all the data.
+    Lower level: AdamW on the factors (on their manifold) and the head. Upper level: after every T_max of those updates,
+    one Frank-Wolfe step on s; from step n0 on, components whose s fell to eps are removed. When the target is reached,
+    the face identified or search_fraction of the budget used, s is frozen, every component at eps goes, and the factors
+    and the head train on.
+
+    The default is ours, and differs from the paper in what makes the search identify: a penalty on the factors,
+    hypergradients that the lower level's batches give, averaged, pairwise steps that fall, and a warm-up before them.
+    `recipe = paper` is the paper's own: one half of the training set for each level, one batch's closed form for a step,
+    away steps. docs/debora.md says more.
 
     Budget: every batch through forward and backward counts, and so does each trial of the backtracking (a forward) and
     each product with second derivatives of `implicit`.
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     data_rule: ClassVar[Literal["all", "halves"]] = "halves"
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
     traces: ClassVar[tuple[Trace, ...]] = (
@@ -44,6 +49,7 @@ class Debora(Method):
         Trace("gap", "Frank-Wolfe gap", drawing="log_line"),
         Trace("active_components", "active components", drawing="steps"),
         Trace("hypergradient_norm", "norm of the hypergradient", drawing="log_line"),
+        Trace("slope", "slope that new hypergradients confirm"),
         Trace("step_size", "step size"),
         Trace("jump", "norm of the removed update"),
         Trace("residual", "relative residual of the solve", drawing="log_line"),
@@ -52,106 +58,17 @@ class Debora(Method):
         RANKS,
         Trace("away", "share of away steps", drawing=None),  # one of 0 and 1 on most steps: no line can be read
         Trace("drop", "share of drop steps", drawing=None),
+        Trace("swap", "share of drop steps to a vertex without weight", drawing=None),
+        Trace("factor_penalty", "penalty on the factors", drawing=None),  # one number, at the first step
+        Trace("cut", "components removed for the target", drawing=None),  # one number, at the end of the search
         Trace("s", "s of the components that are left", drawing=None),  # fewer and fewer
     )
-    search_space = {
-        "learning_rate": Range(1e-4, 1e-2, log=True),
-        "tau": Range(1.0, 64.0, log=True),
-        "step_size": Range(0.02, 0.5, log=True),
-    }
+    search_space = {"learning_rate": Range(1e-4, 1e-2, log=True)}
 
-    learning_rate: float = Field(
-        1e-3, gt=0, description="peak learning rate of the lower level; unset: 3e-3 where geometry is not matrix"
-    )
-    weight_decay: float = Field(
-        1e-3, ge=0, description="AdamW's decoupled weight decay, on unconstrained matrices only"
-    )
-    geometry: Literal["matrix", "oblique", "stiefel"] = Field(
-        "matrix", description="factors' columns: free, of norm 1, or orthonormal (a kernel's small factors: norm 1)"
-    )
-    tau: float = Field(
-        16.0,
-        gt=0,
-        le=1e30,
-        description="bound on the sum of s - eps over a simplex; unset: 8 where geometry is not matrix",
-    )
-    rank: int = Field(8, ge=1, description="rank of every layer at the start, at most its smaller side")
-    eps: float = Field(1e-3, gt=0, description="least value of an entry of s; eps * rank is at most tau")
-    budget_scope: Literal["layer", "global"] = Field("layer", description="tau bounds each layer, or the whole network")
-    start_at: Literal["interior", "vertex"] | None = Field(
-        None,
-        description="s at the start: tau shared out, or eps everywhere; unset: vertex for stiefel, else interior",
-    )
-    hypergradient: Literal["closed_form", "direct", "implicit"] = Field(
-        "direct", description="Theorem 4.1's, the partial derivative in s alone, or a solve with the Hessian"
-    )
-    paper_coefficient: bool = Field(
-        False, description="closed_form with the paper's coefficient 1 for kernels, instead of the exact 1 / (d - 1)"
-    )
-    damping: float = Field(1e-3, ge=0, description="implicit: added to the Hessian's diagonal, beside weight_decay")
-    iterations: int = Field(10, ge=1, description="implicit: most products with the Hessian (MINRES), a batch each")
-    momentum: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        exclude_if=lambda value: value == 0,  # younger than the first records: without it, their run_ids stay
-        description="share of the earlier hypergradients in the average that a step follows; 0: the batch's own alone",
-    )
-    T_max: int | None = Field(
-        None,
-        ge=1,
-        description="lower-level updates before each upper-level step; unset: about 45 such steps in the search",
-    )
-    n0: int | None = Field(
-        None,
-        ge=0,
-        description="upper-level steps made before the first truncation; unset: 5, from a vertex none before the end",
-    )
-    p: float = Field(0.0, ge=0, description="a simplex with a Frank-Wolfe gap of at most p, in loss, stays where it is")
-    face_steps: int | None = Field(
-        None, ge=1, description="steps without a change of the active set, the last gaps at most p, that end the search"
-    )
-    step_rule: Literal["fixed", "diminishing", "backtracking"] = Field(
-        "fixed", description="step n is step_size, step_size * 2 / (n + 2), or the short-step rule from step_size on"
-    )
-    step_size: float = Field(0.15, gt=0, le=1, description="see step_rule; 1 goes all the way to a vertex")
-    rho: float = Field(0.25, gt=0, le=0.5, description="backtracking: share of the first-order decrease to be reached")
-    trials: int = Field(4, ge=1, description="backtracking: most trial points of a step, a batch each")
-    search_fraction: float = Field(0.3, gt=0, le=1, description="share of the budget after which s is frozen at latest")
-    target_modules: tuple[str, ...] | None = Field(None, min_length=1, description="ends of layer names; all if unset")
-
-    @model_validator(mode="after")
-    def _defaults_of_the_geometry(self) -> Debora:
-        """Columns of norm 1 cannot grow: s alone is an update's size there, and a step turns them less."""
-        if self.geometry != "matrix":
-            for name, value in (("tau", 8.0), ("learning_rate", 3e-3)):
-                if name not in self.model_fields_set:
-                    object.__setattr__(self, name, value)
-        return self
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Debora:
-        if self.eps * self.rank > self.tau:
-            raise ValueError(f"eps * rank = {self.eps * self.rank:g} should be at most tau = {self.tau:g}")
-        descends = self.hypergradient == "direct" or (self.hypergradient == "closed_form" and self.geometry != "matrix")
-        if self.step_rule == "backtracking" and not descends:
-            raise ValueError(
-                f"hypergradient = {self.hypergradient} with geometry = {self.geometry} gives no direction of descent "
-                "at fixed factors, as step_rule = backtracking needs: set hypergradient = direct, or step_rule = fixed"
-            )
-        if self.step_rule == "backtracking" and self.momentum:
-            raise ValueError(
-                f"momentum = {self.momentum:g} gives a direction that need not descend on the batch that step_rule = "
-                "backtracking tries: set momentum = 0, or step_rule = fixed"
-            )
-        if self.start_point == "interior" and self.geometry == "stiefel":
-            raise ValueError("start_at = interior changes the model where geometry = stiefel: set start_at = vertex")
-        if self.start_point == "interior" and self.geometry == "oblique" and self.rank % 2:
-            raise ValueError(
-                f"rank = {self.rank} should be even where geometry = oblique and start_at = interior, since components "
-                "cancel in pairs"
-            )
-        return self
+    @classmethod
+    def in_todays_words(cls, parameters: dict[str, Any]) -> dict[str, Any]:
+        """See `Method.in_todays_words`."""
+        return in_todays_words(parameters)
 
     @classmethod
     def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
@@ -165,23 +82,9 @@ class Debora(Method):
         with here; None on manifolds."""
         if self.geometry != "matrix":
             return None
-        components = self.rank * (len(ranks) if self.budget_scope == "global" else 1)
-        return lora_form(ranks, self.tau / components, shared_parameters(self))
-
-    @property
-    def start_point(self) -> Literal["interior", "vertex"]:
-        """Where s starts."""
-        return self.start_at or ("vertex" if self.geometry == "stiefel" else "interior")
-
-    @property
-    def first_truncation(self) -> int | None:
-        """Upper-level steps before the first truncation; None: only when the search ends."""
-        return 5 if self.n0 is None and self.start_point == "interior" else self.n0
-
-    @property
-    def schedule(self) -> Schedule:
-        """When the upper level moves."""
-        return Schedule(self.T_max, self.search_fraction, batches_a_step(self.hypergradient, self.step_rule))
+        num_layers = len(ranks)
+        share = self.simplex_tau(num_layers) / self.simplex_components(num_layers)
+        return lora_form(ranks, share, shared_parameters(self))
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
@@ -199,27 +102,30 @@ class Debora(Method):
                     f"rank = {self.rank} is above the {channels} channels of layer '{name}': geometry = stiefel allows "
                     f"1 to {channels}"
                 )
-        least = self.eps * self.rank * len(targets)
-        if self.budget_scope == "global" and least > self.tau:
-            raise InputError(
-                f"eps * rank * layers = {least:g} should be at most tau = {self.tau:g} where budget_scope = global"
-            )
+        self._check_simplex(len(targets))
+        self._check_target(self._costs(backbone, targets))
         return None
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
         """See `Method.notes`: which ranks the search can reach."""
-        num_layers, budget = len(backbone.targets(self.target_modules)), train.budget(num_examples)
-        steps, layerwise = self.schedule.upper_steps(budget), self.budget_scope == "layer"
-        components = self.rank if layerwise else self.rank * num_layers
-        where = f"each of {num_layers} simplices" if layerwise else f"the one simplex of {num_layers} layers"
+        targets, budget = backbone.targets(self.target_modules), train.budget(num_examples)
+        schedule, layerwise = self.schedule(train), self.budget_scope == "layer"
+        steps, components = schedule.upper_steps(budget), self.simplex_components(len(targets))
+        where = f"each of {len(targets)} simplices" if layerwise else f"the one simplex of {len(targets)} layers"
         batches = min(budget, round(self.search_fraction * budget))
         found = [f"at most {steps} upper-level steps in {batches} of {budget} batches"]
+        sizes = largest_step_sizes(self.step_rule, self.first_step_size(steps), steps)
+        least = reachable(components, sizes, self.steps)
         if self.start_point == "vertex":
             found.append(f"at most {min(steps, components)} of the {components} components of {where} can get weight")
-        elif self.step_size == 1 or self.step_rule == "backtracking":
-            found.append(f"a step may empty {where} but for one of its {components} components")
+        elif least <= 1:
+            found.append(f"the steps may empty {where} but for one of its {components} components")
         else:
-            found.append(f"at least {max(0, components - steps)} of the {components} components of {where} stay")
+            found.append(f"at least {least} of the {components} components of {where} stay")
+        if self.has_target:
+            size = self.components or f"{self.adapter_parameters} parameters"
+            what = f"target: {size}{' components' if self.components else ''} of {self.rank * len(targets)} components"
+            found.append(f"{what}; what the steps leave beyond it is cut by {self.cut_by} when the search ends")
         if self.first_truncation is not None and self.first_truncation >= steps:
             found.append(f"n0 = {self.first_truncation}: nothing is removed before the search ends")
         return found
@@ -233,25 +139,72 @@ class Debora(Method):
         if data.size < 2:
             raise InputError(f"{data.size} training rows: two halves need at least 2")
         targets = backbone.targets(self.target_modules)
-        geometry = {"geometry": self.geometry, "start": self.start_point}
-        model, layers = adapted(backbone, targets, r=self.rank, tau=self.tau, eps=self.eps, **geometry)
+        layer_tau = self.simplex_tau(len(targets)) * self.rank / self.simplex_components(len(targets))
+        model, layers = adapted(
+            backbone,
+            targets,
+            r=self.rank,
+            tau=layer_tau,
+            eps=self.eps,
+            geometry=self.geometry,
+            start=self.start_point,
+        )
         constrained = [
             pair
             for layer in layers.values()
             for pair in zip(layer.factors(ADAPTER), layer.manifolds(ADAPTER), strict=True)
         ]
         optimizer = manifold_adamw(model, constrained, self.learning_rate, self.weight_decay)
-        search = self._search(len(layers), constrained[0][0].device)
+        schedule, device = self.schedule(train), constrained[0][0].device
+        search = self._search(self._costs(backbone, targets), schedule.upper_steps(train.budget(data.size)), device)
         rule = self._hypergradient_rule()
-        return DeboraAdaptation(model, layers, optimizer, backbone, data, search, self.schedule, rule)
+        return DeboraAdaptation(self, model, layers, optimizer, backbone, data, search, schedule, rule)
 
-    def _search(self, num_layers: int, device: torch.device) -> Search:
+    def _costs(self, backbone: Backbone, targets: Sequence[str]) -> list[int]:
+        """What a component of each layer counts against the target."""
+        if self.adapter_parameters is None:
+            return [1] * len(targets)
+        shapes = [backbone.module.get_parameter(f"{name}.weight").shape for name in targets]
+        return [component_parameters(shape) + (not self.fold) for shape in shapes]
+
+    def _check_simplex(self, num_layers: int) -> None:
+        """Raises InputError for a global simplex that is no set, or that pairwise steps cannot move in."""
+        components = self.simplex_components(num_layers)
+        if self.eps * components > self.simplex_tau(num_layers):
+            raise InputError(
+                f"eps * components = {self.eps * components:g} should be at most tau = "
+                f"{self.simplex_tau(num_layers):g} where budget_scope = {self.budget_scope}"
+            )
+        if self.steps == "pairwise" and self.start_point == "vertex" and components == 1:
+            raise InputError(
+                "steps = pairwise exchanges weight between components, and from start_at = vertex with rank = "
+                f"{self.rank} a simplex has one: set steps = away, or a higher rank",
+                "steps",
+            )
+
+    def _check_target(self, costs: Sequence[int]) -> None:
+        """Raises InputError for a target above what there is, or below one component."""
+        if self.components is not None and self.components > self.rank * len(costs):
+            raise InputError(
+                f"components = {self.components} is above the {self.rank * len(costs)} that there are", "components"
+            )
+        if self.adapter_parameters is not None:
+            least, most = min(costs), self.rank * sum(costs)
+            if not least <= self.adapter_parameters <= most:
+                raise InputError(
+                    f"adapter_parameters = {self.adapter_parameters} is not allowed: one component has {least}, and "
+                    f"all {self.rank * len(costs)} have {most}",
+                    "adapter_parameters",
+                )
+
+    def _search(self, costs: list[int], upper_steps: int, device: torch.device) -> Search:
         from methods.debora.search import Rules, Search
 
+        num_layers = len(costs)
         rules = Rules(
-            tau=self.tau,
+            tau=self.simplex_tau(num_layers),
             eps=self.eps,
-            step_size=self.step_size,
+            step_size=self.first_step_size(upper_steps),
             step_rule=self.step_rule,
             momentum=self.momentum,
             tolerance=self.p,
@@ -259,9 +212,18 @@ class Debora(Method):
             trials=self.trials,
             first_truncation=self.first_truncation,
             face_steps=self.face_steps,
+            steps=self.steps,
         )
-        one_simplex, interior = self.budget_scope == "global", self.start_point == "interior"
-        return Search(num_layers, self.rank, rules, one_simplex=one_simplex, interior=interior, device=device)
+        return Search(
+            num_layers,
+            self.rank,
+            rules,
+            one_simplex=self.budget_scope == "global",
+            interior=self.start_point == "interior",
+            costs=costs,
+            target=self.adapter_parameters if self.components is None else self.components,
+            device=device,
+        )
 
     def _hypergradient_rule(self) -> HypergradientRule:
         from methods.debora.upper_level import HypergradientRule
@@ -273,6 +235,7 @@ class Debora(Method):
             paper_coefficient=self.paper_coefficient,
             damping=self.damping + (0.0 if on_manifolds else self.weight_decay),
             iterations=self.iterations,
+            path_points=self.path_points,
         )
 
 

@@ -20,15 +20,17 @@ from methods.shared.peft_names import ADAPTER
 class HypergradientRule(NamedTuple):
     """Which hypergradient is taken."""
 
-    kind: Literal["closed_form", "direct", "implicit"]
+    kind: Literal["closed_form", "direct", "implicit", "free", "path"]
     on_manifolds: bool  # the factors are confined to manifolds
     paper_coefficient: bool  # closed_form of a convolution: the paper's coefficient instead of the exact one
     damping: float  # implicit: added to the Hessian's diagonal, the lower level's weight decay included
     iterations: int  # implicit: most products with the Hessian
+    path_points: int  # path: points between 0 and s
 
 
 class UpperGradient(NamedTuple):
-    """G(s) of all layers' components in one row, (sum of ranks,), and the batch of f1 that it was taken on."""
+    """G(s) of all layers' components in one row, (sum of ranks,), and the batch of f1 that it was taken on, of `path`
+    the last one."""
 
     value: Tensor
     loss: Tensor
@@ -45,10 +47,13 @@ def upper_gradient(
 ) -> UpperGradient:
     """G(s) on one batch of the upper half. Leaves no gradients behind, and takes no other layer's into account.
 
-    Batches used: 1, and for `implicit` at least 3 more: the lower level's gradient on one batch of the lower half, kept
-    with its graph, one for each product with its Hessian, and one for the mixed derivative.
+    Batches used: 1; for `path` one at each of its points; for `implicit` at least 3 more: the lower level's gradient on
+    one batch of the lower half, kept with its graph, one for each product with its Hessian, and one for the mixed
+    derivative. `free` takes none and is not made here: see `FreeGradient`.
     """
     optimizer.zero_grad(set_to_none=True)
+    if rule.kind == "path":
+        return _path(rule.path_points, layers, step, data, optimizer)
     batch = data.draw("upper")
     with _differentiable_s(layers):
         loss = step.backward(batch)
@@ -65,6 +70,70 @@ def upper_gradient(
             value = _closed_form(rule, layers, grad_s, grads)
     optimizer.zero_grad(set_to_none=True)
     return UpperGradient(value, loss, batch, residual)
+
+
+class FreeGradient:
+    """`free` (ours): d_s f of the lower level's own batches, each before its update, at no batch of the budget.
+
+    It reads the gradient of each layer's first factor, which the layer multiplies by s: the gradient is s times that of
+    the product, so that dividing by s loses nothing, however small s is. It holds on every manifold and for any number
+    of modes (`hypergradient.radial`). Where a factor is 0, so is d_s f.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None  # of s (.) d_s f, (sum of ranks,)
+        self.batches = 0
+        self.factors: list[nn.Parameter] = []  # of the layers since the last `take`: to look them up costs more
+
+    @torch.no_grad()
+    def add(self, layers: Sequence[DeboraLayer]) -> None:
+        """Count the batch whose gradients the factors hold: Euclidean, of the mean loss alone, not yet clipped.
+
+        The same layers, at the same ranks and s, as since the last `take`.
+        """
+        self.factors = self.factors or [layer.factors(ADAPTER)[0] for layer in layers]
+        value = hypergradient.radial(self.factors, [gradient_of(factor) for factor in self.factors])
+        self.total = value if self.total is None else self.total + value
+        self.batches += 1
+
+    def take(self, s: Tensor) -> Tensor:
+        """The mean of d_s f over the batches since the last call, (sum of ranks,), at least one; and begin anew.
+
+        s: of the same components, (sum of ranks,). Raises ValueError where no batch was added.
+        """
+        if self.total is None:
+            raise ValueError("no batch was added")
+        mean = self.total / (self.batches * s)
+        self.total, self.batches, self.factors = None, 0, []
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that an exact resume needs."""
+        return {"total": self.total, "batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Restore what `state_dict` gave."""
+        total = state["total"]
+        self.total, self.batches = None if total is None else total.to(device), state["batches"]
+
+
+def _path(
+    points: int, layers: Sequence[DeboraLayer], step: Step, data: TrainData, optimizer: torch.optim.Optimizer
+) -> UpperGradient:
+    """The mean of d_s f1 over points t s between 0 and s, all layers together, each on its own batch (ours)."""
+    buffers = [layer.debora_s[ADAPTER] for layer in layers]
+    before, total = [s.clone() for s in buffers], torch.zeros_like(torch.cat(buffers))
+    try:
+        for j in range(points):
+            batch = data.draw("upper")
+            torch._foreach_copy_(buffers, torch._foreach_mul(before, hypergradient.path_point(j, points)))
+            with _differentiable_s(layers):
+                loss = step.backward(batch)
+                total += torch.cat([gradient_of(s) for s in buffers])
+            optimizer.zero_grad(set_to_none=True)
+    finally:
+        torch._foreach_copy_(buffers, before)
+    return UpperGradient(total / points, loss, batch, 0.0)
 
 
 def _closed_form(

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from methods.shared.canonical import lora_basis
+
 
 @contextlib.contextmanager
 def swapped(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
@@ -34,13 +36,8 @@ def best_approximation(B: Tensor, A: Tensor, rank: int) -> tuple[Tensor, Tensor]
     """The pair whose product is the best approximation of B A of this rank (Eckart and Young, 1936).
 
     B (m, r) and A (r, n), also convolutions' (m, r, 1, 1) and (r, C, kH, kW). The pair has their shapes and dtype, what
-    is cut being 0. From the SVD of the small product of two triangles, in float64.
+    is cut being 0.
     """
-    Q_B, R_B = torch.linalg.qr(B.detach().flatten(1).double())
-    Q_A, R_A = torch.linalg.qr(A.detach().flatten(1).double().T)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    roots = S[:rank].sqrt()
-    found_B, found_A = torch.zeros_like(B).flatten(1), torch.zeros_like(A).flatten(1)
-    found_B[:, : len(roots)] = (Q_B @ U[:, :rank] * roots).to(B.dtype)
-    found_A[: len(roots)] = (roots[:, None] * (Vh[:rank] @ Q_A.T)).to(A.dtype)
-    return found_B.view_as(B), found_A.view_as(A)
+    left, right = lora_basis(B, A).factors
+    left[:, rank:], right[:, rank:] = 0, 0
+    return left.reshape(B.shape), right.T.reshape(A.shape)

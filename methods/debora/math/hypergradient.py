@@ -3,7 +3,8 @@
 With f1(B*(s), s) at the upper level and B*(s) = argmin f2(., s) at the lower, the hypergradient is
 d_B f1 . d_s B* + d_s f1, where d_s B* solves d_B^2 f2 . d_s B* = -d_s d_B f2. For an adapter
 Psi(B, s) = sum_i s_i u_i^(1) (x) ... (x) u_i^(d), B = (U^(1), ..., U^(d)), and a lower level without curvature in Psi,
-d_s B* is known, and no system has to be solved (`closed_form`). `direct` leaves it out, `implicit` solves for it.
+d_s B* is known, and no system has to be solved (`closed_form`). `direct` leaves it out, `implicit` solves for it. Ours:
+`radial` gives d_s f from the factors' own gradients, and `path_point` the way along which d_s f1 is averaged.
 """
 
 from __future__ import annotations
@@ -45,6 +46,27 @@ def closed_form(
 def direct(grad_s: Tensor) -> Tensor:
     """G(s) = d_s f1, (..., r): the factors are taken as given. It equals `closed_form` on oblique and Stiefel ones."""
     return grad_s
+
+
+def radial(factors: Sequence[Tensor], factor_grads: Sequence[Tensor]) -> Tensor:
+    """s (.) d_s f, (sum of r,), from one factor of every component and its Euclidean gradient (ours).
+
+    A loss that sees s_i and u_i^(k) in their product alone has s_i d_{s_i} f = <u_i^(k), d_{u_i^(k)} f> for every mode
+    k, on every manifold, since both are the derivative along a scaling of the component. A term in the factors alone
+    (a penalty) or a Riemannian gradient, which has no radial part, breaks it.
+
+    factors and factor_grads: one of each for every layer, (n, r), of any sizes.
+    """
+    return torch.cat([product.sum(0) for product in torch._foreach_mul(list(factors), list(factor_grads))])
+
+
+def path_point(j: int, points: int) -> float:
+    """The j-th of the midpoints (j + 1/2) / points of (0, 1), j from 0.
+
+    For one loss f1, <mean over the points t of d_s f1(t s), s> tends to f1(s) - f1(0), what the components
+    contribute together; its error falls as points^-2 (the midpoint rule).
+    """
+    return (j + 0.5) / points
 
 
 class Solution(NamedTuple):

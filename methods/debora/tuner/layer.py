@@ -17,7 +17,8 @@ from harness.method import is_transposed
 from methods.debora.tuner.config import DeboraConfig
 from methods.debora.tuner.fused import fused_linear
 from methods.debora.tuner.initial import initial_factors
-from methods.shared.optimizer_state import keep
+from methods.shared.canonical import normalised, singular_basis
+from methods.shared.optimizer_state import change_basis, keep
 
 MANIFOLDS = {"matrix": "euclidean", "oblique": "oblique", "stiefel": "stiefel"}  # of a channel factor, by geometry
 
@@ -128,6 +129,29 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
             keep(parameter, columns, 1, optimizer)
         self.debora_s[adapter_name] = self.debora_s[adapter_name].index_select(0, columns)
         self.r[adapter_name] = len(columns)
+
+    @torch.no_grad()
+    def to_canonical_basis(self, adapter_name: str, optimizer: Optimizer | None = None, eps: float = 0.0) -> Tensor:
+        """Bring the factors, s and what an optimizer holds of them to a basis in which components mean something.
+
+        Psi stays, up to rounding. Two free factors: the SVD of U diag(s) V^T, with the numbers of s in descending
+        order; see `methods.shared.canonical.singular_basis`. More factors: `normalised`. On the manifolds columns have
+        length 1, so that s has to be the singular values: two oblique factors are rotated unless one of those is below
+        `eps`, where s may not be; then, and where the columns are orthonormal already, components are sorted by s.
+        Returns the layer's s, (r,), which the search has to take over; its sum has not grown.
+        """
+        factors, s = self.factors(adapter_name), self.debora_s[adapter_name]
+        kinds = self.manifolds(adapter_name)
+        basis = normalised(factors, s)
+        if kinds == ("euclidean", "euclidean"):
+            basis = singular_basis(*factors, s)
+        elif kinds == ("oblique", "oblique"):
+            rotated = singular_basis(*factors, s, unit_columns=True)
+            basis = rotated if (rotated.s >= max(eps, torch.finfo(s.dtype).tiny)).all() else basis
+        for factor, values, P in zip(factors, basis.factors, basis.maps, strict=True):
+            change_basis(factor, values, P, 1, optimizer)
+        s.copy_(basis.s)
+        return s
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """Psi, shaped as the weight."""

@@ -22,7 +22,7 @@ def walked(schedule: Schedule, budget: int) -> int:
     return steps
 
 
-@pytest.mark.parametrize("batches", [1, 2, 4])
+@pytest.mark.parametrize("batches", [0, 1, 2, 4])
 @pytest.mark.parametrize("search_fraction", [0.05, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("T_max", [1, 3, 7, 40, None])
 def test_the_foretold_number_of_steps_is_a_loops(T_max, search_fraction, batches):
@@ -36,7 +36,16 @@ def test_unset_it_gives_the_search_its_steps_whatever_the_budget():
     assert [schedule.upper_steps(budget) for budget in (600, 1500, 36000)] == [UPPER_STEPS] * 3
 
 
-def test_what_a_step_takes_at_least():
-    assert batches_a_step("direct", "fixed") == batches_a_step("closed_form", "diminishing") == 1
-    assert batches_a_step("direct", "backtracking") == 2
-    assert batches_a_step("implicit", "fixed") == 4
+@pytest.mark.parametrize(
+    ("hypergradient", "step_rule", "batches"),
+    [
+        ("direct", "fixed", 1),
+        ("closed_form", "diminishing", 1),
+        ("direct", "backtracking", 2),
+        ("implicit", "fixed", 4),
+        ("path", "fixed", 7),
+        ("free", "fixed", 0),
+    ],
+)
+def test_what_a_step_takes_at_least(hypergradient, step_rule, batches):
+    assert batches_a_step(hypergradient, step_rule, path_points=7) == batches

@@ -1,0 +1,73 @@
+"""The penalty on the factors that gives s its meaning while it is searched for (ours).
+
+Free factors absorb any change of a positive s, so that the lower level alone says nothing about it. With
+lambda / 2 sum_k ||U^(k)||^2 added to the lower level's loss, every column of component i has the same norm at a
+stationary point, and the least penalty of an update with component sizes sigma_i is d lambda / 2 sum_i
+(sigma_i / s_i)^(2/d). Minimised over the simplex as well it grows as (sum_i sigma_i^(2/(d+2)))^((d+2)/d): for matrices
+a Schatten-1/2 penalty, lambda / tau (sum_i sqrt(sigma_i))^2, which would rather have few components than many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from methods.shared.optimizer_state import gradient_of
+
+
+class FactorPenalty:
+    """lambda / 2 times the squared norms of the factors, as what it adds to their gradients.
+
+    strength: lambda, in units of the loss over those of the factors' squares; None until `settle` has said it.
+    share:    where it is not given: how large the penalty's gradient is to be against the loss's, so that lambda follows
+              the scale of the loss, of the parametrisation and of the noise in a batch.
+    """
+
+    def __init__(self, factors: Sequence[nn.Parameter], strength: float | None, share: float) -> None:
+        self.factors = list(factors)
+        self.strength = strength
+        self.share = share
+        self.norms: Tensor | None = None  # the sum of the norms of the loss's gradients
+        self.batches = 0
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Add the penalty's gradient to the factors' own, which are the loss's alone; or, as long as there is no
+        lambda, take note of how large these are."""
+        if self.strength is None:
+            norm = _norm([gradient_of(factor) for factor in self.factors])
+            self.norms = norm if self.norms is None else self.norms + norm
+            self.batches += 1
+        elif self.strength > 0:
+            with_gradients = [factor for factor in self.factors if factor.grad is not None and factor.numel()]
+            gradients = [gradient_of(factor) for factor in with_gradients]
+            torch._foreach_add_(gradients, with_gradients, alpha=self.strength)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def settle(self) -> float:
+        """lambda; where it is not given, share times the mean norm of the loss's gradients so far over the norm of the
+        factors. Waits for the device, once a run."""
+        if self.strength is None:
+            size = float(_norm(self.factors))
+            seen = 0.0 if self.norms is None else float(self.norms) / self.batches
+            self.strength = self.share * seen / size if size else 0.0
+            self.norms = None
+        return self.strength
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that an exact resume needs."""
+        return {"strength": self.strength, "norms": self.norms, "batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        norms = state["norms"]
+        self.norms = None if norms is None else norms.to(self.factors[0].device)
+        self.strength, self.batches = state["strength"], state["batches"]
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of all of them as one vector, a scalar."""
+    return torch.stack(torch._foreach_norm(list(tensors))).norm()
