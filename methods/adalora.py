@@ -53,6 +53,12 @@ class AdaLora(Method):
         description="mean rank of the layers at the end, below init_rank",
         json_schema_extra={"peft": "target_r"},
     )
+    components: int | None = Field(
+        None,
+        ge=1,
+        description="triplets at the end over all layers, instead of target_rank times their number",
+        exclude_if=lambda value: value is None,  # younger than the first records: without it, their run_ids stay
+    )
     alpha: float = Field(
         32.0, gt=0, description="the update is scaled by alpha / init_rank", json_schema_extra={"peft": "lora_alpha"}
     )
@@ -74,7 +80,11 @@ class AdaLora(Method):
 
     @model_validator(mode="after")
     def _fits_together(self) -> AdaLora:
-        if self.init_rank <= self.target_rank:
+        if self.components is not None and "target_rank" in self.model_fields_set:
+            raise ValueError(
+                f"components = {self.components} and target_rank = {self.target_rank} are both set; give one of them"
+            )
+        if self.components is None and self.init_rank <= self.target_rank:
             raise ValueError(f"init_rank = {self.init_rank} should be above target_rank = {self.target_rank}")
         for name in ("tinit", "tfinal", "deltaT"):
             value = getattr(self, name)
@@ -120,6 +130,11 @@ class AdaLora(Method):
             if isinstance(layer, nn.Conv2d) and layer.groups != 1:
                 return f"layer '{name}' is a convolution in {layer.groups} groups, which PEFT's AdaLoRA cannot adapt"
         backbone.check_rank(self.init_rank, targets, "init_rank")
+        if self.components is not None and self.components >= self.init_rank * len(targets):
+            raise InputError(
+                f"components = {self.components} should be below the {self.init_rank * len(targets)} at the start",
+                "components",
+            )
         return None
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
@@ -137,7 +152,7 @@ class AdaLora(Method):
         targets = backbone.targets(self.target_modules)
         config = AdaLoraConfig(
             init_r=self.init_rank,
-            target_r=self.target_rank,
+            target_r=self.target_rank if self.components is None else 1,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             beta1=self.beta1,
@@ -151,6 +166,8 @@ class AdaLora(Method):
             modules_to_save=list(backbone.head) or None,
         )
         model: Any = peft_model(backbone.module, config)
+        if self.components is not None:  # PEFT knows whole ranks a layer only
+            model.base_model.rankallocator.target_bgt = self.components
         optimizer = adamw(model, self.learning_rate, self.weight_decay)
         return AdaLoraAdaptation(model, optimizer, backbone, targets, self.orthogonality)
 

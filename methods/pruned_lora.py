@@ -76,6 +76,12 @@ class PrunedLora(Method):
     selection: Literal["magnitude", "random", "sensitivity"] = Field(
         "magnitude", description="which components stay: the largest, any, or those whose removal costs most"
     )
+    draw: int = Field(
+        0,
+        ge=0,
+        description='"random": which draw of the run\'s seed it is, to compare several of one seed',
+        exclude_if=lambda value: value == 0,  # younger than the first records
+    )
     components: int | None = Field(None, ge=1, description="components that stay, over all layers; or give keep")
     keep: float | None = Field(None, gt=0, le=1, description=f"share that stays; {KEEP} where neither is given")
     prune_at: float = Field(
@@ -100,6 +106,8 @@ class PrunedLora(Method):
         for name in ("components", "keep"):
             if self.size_of is not None and getattr(self, name) is not None:
                 raise ValueError(f"size_of = {self.size_of} and {name} are both set; give one of them")
+        if self.draw and self.selection != "random":
+            raise ValueError(f"draw = {self.draw} with selection = {self.selection}: nothing is drawn there")
         if self.prune_at == 0 and self.selection != "random":
             raise ValueError(
                 f"prune_at = 0 with selection = {self.selection}: nothing is trained yet to choose by; "
@@ -162,7 +170,8 @@ class PrunedLora(Method):
         targets = backbone.targets(self.target_modules)
         ranks = dict.fromkeys(targets, self.rank)
         # Drawn at the start, so that a resumed run has the same.
-        drawn = torch.randperm(self.rank * len(targets), generator=rng)[: self.num_kept(len(targets))]
+        draws = [torch.randperm(self.rank * len(targets), generator=rng) for _ in range(self.draw + 1)]
+        drawn = draws[-1][: self.num_kept(len(targets))]
         if self.prune_at == 0:
             left = torch.bincount(drawn // self.rank, minlength=len(targets)).tolist()
             ranks = dict(zip(targets, left, strict=True))

@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
 from harness.method import Backbone
+from harness.spec import TrainSpec
 from methods.debora.adaptation import DeboraAdaptation
 from methods.debora.method import Debora
 from methods.debora.upper_level import upper_gradient
@@ -46,7 +47,7 @@ LEARNING_RATE = 1e-4
 class Loss:
     """A forward and a loss on fixed tokens, and the counts that a method's hooks read (`harness.method.Step`)."""
 
-    index, used, budget = 0, 0, 10**9
+    index, used, budget = 0, 0, 10**5
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -123,9 +124,12 @@ class DeboraSide:
     def __init__(self, pattern: tuple[int, ...] = (RANK,), **settings: Any) -> None:
         model, names = minilm()
         settings = {"hypergradient": "closed_form", "learning_rate": LEARNING_RATE} | settings
+        if "warm_up" in Debora.model_fields:  # not in earlier checkouts, which bench_debora_against.py runs this on
+            settings |= {"warm_up": 0.0}
         method = Debora(rank=RANK, T_max=1, n0=10**6, search_fraction=1.0, **settings)
         backbone = Backbone(model, head=(), layers=tuple(names))
-        adaptation: Any = method.start(backbone, None, FixedData(), None)  # type: ignore[arg-type]
+        train = TrainSpec(batches=Loss.budget, schedule="constant", warmup=0.0)
+        adaptation: Any = method.start(backbone, train, FixedData(), torch.Generator())
         self.adaptation: DeboraAdaptation = adaptation
         self.step: Any = Loss(self.adaptation.model)
         ranks = [pattern[i % len(pattern)] for i in range(len(names))]
@@ -142,7 +146,8 @@ class DeboraSide:
 
     def upper(self) -> None:
         """An update of s: hypergradient, Frank-Wolfe step, and all that follows it."""
-        self.adaptation.after_step(self.step)
+        if "gap" not in self.adaptation.after_step(self.step):
+            raise RuntimeError("no step of the search was due")
 
     def frank_wolfe(self) -> None:
         """The search's part of `upper` alone."""

@@ -155,9 +155,11 @@ class DeboraAdaptation(Adaptation):
         return swapped(values)
 
     def adapter_parameters(self) -> int:
-        """Factors and s of every layer: rank x (sizes of the weight's modes + 1)."""
+        """Factors and s of every layer, rank x (sizes of the weight's modes + 1); without s once it is in the factors,
+        where it is one number for all."""
+        folded = self.search.frozen and self.method.fold
         return sum(
-            layer.r[ADAPTER] + sum(factor.numel() for factor in layer.factors(ADAPTER))
+            (0 if folded else layer.r[ADAPTER]) + sum(factor.numel() for factor in layer.factors(ADAPTER))
             for layer in self.layers.values()
         )
 
@@ -179,8 +181,9 @@ class DeboraAdaptation(Adaptation):
             if rank < layer.r[ADAPTER]
         }
         self.tuner.keep_columns(ADAPTER, columns, self.optimizer)
-        if self.search.frozen:
-            self._let_go()
+        if self.search.frozen and self.method.fold:
+            for layer in self.layers.values():
+                layer.release(ADAPTER)
         super().load_state_dict(state)
         self.penalty_on_factors.load_state_dict(state["penalty"])
         if self.free is not None:
@@ -255,7 +258,12 @@ class DeboraAdaptation(Adaptation):
         self.search.set_s(torch.cat(s))
 
     def _let_go(self) -> None:
-        """Fold s into the factors, which are free from now on, if that is asked for."""
+        """Fold s into the factors, which are free from now on, at the scale that s had in the interior at the start."""
+        num_layers = len(self.layers)
+        scale = self.method.simplex_tau(num_layers) / self.method.simplex_components(num_layers)
+        for layer in self.layers.values():
+            layer.fold(ADAPTER, scale, self.optimizer)
+        self.optimizer.release(self.method.weight_decay)
 
     def _live_layers(self) -> list[DeboraLayer]:
         """The layers that have a component."""

@@ -34,8 +34,8 @@ class Debora(DeboraParameters):
 
     The default is ours, and differs from the paper in what makes the search identify: a penalty on the factors,
     hypergradients that the lower level's batches give, averaged, pairwise steps that fall, and a warm-up before them.
-    `recipe = paper` is the paper's own: one half of the training set for each level, one batch's closed form for a step,
-    away steps. docs/debora.md says more.
+    `recipe = paper` is the paper's own: one half of the training set for each level, one batch's closed form for a
+    step, away steps. docs/debora.md says more.
 
     Budget: every batch through forward and backward counts, and so does each trial of the backtracking (a forward) and
     each product with second derivatives of `implicit`.
@@ -49,7 +49,7 @@ class Debora(DeboraParameters):
         Trace("gap", "Frank-Wolfe gap", drawing="log_line"),
         Trace("active_components", "active components", drawing="steps"),
         Trace("hypergradient_norm", "norm of the hypergradient", drawing="log_line"),
-        Trace("slope", "slope that new hypergradients confirm"),
+        Trace("unbiased_slope", "slope that new hypergradients confirm"),
         Trace("step_size", "step size"),
         Trace("jump", "norm of the removed update"),
         Trace("residual", "relative residual of the solve", drawing="log_line"),

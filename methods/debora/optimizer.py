@@ -45,6 +45,15 @@ class ManifoldAdamW(torch.optim.AdamW):
                 parameter.copy_(moved)
         return result
 
+    def release(self, weight_decay: float) -> None:
+        """Let every parameter leave its manifold: a free matrix from now on, decayed as such. The state stays.
+
+        A checkpoint from after it needs no release before it is loaded, since it brings its own groups.
+        """
+        for group in self.param_groups:
+            if group.pop("manifold", None) is not None:
+                group["weight_decay"] = weight_decay
+
     def _constrained(self) -> Iterator[tuple[manifolds.Manifold, list[nn.Parameter]]]:
         """(manifold, parameters of one shape on it): they go through one batched decomposition."""
         for group in self.param_groups:

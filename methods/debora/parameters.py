@@ -90,8 +90,8 @@ class DeboraParameters(Method):
         None,
         ge=0,
         lt=1,
-        description="share of the budget before the first upper-level step; unset: a tenth of the search, and until the "
-        "learning rate has peaked; 0 with recipe = paper",
+        description="share of the budget before the first upper-level step; unset: a tenth of the search, and until "
+        "the learning rate has peaked; 0 with recipe = paper",
     )
     n0: int | None = Field(
         None,
@@ -212,9 +212,7 @@ def check_parameters(given: DeboraParameters) -> None:
 
 
 def _check_steps(given: DeboraParameters) -> None:
-    descends = given.hypergradient == "direct" or (
-        given.hypergradient == "closed_form" and given.geometry != "matrix"
-    )
+    descends = given.hypergradient == "direct" or (given.hypergradient == "closed_form" and given.geometry != "matrix")
     if given.step_rule == "backtracking" and given.hypergradient == "free":
         raise ValueError(
             "hypergradient = free has no batch of the upper level, which step_rule = backtracking tries its points on: "

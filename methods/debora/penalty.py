@@ -22,8 +22,8 @@ class FactorPenalty:
     """lambda / 2 times the squared norms of the factors, as what it adds to their gradients.
 
     strength: lambda, in units of the loss over those of the factors' squares; None until `settle` has said it.
-    share:    where it is not given: how large the penalty's gradient is to be against the loss's, so that lambda follows
-              the scale of the loss, of the parametrisation and of the noise in a batch.
+    share:    where it is not given: how large the penalty's gradient is to be against the loss's. So lambda follows the
+              scale of the loss, of the parametrisation and of the noise in a batch.
     """
 
     def __init__(self, factors: Sequence[nn.Parameter], strength: float | None, share: float) -> None:

@@ -24,6 +24,7 @@ ON_MANIFOLDS: dict[str, Any] = {"learning_rate": 3e-3, "factor_penalty": 0.0}
 # There the closed form descends at fixed factors, so that the paper's step 6 can be tested.
 PAPER_ON_MANIFOLDS: dict[str, Any] = {"step_rule": "backtracking"}
 
+
 def defaults(recipe: str, geometry: str) -> dict[str, Any]:
     """What a recipe and a geometry say of hyperparameters that are not given, by name."""
     values: dict[str, Any] = dict(PAPER) if recipe == "paper" else {}

@@ -83,7 +83,7 @@ class FreeGradient:
     def __init__(self) -> None:
         self.total: Tensor | None = None  # of s (.) d_s f, (sum of ranks,)
         self.batches = 0
-        self.factors: list[nn.Parameter] = []  # of the layers since the last `take`: to look them up costs more
+        self.factors: list[nn.Parameter] = []  # of the layers since the last `reset`: to look them up costs more
 
     @torch.no_grad()
     def add(self, layers: Sequence[DeboraLayer]) -> None:
@@ -104,8 +104,12 @@ class FreeGradient:
         if self.total is None:
             raise ValueError("no batch was added")
         mean = self.total / (self.batches * s)
-        self.total, self.batches, self.factors = None, 0, []
+        self.reset()
         return mean
+
+    def reset(self) -> None:
+        """Forget the batches so far: where components have changed, as in another basis."""
+        self.total, self.batches, self.factors = None, 0, []
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that an exact resume needs."""

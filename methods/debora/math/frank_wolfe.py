@@ -1,4 +1,7 @@
-"""Away-step Frank-Wolfe on the shifted simplex (dEBORA, Algorithm 1, steps 3 to 6), for B simplices at once.
+"""Frank-Wolfe with away or pairwise steps on the shifted simplex, for B simplices at once.
+
+Away steps are dEBORA's (Algorithm 1, steps 3 to 6), pairwise steps those of Lacoste-Julien and Jaggi (2015,
+arXiv 1511.05932, Algorithm 2).
 
 One simplex with r components is S_eps = {s : s >= eps, sum(s) <= tau + r eps}. Its vertices are eps*1 (here vertex 0)
 and eps*1 + tau e_i (vertex i, for i = 1 to r). They are affinely independent, so a point has one set of vertex weights
@@ -14,7 +17,7 @@ the batch, and nothing waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,47 +46,57 @@ def away_vertex(weights: Tensor, gradient: Tensor) -> Tensor:
 
 
 def frank_wolfe_gap(weights: Tensor, gradient: Tensor, alive: Tensor, tau: float) -> Tensor:
-    """-<g, z - s> with the oracle's z, (B,), in units of the loss. Never negative, and 0 at a stationary point.
-
-    Summed over the vertices as tau w_j (g_j - g_z), whose terms are all >= 0, so that rounding cannot make it negative.
-    """
-    values = _vertex_values(gradient)
-    smallest = values.gather(-1, linear_minimization_oracle(gradient, alive)[:, None])
-    return tau * (weights * (values - smallest)).sum(-1)
+    """-<g, z - s> with the oracle's z, (B,), in units of the loss. Never negative, and 0 at a stationary point."""
+    return _scaled_rise(weights, gradient, linear_minimization_oracle(gradient, alive), -tau)
 
 
 def away_gap(weights: Tensor, gradient: Tensor, tau: float) -> Tensor:
     """-<g, s - y> with the away vertex y, (B,), in units of the loss. Never negative."""
-    values = _vertex_values(gradient)
-    largest = values.gather(-1, away_vertex(weights, gradient)[:, None])
-    return tau * (weights * (largest - values)).sum(-1)
+    return _scaled_rise(weights, gradient, away_vertex(weights, gradient), tau)
 
 
 class Direction(NamedTuple):
-    """Where each simplex goes next; every field is (B,)."""
+    """Where each simplex goes next; every field is (B,), `vector` (B, r + 1)."""
 
-    vertex: Tensor  # the vertex that is moved towards or away from, 0 to r
-    away: Tensor  # bool: d = s - vertex; else d = vertex - s
+    vertex: Tensor  # 0 to r: the vertex z that is moved towards, or y that is moved away from
+    away: Tensor  # bool: away from `vertex`, which a full step empties; of pairwise steps each
     gap: Tensor  # Frank-Wolfe gap at the current point
     slope: Tensor  # -<g, d> >= gap: first-order decrease per unit of step size
-    max_step: Tensor  # 1 towards; w_y / (1 - w_y) away, where y's weight reaches 0
+    max_step: Tensor  # 1 towards; w_y / (1 - w_y) away and w_y pairwise, where y's weight reaches 0
+    vector: Tensor  # d in vertex weights, whose sum is 0
 
 
-def choose_direction(weights: Tensor, gradient: Tensor, alive: Tensor, tau: float) -> Direction:
-    """Towards the oracle's vertex if -<g, h> >= -<g, b>, else away from the away vertex (Algorithm 1, steps 3 to 5)."""
-    gap = frank_wolfe_gap(weights, gradient, alive, tau)
-    backward = away_gap(weights, gradient, tau)
-    away = backward > gap
-    leaving = away_vertex(weights, gradient)
+def choose_direction(
+    weights: Tensor, gradient: Tensor, alive: Tensor, tau: float, steps: Literal["away", "pairwise"] = "away"
+) -> Direction:
+    """With the oracle's vertex z and the away vertex y: d = z - s if its slope is at least that of s - y, else s - y
+    (Algorithm 1, steps 3 to 5); or pairwise, d = z - y always."""
+    entering, leaving = linear_minimization_oracle(gradient, alive), away_vertex(weights, gradient)
+    gap, backward = (_scaled_rise(weights, gradient, v, sign * tau) for v, sign in ((entering, -1), (leaving, 1)))
+    to_entering = _corner(entering, weights) - weights
+    from_leaving = weights - _corner(leaving, weights)
     weight = weights.gather(-1, leaving[:, None])[:, 0]
+    if steps == "pairwise":
+        away, slope, limit = torch.ones_like(gap, dtype=torch.bool), gap + backward, weight
+        vector = to_entering + from_leaving
+    else:
+        away, slope = backward > gap, torch.maximum(gap, backward)
+        # At a single vertex (weight 1) the away gap is 0, so this quotient is only used where the weight is below 1.
+        limit = weight / (1 - weight)
+        vector = torch.where(away[:, None], from_leaving, to_entering)
     return Direction(
-        vertex=torch.where(away, leaving, linear_minimization_oracle(gradient, alive)),
+        vertex=torch.where(away, leaving, entering),
         away=away,
         gap=gap,
-        slope=torch.maximum(gap, backward),
-        # At a single vertex (weight 1) the away gap is 0, so this quotient is only used where the weight is below 1.
-        max_step=torch.where(away, weight / (1 - weight), torch.ones_like(weight)),
+        slope=slope,
+        max_step=torch.where(away, limit, 1.0),
+        vector=vector,
     )
+
+
+def slope_along(direction: Direction, gradient: Tensor, tau: float) -> Tensor:
+    """-<g, d>, (B,), for any gradient, not only the one that named the direction."""
+    return -tau * (direction.vector[:, 1:] * gradient).sum(-1)
 
 
 class StepTaken(NamedTuple):
@@ -91,8 +104,9 @@ class StepTaken(NamedTuple):
 
     weights: Tensor
     step_size: Tensor  # after the cap; 0 where the simplex stopped
-    away: Tensor  # bool: an away step that left its vertex some weight
-    drop: Tensor  # bool: an away step that set its vertex's weight to exactly 0
+    away: Tensor  # bool: an away or pairwise step that left its vertex y some weight
+    drop: Tensor  # bool: one that set y's weight to exactly 0
+    swap: Tensor  # bool: a drop whose weight went to a vertex that had none, so that as many as before have weight
 
 
 def take_step(
@@ -105,33 +119,45 @@ def take_step(
     """
     moves = direction.gap > tolerance
     alpha = torch.where(moves, direction.max_step.clamp(max=step_size), 0.0)
-    vertex = direction.vertex[:, None] == torch.arange(weights.shape[-1], device=weights.device)
-    towards = vertex.to(weights.dtype) - weights
-    moved = weights + torch.where(direction.away, -alpha, alpha)[:, None] * towards
-    full_away = direction.away & (alpha >= direction.max_step)
-    moved = moved.masked_fill(vertex & full_away[:, None], 0.0).clamp(min=0)
+    moved = weights + alpha[:, None] * direction.vector
+    emptied = direction.away & (alpha >= direction.max_step)
+    moved = moved.masked_fill(_is(direction.vertex, weights) & emptied[:, None], 0.0).clamp(min=0)
     moved = torch.where(moves[:, None], moved / moved.sum(-1, keepdim=True), weights)
     weightless = moved.gather(-1, direction.vertex[:, None])[:, 0] == 0
+    drop = moves & direction.away & weightless
     return StepTaken(
         weights=moved,
         step_size=alpha,
         away=moves & direction.away & ~weightless,
-        drop=moves & direction.away & weightless,
+        drop=drop,
+        swap=drop & ((weights == 0) & (moved > 0)).any(-1),
     )
 
 
-def diminishing_step_size(n: int) -> float:
-    """2 / (n + 2) at step n = 0, 1, ...: the standard rule of this family, which needs no constant of the problem.
+def give_back(taken: StepTaken, before: Tensor, kept: Tensor) -> StepTaken:
+    """The step, but vertices that it emptied get back the weight that they had `before`, and their simplices are scaled
+    to sum 1: a shorter step along the same line. `step_size` stays what it was. kept: (B, r + 1) bool."""
+    weights = taken.weights + before * kept
+    others = ~kept.any(-1)
+    return taken._replace(
+        weights=weights / weights.sum(-1, keepdim=True), drop=taken.drop & others, swap=taken.swap & others
+    )
 
-    Its first step is 1, so all weight goes to one vertex.
+
+def is_level(slopes: Tensor, tolerance: float) -> Tensor:
+    """Whether the mean of noisy slopes, (k,), is at most `tolerance` plus its standard error: a bool, False if k is 0.
+
+    Ours. A slope that stays is told from none only by enough of them: its mean must be several standard errors.
     """
-    return 2 / (n + 2)
+    count = len(slopes)
+    if count == 0:
+        return slopes.new_zeros((), dtype=torch.bool)
+    return slopes.mean() <= tolerance + slopes.std(correction=min(1, count - 1)) / count**0.5
 
 
-def squared_length(weights: Tensor, direction: Direction, tau: float) -> Tensor:
+def squared_length(direction: Direction, tau: float) -> Tensor:
     """||d||^2 of each direction, (B,), in the units of s."""
-    vertex = direction.vertex[:, None] == torch.arange(weights.shape[-1], device=weights.device)
-    return tau**2 * (vertex.to(weights.dtype) - weights)[:, 1:].square().sum(-1)
+    return tau**2 * direction.vector[:, 1:].square().sum(-1)
 
 
 def short_step_size(direction: Direction, squares: Tensor, curvature: float | Tensor) -> Tensor:
@@ -142,9 +168,9 @@ def short_step_size(direction: Direction, squares: Tensor, curvature: float | Te
     return torch.where(squares > 0, direction.slope / (curvature * squares.clamp(min=1e-30)), 0.0)
 
 
-def curvature_for(weights: Tensor, direction: Direction, tau: float, step_size: float) -> float:
+def curvature_for(direction: Direction, tau: float, step_size: float) -> float:
     """The M for which the longest of the short steps is `step_size`; 0 where no simplex has a slope. Waits once."""
-    squares = squared_length(weights, direction, tau)
+    squares = squared_length(direction, tau)
     slopes = direction.slope / (step_size * squares.clamp(min=1e-30))
     return float(torch.where(squares > 0, slopes, 0.0).max())
 
@@ -179,7 +205,7 @@ def backtrack(
     loss: weights (B, r + 1) to the objective, a scalar; start: the objective at `weights`. Waits for the device once
     per trial. `tolerance` as in `take_step`.
     """
-    squares = squared_length(weights, direction, tau)
+    squares = squared_length(direction, tau)
     curvature = curvature / 2 or 1.0  # 0 stands for no slope anywhere, where no M makes a step
     for trial in range(1, most + 1):
         taken = take_step(weights, direction, short_step_size(direction, squares, curvature), tolerance)
@@ -192,12 +218,32 @@ def backtrack(
             return Backtracked(taken, curvature, trial)
         curvature = 2 * curvature
     none = torch.zeros_like(direction.away)
-    return Backtracked(StepTaken(weights, torch.zeros_like(direction.slope), none, none), curvature, most)
+    return Backtracked(StepTaken(weights, torch.zeros_like(direction.slope), none, none, none), curvature, most)
+
+
+def _is(vertex: Tensor, weights: Tensor) -> Tensor:
+    """Where each simplex has this vertex, (B,): (B, r + 1) bool."""
+    return vertex[:, None] == torch.arange(weights.shape[-1], device=weights.device)
+
+
+def _corner(vertex: Tensor, weights: Tensor) -> Tensor:
+    """The weights at this vertex of each simplex, (B,): 1 there and 0 elsewhere, (B, r + 1)."""
+    return _is(vertex, weights).to(weights.dtype)
 
 
 def _vertex_values(gradient: Tensor) -> Tensor:
     """<g, vertex> / tau for every vertex, (B, r + 1), less the part that all of them share; so 0 for eps*1."""
     return pad(gradient, (1, 0))
+
+
+def _scaled_rise(weights: Tensor, gradient: Tensor, vertex: Tensor, scale: float) -> Tensor:
+    """`scale` / tau times <g, vertex - s>, (B,).
+
+    Summed over the vertices as w_j (g_vertex - g_j), whose terms all have one sign for an extreme vertex, so that
+    rounding cannot give the sum the other.
+    """
+    values = _vertex_values(gradient)
+    return scale * (weights * (values.gather(-1, vertex[:, None]) - values)).sum(-1)
 
 
 def _selectable(alive: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class FrozenLinearPlusLowRank(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         projection = _thin(V, rows)
         result = rows @ W.T if b is None else torch.addmm(b, rows, W.T)
-        result.addmm_(projection.T, B.T)
+        result.addmm_(projection.T, B.T.contiguous())
         ctx.save_for_backward(x, W, B, V, projection)
         return result
 
@@ -43,7 +43,7 @@ class FrozenLinearPlusLowRank(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_V = (through @ rows).T
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ W).addmm_(through.T, V.T).view_as(x)
+            grad_x = (grad @ W).addmm_(through.T, V.T.contiguous()).view_as(x)
         return grad_x, None, None, grad_B, grad_V
 
 

@@ -42,6 +42,7 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
     def __init__(self, base_layer: nn.Module, adapter_name: str, rank: int, config: DeboraConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self._factor_names = tuple(self.mode_sizes())  # kept: every forward asks
         self.r: dict[str, int] = {}
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict({}))
@@ -89,7 +90,7 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
 
     def factors(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
         """U^(1), ..., U^(d), each (n_k, r), in the order of `mode_sizes`."""
-        return tuple(getattr(self, name)[adapter_name] for name in self.mode_sizes())
+        return tuple(getattr(self, name)[adapter_name] for name in self._factor_names)
 
     def manifolds(self, adapter_name: str) -> tuple[str, ...]:
         """Where each of the `factors` lives: "euclidean", "oblique" or "stiefel"."""
@@ -131,6 +132,25 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
         self.r[adapter_name] = len(columns)
 
     @torch.no_grad()
+    def fold(self, adapter_name: str, scale: float, optimizer: Optimizer | None = None) -> None:
+        """Move the sizes of the components from s into the factors, and let these go: they are euclidean from now on.
+
+        U^(k) becomes U^(k) diag(s / scale)^(1/d), and s is `scale`, above 0, everywhere: Psi stays as it is. What an
+        optimizer holds follows the gradients (`methods.shared.optimizer_state.change_basis`). Ours.
+        """
+        factors, s = self.factors(adapter_name), self.debora_s[adapter_name]
+        by_component = (s / scale) ** (1 / len(factors))
+        to_gradients = by_component.reciprocal().diag()
+        for factor in factors:
+            change_basis(factor, factor * by_component, to_gradients, 1, optimizer)
+        s.fill_(scale)
+        self.release(adapter_name)
+
+    def release(self, adapter_name: str) -> None:
+        """Let the factors leave their manifolds: `manifolds` says euclidean from now on. The numbers stay."""
+        self._manifolds[adapter_name] = ("euclidean",) * len(self._manifolds[adapter_name])
+
+    @torch.no_grad()
     def to_canonical_basis(self, adapter_name: str, optimizer: Optimizer | None = None, eps: float = 0.0) -> Tensor:
         """Bring the factors, s and what an optimizer holds of them to a basis in which components mean something.
 
@@ -142,11 +162,12 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
         """
         factors, s = self.factors(adapter_name), self.debora_s[adapter_name]
         kinds = self.manifolds(adapter_name)
-        basis = normalised(factors, s)
         if kinds == ("euclidean", "euclidean"):
-            basis = singular_basis(*factors, s)
-        elif kinds == ("oblique", "oblique"):
-            rotated = singular_basis(*factors, s, unit_columns=True)
+            basis = singular_basis(factors[0], factors[1], s)
+        else:
+            basis = normalised(factors, s)
+        if kinds == ("oblique", "oblique"):
+            rotated = singular_basis(factors[0], factors[1], s, unit_columns=True)
             basis = rotated if (rotated.s >= max(eps, torch.finfo(s.dtype).tiny)).all() else basis
         for factor, values, P in zip(factors, basis.factors, basis.maps, strict=True):
             change_basis(factor, values, P, 1, optimizer)
@@ -199,7 +220,7 @@ class DeboraLinear(DeboraLayer):
         base: Any = self.base_layer
         name, device = adapters[0], x.device.type
         U, V = self.factors(name)
-        B, W = U * self.debora_s[name], self._weight()
+        B, W = U * self.debora_s[name], base.weight.T if type(base) is Conv1D else base.weight
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype(device)
             bias = None if base.bias is None else base.bias.to(dtype)

@@ -59,9 +59,9 @@ def watch(adaptation: DeboraAdaptation, before: Callable[[torch.Tensor], None], 
     """Call `before` with the hypergradient of every step of the search, and `after` with what became of the step."""
     step = adaptation.search.step
 
-    def watched(value, objective=None):
+    def watched(value, *others):
         before(value)
-        moved = step(value, objective)
+        moved = step(value, *others)
         if after is not None:
             after(moved)
         return moved

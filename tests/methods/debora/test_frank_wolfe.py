@@ -42,16 +42,15 @@ def project(point):
     return (shifted - threshold).clamp(min=0) + EPS
 
 
-def minimise(weights, hessian, linear, steps):
-    """Away-step Frank-Wolfe with exact line search on 1/2 s'Qs - c's; yields (weights, gap) before every step."""
+def minimise(weights, hessian, linear, count, steps="away"):
+    """Frank-Wolfe with exact line search on 1/2 s'Qs - c's; yields (weights, gap) before each of `count` steps."""
     alive = everything(weights)
-    for _ in range(steps):
+    for _ in range(count):
         s = frank_wolfe.points(weights, TAU, EPS)
         gradient = (hessian @ s[..., None])[..., 0] - linear
-        direction = frank_wolfe.choose_direction(weights, gradient, alive, TAU)
+        direction = frank_wolfe.choose_direction(weights, gradient, alive, TAU, steps)
         yield weights, direction.gap
-        vertex = torch.nn.functional.one_hot(direction.vertex, weights.shape[-1])
-        d = TAU * torch.where(direction.away[:, None], weights - vertex, vertex - weights)[:, 1:]
+        d = TAU * direction.vector[:, 1:]
         curvature = (d * (hessian @ d[..., None])[..., 0]).sum(-1)
         best = direction.slope / curvature.clamp(min=1e-300)
         weights = frank_wolfe.take_step(weights, direction, best, 1e-13).weights
@@ -110,9 +109,102 @@ def test_the_direction_is_the_steeper_of_the_two(generator):
         corner = vertices(5)[direction.vertex[b]]
         d = s[b] - corner if direction.away[b] else corner - s[b]
         torch.testing.assert_close(direction.slope[b], -(gradient[b] @ d))
+        torch.testing.assert_close(TAU * direction.vector[b, 1:], d)
         w = weights[b, direction.vertex[b]]
         expected = w / (1 - w) if direction.away[b] else torch.ones_like(w)
         torch.testing.assert_close(direction.max_step[b], expected)
+
+
+def test_a_pairwise_direction_leads_from_the_worst_active_vertex_to_the_best_of_all(generator):
+    weights, gradient = random_weights(generator, 200, 5), normal(generator, 200, 5)
+    alive, corners = everything(weights), vertices(5)
+    direction = frank_wolfe.choose_direction(weights, gradient, alive, TAU, "pairwise")
+    torch.testing.assert_close(direction.gap, frank_wolfe.frank_wolfe_gap(weights, gradient, alive, TAU))
+    other = normal(generator, 200, 5)
+    for b in range(200):
+        values = (corners @ gradient[b]).tolist()
+        z = min(range(6), key=values.__getitem__)
+        y = max((j for j in range(6) if weights[b, j] > 0), key=values.__getitem__)
+        d = corners[z] - corners[y]
+        assert direction.vertex[b] == y
+        torch.testing.assert_close(TAU * direction.vector[b, 1:], d)
+        torch.testing.assert_close(direction.slope[b], -(gradient[b] @ d))
+        torch.testing.assert_close(direction.max_step[b], weights[b, y])
+        torch.testing.assert_close(frank_wolfe.slope_along(direction, other, TAU)[b], -(other[b] @ d))
+        torch.testing.assert_close(frank_wolfe.squared_length(direction, TAU)[b], d @ d)
+    assert (direction.slope >= direction.gap).all()
+
+
+@pytest.mark.parametrize("step_size", [0.05, 0.4, 1.0])
+def test_a_pairwise_step_moves_weight_from_one_vertex_to_another(generator, step_size):
+    weights, gradient = random_weights(generator, 400, 5), normal(generator, 400, 5)
+    direction = frank_wolfe.choose_direction(weights, gradient, everything(weights), TAU, "pairwise")
+    taken = frank_wolfe.take_step(weights, direction, step_size)
+    entering = frank_wolfe.linear_minimization_oracle(gradient, everything(weights))
+    kinds = {"drop": 0, "swap": 0, "to eps*1": 0, "still": 0}
+    for b in range(400):
+        y, z = int(direction.vertex[b]), int(entering[b])
+        expected, moved = weights[b].clone(), min(step_size, float(weights[b, y]))
+        expected[z] += moved
+        expected[y] -= moved
+        torch.testing.assert_close(taken.weights[b], expected)
+        empties = y != z and float(weights[b, y]) <= step_size
+        assert taken.drop[b] == (taken.weights[b, y] == 0) == empties
+        assert taken.away[b] == (y != z and not empties)
+        assert taken.swap[b] == (empties and weights[b, z] == 0)
+        kinds["drop"] += empties
+        kinds["swap"] += int(taken.swap[b])
+        kinds["to eps*1"] += z == 0
+        kinds["still"] += y == z
+    assert kinds["to eps*1"]
+    assert kinds["drop"] > kinds["swap"] > 0 or step_size < 0.1
+
+
+def test_a_pairwise_step_rests_where_the_worst_active_vertex_is_the_best():
+    weights = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
+    gradient = torch.tensor([[-1.0, 0.0], [1.0, 2.0], [-1.0, -1.0]])
+    direction = frank_wolfe.choose_direction(weights, gradient, everything(weights), TAU, "pairwise")
+    taken = frank_wolfe.take_step(weights, direction, 0.3)
+    assert torch.equal(taken.weights, weights)
+    assert not (taken.away | taken.drop | taken.swap).any()
+    assert (direction.slope == 0).all()
+    assert frank_wolfe.curvature_for(direction, TAU, 0.1) == 0
+
+
+def test_a_pairwise_drop_leaves_exactly_zero_in_float32(generator):
+    weights, gradient = random_weights(generator, 4000, 5).float(), normal(generator, 4000, 5).float()
+    direction = frank_wolfe.choose_direction(weights, gradient, everything(weights), TAU, "pairwise")
+    taken = frank_wolfe.take_step(weights, direction, 1e9)
+    moves = direction.slope > 0
+    assert torch.equal(taken.drop, moves)
+    assert moves.sum() > 1000
+    assert (taken.weights.gather(-1, direction.vertex[:, None])[moves] == 0).all()
+    idle = (direction.vector == 0) & (weights == 0)
+    assert (taken.weights[idle] == 0).all()
+
+
+def test_what_is_given_back_has_weight_and_the_rest_keeps_its_proportions():
+    before = torch.tensor([[0.0, 0.25, 0.5, 0.25], [0.1, 0.2, 0.3, 0.4]])
+    gradient = torch.tensor([[1.0, 0.0, -1.0], [1.0, 0.0, -1.0]])
+    direction = frank_wolfe.choose_direction(before, gradient, everything(before), TAU, "pairwise")
+    taken = frank_wolfe.take_step(before, direction, 1.0)
+    kept = torch.tensor([[False, True, False, False], [False] * 4])
+    given = frank_wolfe.give_back(taken, before, kept)
+    torch.testing.assert_close(given.weights[0], torch.tensor([0.0, 0.2, 0.4, 0.4]))
+    assert torch.equal(given.weights[1], taken.weights[1])
+    assert taken.drop.tolist() == [True, True]
+    assert given.drop.tolist() == [False, True]
+
+
+def test_slopes_are_level_when_their_mean_is_within_its_standard_error():
+    slopes = torch.tensor([1.0, 3.0, 2.0, 6.0])
+    error = float(slopes.std()) / 2
+    assert frank_wolfe.is_level(slopes, 3.0 - error + 1e-3)
+    assert not frank_wolfe.is_level(slopes, 3.0 - error - 1e-3)
+    assert not frank_wolfe.is_level(slopes[:0], 1e9)
+    assert frank_wolfe.is_level(slopes[:1], 1.0)
+    assert not frank_wolfe.is_level(slopes[:1], 0.9)
+    assert not frank_wolfe.is_level(torch.tensor([torch.nan, 1.0]), 1e9)
 
 
 @pytest.mark.parametrize("step_size", [0.05, 0.4, 1.0])
@@ -216,8 +308,9 @@ def test_a_batch_of_simplices_equals_each_alone(generator):
             assert torch.equal(field, expected[one])
 
 
+@pytest.mark.parametrize("steps", ["away", "pairwise"])
 @pytest.mark.parametrize("start", ["interior", "vertex"])
-def test_projection_problems_reach_the_exact_solution_and_support(generator, start):
+def test_projection_problems_reach_the_exact_solution_and_support(generator, start, steps):
     components, simplices = 8, 12
     target = 2 * normal(generator, simplices, components)
     weights = torch.zeros(simplices, components + 1, dtype=torch.float64)
@@ -226,20 +319,21 @@ def test_projection_problems_reach_the_exact_solution_and_support(generator, sta
     else:
         weights[:, 0] = 1
     hessian = torch.eye(components, dtype=torch.float64).expand(simplices, -1, -1)
-    *_, (weights, gap) = minimise(weights, hessian, target, 300)
+    *_, (weights, gap) = minimise(weights, hessian, target, 300, steps)
     exact = torch.stack([project(point) for point in target])
     torch.testing.assert_close(frank_wolfe.points(weights, TAU, EPS), exact, rtol=0, atol=1e-6)
     assert torch.equal(weights[:, 1:] == 0, exact <= EPS)
     assert (gap < 1e-10).all()
 
 
-def test_random_quadratics_reach_the_solution_of_projected_gradient(generator):
+@pytest.mark.parametrize("kind", ["away", "pairwise"])
+def test_random_quadratics_reach_the_solution_of_projected_gradient(generator, kind):
     components, simplices = 6, 8
     factor = normal(generator, simplices, components, components)
     hessian = factor @ factor.mT / components + torch.eye(components, dtype=torch.float64)
     linear = 3 * normal(generator, simplices, components)
     start = torch.full((simplices, components + 1), 1 / (components + 1), dtype=torch.float64)
-    steps = list(minimise(start, hessian, linear, 500))
+    steps = list(minimise(start, hessian, linear, 500, kind))
     assert all((weights >= 0).all() and (gap >= 0).all() for weights, gap in steps)
     weights = steps[-1][0]
     rate = 1 / torch.linalg.eigvalsh(hessian)[:, -1]
@@ -261,7 +355,7 @@ def test_the_smallest_gap_falls_with_the_diminishing_rule(generator):
         gradient = frank_wolfe.points(weights, TAU, EPS) - target
         direction = frank_wolfe.choose_direction(weights, gradient, everything(weights), TAU)
         smallest.append(direction.gap if n == 0 else torch.minimum(smallest[-1], direction.gap))
-        weights = frank_wolfe.take_step(weights, direction, frank_wolfe.diminishing_step_size(n)).weights
+        weights = frank_wolfe.take_step(weights, direction, 2 / (n + 2)).weights
     diameter = 2 * TAU**2  # of the simplex, squared; the objective's curvature is 1
     for n in range(2, 400):
         assert (smallest[n] <= 27 * diameter / (4 * (n + 2))).all()  # Jaggi (2013), theorem 2, for towards steps alone
@@ -287,7 +381,7 @@ def random_quadratic(generator, simplices, components):
 def test_the_short_step_is_the_minimiser_where_the_bound_is_exact(generator):
     weights, gradient = random_weights(generator, 100, 5), normal(generator, 100, 5)
     direction = frank_wolfe.choose_direction(weights, gradient, everything(weights), TAU)
-    squares = frank_wolfe.squared_length(weights, direction, TAU)
+    squares = frank_wolfe.squared_length(direction, TAU)
     s = frank_wolfe.points(weights, TAU, EPS)
     corner = vertices(5)[direction.vertex]
     d = torch.where(direction.away[:, None], s - corner, corner - s)
@@ -295,23 +389,24 @@ def test_the_short_step_is_the_minimiser_where_the_bound_is_exact(generator):
     alpha = frank_wolfe.short_step_size(direction, squares, 7.0)
     # f(s + alpha d) = f(s) - alpha slope + 7/2 alpha^2 |d|^2 has no slope left there.
     torch.testing.assert_close(7.0 * alpha * squares, direction.slope)
-    largest = frank_wolfe.curvature_for(weights, direction, TAU, 0.2)
+    largest = frank_wolfe.curvature_for(direction, TAU, 0.2)
     assert float(frank_wolfe.short_step_size(direction, squares, largest).max()) == pytest.approx(0.2)
 
 
 def test_at_a_vertex_that_is_the_oracles_the_short_step_is_zero():
     weights = torch.tensor([[0.0, 1.0, 0.0]])
     direction = frank_wolfe.choose_direction(weights, torch.tensor([[-1.0, 0.0]]), everything(weights), TAU)
-    squares = frank_wolfe.squared_length(weights, direction, TAU)
+    squares = frank_wolfe.squared_length(direction, TAU)
     assert frank_wolfe.short_step_size(direction, squares, 1.0).item() == 0
-    assert frank_wolfe.curvature_for(weights, direction, TAU, 0.1) == 0
+    assert frank_wolfe.curvature_for(direction, TAU, 0.1) == 0
     found = frank_wolfe.backtrack(weights, direction, TAU, lambda moved: moved.sum() / 0, 0.0, 0.0, 3)
     assert torch.equal(found.taken.weights, weights)
     assert found.trials == 0
 
 
+@pytest.mark.parametrize("steps", ["away", "pairwise"])
 @pytest.mark.parametrize("first", [1e-3, 1.0, 1e4])
-def test_backtracking_reaches_the_exact_solution_from_any_first_estimate(generator, first):
+def test_backtracking_reaches_the_exact_solution_from_any_first_estimate(generator, first, steps):
     components, simplices = 6, 4
     hessian, linear = random_quadratic(generator, simplices, components)
     loss = quadratic(hessian, linear)
@@ -320,7 +415,7 @@ def test_backtracking_reaches_the_exact_solution_from_any_first_estimate(generat
     for _ in range(400):
         s = frank_wolfe.points(weights, TAU, EPS)
         gradient = (hessian @ s[..., None])[..., 0] - linear
-        direction = frank_wolfe.choose_direction(weights, gradient, everything(weights), TAU)
+        direction = frank_wolfe.choose_direction(weights, gradient, everything(weights), TAU, steps)
         if float(direction.gap.max()) < 1e-9:
             break
         found = frank_wolfe.backtrack(weights, direction, TAU, loss, previous, curvature, 30)
@@ -370,7 +465,3 @@ def test_backtracking_drops_a_component_exactly():
     assert found.taken.drop.item()
     assert found.taken.weights[0, 1] == 0
     assert found.trials == 1
-
-
-def test_diminishing_step_sizes():
-    assert [frank_wolfe.diminishing_step_size(n) for n in (0, 1, 2, 8)] == [1, 2 / 3, 0.5, 0.2]
