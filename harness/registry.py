@@ -90,18 +90,28 @@ def shown_parameters(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
     parameters = method_class(name).in_todays_words(parameters)
     order = [*(key for key in defaults if key in parameters), *(key for key in parameters if key not in defaults)]
     shown = {key: parameters[key] for key in order if parameters[key] != defaults.get(key)}
-    return {key: value for key, value in shown.items() if not _follows(name, json.dumps(shown), key)}
+    shown = {key: value for key, value in shown.items() if not _follows(name, json.dumps(shown), key)}
+    made = _made(name, json.dumps(shown))
+    # A default that follows from another parameter may hide that this one is at its own.
+    hidden = {key for key, value in made.items() if key in parameters and parameters[key] != value}
+    return {key: parameters[key] for key in order if key in shown or key in hidden}
 
 
-@functools.cache
 def _follows(name: str, parameters: str, key: str) -> bool:
     """Whether a parameter (of some, as JSON) gets the value that it has without being given."""
     given: dict[str, Any] = json.loads(parameters)
     value = given.pop(key)
+    made = _made(name, json.dumps(given))
+    return key in made and bool(made[key] == value)
+
+
+@functools.cache
+def _made(name: str, parameters: str) -> dict[str, Any]:
+    """Every parameter of the method that is given these, as JSON; {} where some are missing, or of another version."""
     try:
-        return bool(method_class(name).of(given, owner=name).model_dump(mode="json")[key] == value)
-    except (InputError, KeyError):  # needed, or of another version of the method
-        return False
+        return method_class(name).of(json.loads(parameters), owner=name).model_dump(mode="json")
+    except InputError:
+        return {}
 
 
 def make_task(name: str, parameters: dict[str, Any], path: str | None = None) -> Task:

@@ -105,9 +105,10 @@ class DeboraAdaptation(Adaptation):
         search = self.search
         if search.frozen:
             return history
+        warm_up = self.schedule.first_updates(step.budget)
+        if step.index + 1 == max(1, warm_up):
+            history["factor_penalty"] = self._begin(rotates=warm_up > 0 and self.method.cut_by == "size")
         if any(search.ranks) and self.schedule.is_due(step.index + 1, step.used, step.budget):
-            if search.steps == 0:
-                history["factor_penalty"] = self._begin()
             history |= self._upper_step(step)
         ends = search.identified or search.reached or not any(search.ranks)
         if ends or self.schedule.is_over(step.used, step.budget):
@@ -194,11 +195,13 @@ class DeboraAdaptation(Adaptation):
         pairs = {name: lora_pair(layer, ADAPTER) for name, layer in self.layers.items()}
         export_stock_lora(path, pairs, self.model, self.head)
 
-    def _begin(self) -> float:
-        """Before the first upper-level step: a basis in which components mean something, and lambda, which is returned.
-        Equal entries of s keep their order, so that the search has nothing to take over but on a manifold."""
-        if self.method.cut_by == "size":
+    def _begin(self, rotates: bool) -> float:
+        """At the end of the warm-up: a basis in which components mean something, for every hypergradient from now on,
+        and lambda, which is returned."""
+        if rotates:
             self._rotate()
+            if self.free is not None:
+                self.free.reset()
         return self.penalty_on_factors.settle()
 
     def _upper_step(self, step: Step) -> dict[str, Any]:

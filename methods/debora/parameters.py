@@ -8,15 +8,17 @@ from pydantic import Field, model_validator
 
 from harness.method import Method
 from harness.spec import TrainSpec
-from methods.debora.recipes import defaults
+from methods.debora.recipes import Recipe, defaults
 from methods.debora.schedule import Schedule, batches_a_step
 
 
 class DeboraParameters(Method):
     """dEBORA's hyperparameters. See docs/debora.md for the mathematics."""
 
-    recipe: Literal["ours", "paper"] = Field(
-        "ours", description="defaults of everything below: what was found to identify ranks, or the paper's own form"
+    recipe: Recipe = Field(
+        "ours",
+        description="defaults of what follows: what was found to identify ranks, the paper's own form, or what version 3 "
+        "of this method had (as paper, with hypergradient = direct and step_rule = fixed)",
     )
     learning_rate: float = Field(
         1e-3, gt=0, description="peak learning rate of the lower level; unset: 3e-3 where geometry is not matrix"
@@ -199,9 +201,10 @@ def check_parameters(given: DeboraParameters) -> None:
         )
     _check_steps(given)
     if given.factor_penalty:
-        if given.recipe == "paper":
+        if given.recipe != "ours":
             raise ValueError(
-                f"factor_penalty = {given.factor_penalty:g} is not in the paper: set recipe = ours, or leave it out"
+                f"factor_penalty = {given.factor_penalty:g} is no part of recipe = {given.recipe}: set recipe = ours, or "
+                "leave it out"
             )
         if given.geometry != "matrix":
             raise ValueError(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from part import Part
 from tabulate import tabulate
 
+from harness.notation import label
 from harness.report.tables.paper import Reported, reported
 
 TASKS = {"glue/sst2, reserved": "accuracy", "glue/stsb": "pearson", "glue/mrpc": "accuracy"}
-MANIFOLDS = ("debora[geometry=oblique]", "debora[geometry=stiefel]")
-ROWS = ("full", "hadapter", "padapter", "adalora", "debora", *MANIFOLDS)
+MANIFOLDS = ("debora[recipe=v3,geometry=oblique]", "debora[recipe=v3,geometry=stiefel]")
+ROWS = ("full", "hadapter", "padapter", "adalora", "debora[recipe=v3]", *MANIFOLDS)
 
 
 class Paper:
@@ -19,26 +20,26 @@ class Paper:
         self._ours = ours
         self._reported = _reported()
         self._less = {
-            (label, task): (
-                self._reported[label, task].score - self._reported["lora", task].score,
-                ours.difference(label, "lora", task).mean,
+            (row, task): (
+                self._reported[row, task].score - self._reported["lora", task].score,
+                ours.difference(row, "lora", task).mean,
             )
-            for label in ROWS
+            for row in ROWS
             for task in TASKS
         }
 
     def table(self) -> str:
         """Reported and ours: score less that of LoRA of rank 8, and parameters over LoRA's."""
         lines = []
-        for label in ROWS:
-            line = {"method": f"`{label}`"}
+        for row in ROWS:
+            line = {"method": f"`{row}`"}
             for task in TASKS:
-                theirs, ours = self._less[label, task]
+                theirs, ours = self._less[row, task]
                 line[f"{task}, reported / ours"] = f"{theirs:+.3f} / {ours:+.3f}"
             shares = [
-                self._reported[label, task].parameters / self._reported["lora", task].parameters for task in TASKS
+                self._reported[row, task].parameters / self._reported["lora", task].parameters for task in TASKS
             ]
-            share = f"{sum(shares) / len(shares):.2f} / {self._ours.share(label, 'lora')}"
+            share = f"{sum(shares) / len(shares):.2f} / {self._ours.share(row, 'lora')}"
             lines.append(line | {"parameters over LoRA 8's, reported / ours": share})
         return tabulate(lines, "keys", tablefmt="github", disable_numparse=True)
 
@@ -49,7 +50,7 @@ class Paper:
 
     def above_lora(self, task: str) -> int:
         """How many rows have a better mean than LoRA of rank 8 here."""
-        return sum(self._less[label, task][1] > 0 for label in ROWS)
+        return sum(self._less[row, task][1] > 0 for row in ROWS)
 
 
 def _reported() -> dict[tuple[str, str], Reported]:
@@ -59,6 +60,7 @@ def _reported() -> dict[tuple[str, str], Reported]:
     for figure in reported():
         task = tasks.get(figure.task)
         if task and figure.benchmark == "GLUE" and figure.source.startswith("dEBORA") and TASKS[task] == figure.metric:
-            geometry = figure.settings.get("geometry", "matrix")
-            found[figure.method if geometry == "matrix" else f"{figure.method}[geometry={geometry}]", task] = figure
+            geometry = {key: value for key, value in figure.settings.items() if key == "geometry" and value != "matrix"}
+            recipe = {"recipe": "v3"} if figure.method == "debora" else {}
+            found[label(figure.method, recipe | geometry), task] = figure
     return found

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "results" / "study"
 MARKS = "<!-- study: written by scripts/study.sh -->", "<!-- end of the study -->"
 OF_SEARCH = ("rank", "gap", "active_components")  # of dEBORA's history
-BASELINES = ("lora", "debora", "lora[ranks_of=debora]")
+BASELINES = ("lora", "debora[recipe=v3]", "lora[ranks_of=debora[recipe=v3]]")
 WIDTHS = {"main": 384, "parts": 128, "convolutions": None}  # of the models' layers
 
 
@@ -66,10 +66,10 @@ def _pictures(main: Part, parts: Part, convolutions: Part) -> None:
     traces = {name: tuple(each for each in traces if each.name in OF_SEARCH) for name, traces in main.traces.items()}
     figures = {
         "main": scatter.draw(main.only("*", columns=[column.title for column in main.board.counted])),
-        "sweeps": scatter.draw(parts.only("debora", "debora[tau=*", "debora[T_max=*", "lora*")),
+        "sweeps": scatter.draw(parts.only("debora[recipe=v3]", "debora[recipe=v3,tau=*", "debora[recipe=v3,T_max=*", "lora*")),
         "convolutions": scatter.draw(convolutions.board),
         "active_set": curves.over_time(search, traced(search, main.store, traces=traces)),
-        "ranks": layers.rank_heat_map(main.only("debora", "adalora", columns=sentences), main.records),
+        "ranks": layers.rank_heat_map(main.only("debora[recipe=v3]", "adalora", columns=sentences), main.records),
     }
     for name, figure in figures.items():
         assert figure is not None, name
