@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 Stream = Literal["all", "lower", "upper"]
 Indices = tuple[int, ...]  # one batch: positions in the training split
-
-
 FinishedRun = Callable[[str], Finished]  # by run_id; raises InputError, with the nearest match, where there is none
 
 
@@ -168,24 +166,21 @@ class Method(Strict, ABC):
     def unsupported(self, backbone: Backbone) -> str | None:
         """Why the method cannot work on this backbone (the cell is then reported with that reason), or None.
 
-        Raises InputError for a hyperparameter that cannot be right on it (a rank above a layer's size, targets
-        that match nothing). Called for every cell before anything runs, with the backbone on the meta device, so
-        look at shapes and names only.
-        """
+        Raises InputError for a hyperparameter that cannot be right on it (a rank above a layer's size, targets that
+        match nothing). Called for every cell before anything runs, on the meta device: look at shapes and names."""
         return None
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
-        """What a dry run should say of a run of `num_examples` training rows (ranks it can reach), a line each.
-        Called for every cell before anything runs; raises InputError for what does not fit into the budget."""
+        """What a dry run should say of a run of `num_examples` training rows (ranks it can reach), a line each. Called
+        for every cell before anything runs; raises InputError for what does not fit into the budget."""
         return []
 
     @abstractmethod
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """Adapt the backbone in place and return the run's state.
 
-        The head is trained by every method. `rng` and torch's global generator are seeded for this run; draw
-        initial values from either. For a dry run the backbone is on the meta device: draw nothing from `data`.
-        """
+        The head is trained by every method. `rng` and torch's global generator are seeded for this run; draw initial
+        values from either. For a dry run the backbone is on the meta device: draw nothing from `data`."""
 
 
 class Adaptation:
@@ -247,6 +242,10 @@ class Adaptation:
 
     def finish(self, step: Step) -> None:
         """After the last update, before the evaluation: for methods that cut, merge or round what was trained."""
+
+    def remarks(self) -> list[str]:
+        """After the run: what its row of a table should say of how it went, a line each, the same for every seed."""
+        return []
 
     def ranks(self) -> dict[str, int]:
         """Live rank of each adapted layer, by the layer's name in the backbone; {} where there is no rank."""

@@ -223,7 +223,8 @@ class _Run:
             self._tell(training)
 
         training.run(after_update)
-        self.known |= {"ranks": adaptation.ranks(), "parameters": training.sizes.parameters()}
+        notes = (*self.known.get("notes", ()), *adaptation.remarks())
+        self.known |= {"ranks": adaptation.ranks(), "parameters": training.sizes.parameters(), "notes": notes}
 
     def _resume(self, training: Training, newest: checkpoint.Newest) -> None:
         """Go on from a checkpoint, where there is one. Raises Unusable for one that does not fit."""

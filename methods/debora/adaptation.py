@@ -79,6 +79,7 @@ class DeboraAdaptation(Adaptation):
         self.free = FreeGradient() if hypergradient.kind == "free" else None
         factors = [factor for layer in layers.values() for factor in layer.factors(ADAPTER)]
         self.penalty_on_factors = FactorPenalty(factors, method.factor_penalty, method.penalty_share)
+        self.was_cut = False  # for the target's sake
         self._write_s(search.s)
         super().__init__(model, optimizer, backbone)
         self.stream = "lower" if self.free is None else "all"
@@ -143,6 +144,13 @@ class DeboraAdaptation(Adaptation):
         """See `Adaptation.ranks`."""
         return {name: layer.r[ADAPTER] for name, layer in self.layers.items()}
 
+    def remarks(self) -> list[str]:
+        """See `Adaptation.remarks`."""
+        if not self.was_cut:
+            return []
+        by = "their singular values" if self.method.cut_by == "size" else "s"
+        return [f"the search's steps left more than the target; the rest was cut by {by}"]
+
     def at_rank(self, rank: int) -> AbstractContextManager[None]:
         """See `Adaptation.at_rank`: of two factors the best approximation, of a CP form the largest components."""
         values: dict[Tensor, Tensor] = {}
@@ -170,6 +178,7 @@ class DeboraAdaptation(Adaptation):
             "search": self.search.state_dict(),
             "free": None if self.free is None else self.free.state_dict(),
             "penalty": self.penalty_on_factors.state_dict(),
+            "was_cut": self.was_cut,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -187,6 +196,7 @@ class DeboraAdaptation(Adaptation):
                 layer.release(ADAPTER)
         super().load_state_dict(state)
         self.penalty_on_factors.load_state_dict(state["penalty"])
+        self.was_cut = state["was_cut"]
         if self.free is not None:
             self.free.load_state_dict(state["free"], self.search.live.device)
 
@@ -246,6 +256,7 @@ class DeboraAdaptation(Adaptation):
             before = search.s
             dropped = search.cut_to_target(scores)
             history["cut"] = sum(map(sum, dropped))
+            self.was_cut = True
             history["jump"] = history.get("jump", jump) + self.cut(dropped, before)
             removes = True
         if removes:

@@ -17,8 +17,8 @@ class DeboraParameters(Method):
 
     recipe: Recipe = Field(
         "ours",
-        description="defaults of what follows: what was found to identify ranks, the paper's own form, or what version 3 "
-        "of this method had (as paper, with hypergradient = direct and step_rule = fixed)",
+        description="defaults of what follows: what was found to identify ranks, the paper's own form, or what version "
+        "3 of this method had (as paper, with hypergradient = direct and step_rule = fixed)",
     )
     learning_rate: float = Field(
         1e-3, gt=0, description="peak learning rate of the lower level; unset: 3e-3 where geometry is not matrix"
@@ -203,8 +203,8 @@ def check_parameters(given: DeboraParameters) -> None:
     if given.factor_penalty:
         if given.recipe != "ours":
             raise ValueError(
-                f"factor_penalty = {given.factor_penalty:g} is no part of recipe = {given.recipe}: set recipe = ours, or "
-                "leave it out"
+                f"factor_penalty = {given.factor_penalty:g} is no part of recipe = {given.recipe}: set recipe = ours, "
+                "or leave it out"
             )
         if given.geometry != "matrix":
             raise ValueError(

@@ -36,9 +36,7 @@ class Paper:
             for task in TASKS:
                 theirs, ours = self._less[row, task]
                 line[f"{task}, reported / ours"] = f"{theirs:+.3f} / {ours:+.3f}"
-            shares = [
-                self._reported[row, task].parameters / self._reported["lora", task].parameters for task in TASKS
-            ]
+            shares = [self._reported[row, task].parameters / self._reported["lora", task].parameters for task in TASKS]
             share = f"{sum(shares) / len(shares):.2f} / {self._ours.share(row, 'lora')}"
             lines.append(line | {"parameters over LoRA 8's, reported / ours": share})
         return tabulate(lines, "keys", tablefmt="github", disable_numparse=True)

@@ -136,7 +136,7 @@ class Part:
         return ", ".join(f"`{label}`" for label in told) or "none"
 
     def beyond_chance(self, rows: str) -> str:
-        """3 of 28 (`debora[recipe=v3,tau=32]` on glue/mnli): rows and tasks whose seeds share more than the middle 95 % of
+        """3 of 28 (`debora[tau=32]` on glue/mnli): rows and tasks whose seeds share more than the middle 95 % of
         chance."""
         own = [each for each in self.agreed if matching([rows], [each.label])]
         names = ", ".join(f"`{each.label}` on {each.column.title}" for each in own if each.found.is_beyond_chance)

@@ -66,7 +66,9 @@ def _pictures(main: Part, parts: Part, convolutions: Part) -> None:
     traces = {name: tuple(each for each in traces if each.name in OF_SEARCH) for name, traces in main.traces.items()}
     figures = {
         "main": scatter.draw(main.only("*", columns=[column.title for column in main.board.counted])),
-        "sweeps": scatter.draw(parts.only("debora[recipe=v3]", "debora[recipe=v3,tau=*", "debora[recipe=v3,T_max=*", "lora*")),
+        "sweeps": scatter.draw(
+            parts.only("debora[recipe=v3]", "debora[recipe=v3,tau=*", "debora[recipe=v3,T_max=*", "lora*")
+        ),
         "convolutions": scatter.draw(convolutions.board),
         "active_set": curves.over_time(search, traced(search, main.store, traces=traces)),
         "ranks": layers.rank_heat_map(main.only("debora[recipe=v3]", "adalora", columns=sentences), main.records),

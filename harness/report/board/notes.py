@@ -14,10 +14,12 @@ from harness.report.wording import few, seeds_text
 
 
 def with_notes(board: Board) -> Board:
-    """The board with notes on failures and their reasons, and on seeds, data, devices and versions that differ."""
+    """The board with notes on failures and their reasons, on how runs say that they went, and on seeds, data, devices and
+    versions that differ."""
     runs = [run for row in board.rows for run in row.runs]
     notes = [
         *_failure_notes(board.rows, board.tasks),
+        *_remarks(board.rows, board.tasks),
         *_seed_notes(board.rows, board.tasks),
         *_data_notes(board.rows, board.tasks),
         *_split_notes(board.columns),
@@ -39,6 +41,19 @@ def _failure_notes(rows: Iterable[Row], columns: Sequence[Column]) -> list[str]:
                     seeds[status_text(run), reason].append(run.seed)
             for (status, reason), which in seeds.items():
                 notes.append(f"{row.label} on {title}: {status} (seed {_listed(which)}): {reason}")
+    return notes
+
+
+def _remarks(rows: Iterable[Row], columns: Sequence[Column]) -> list[str]:
+    """One line for each thing that runs of a cell say of how they went."""
+    notes = []
+    for row in rows:
+        for title, cell in ((column.title, row.cells[column.title]) for column in columns if column.title in row.cells):
+            seeds: dict[str, list[int]] = defaultdict(list)
+            for run in cell.runs:
+                for remark in run.record.notes:
+                    seeds[remark].append(run.seed)
+            notes += [f"{row.label} on {title} (seed {_listed(which)}): {remark}" for remark, which in seeds.items()]
     return notes
 
 

@@ -15,8 +15,10 @@ def initial_factors(
 ) -> list[Tensor]:
     """Factors U^(k), (n_k, rank) each, drawn from torch's global generator; `like` names device and dtype.
 
-    Euclidean: the first factor is 0, so that the update is exactly 0. The second starts as LoRA's A, uniform within
-    +-1/sqrt(n), the rest with variance 1/n, so that their outer products vary as LoRA's A over the whole kernel.
+    Euclidean: the first factor is 0, so that the update is exactly 0. The second starts as LoRA's A over the whole
+    kernel, uniform within +-1/sqrt(n_2 n_3 ...), the rest with entries of variance 1. So their outer products vary as
+    LoRA's A, and move as it does: AdamW moves an entry by about the learning rate, whatever its size, and the small
+    factors multiply that. With the small factors of norm 1 instead, a 3 x 3 kernel would move a third as far.
 
     Oblique and Stiefel: uniform on the manifold, where no factor can be 0. The update's norm at s = eps is at most
     eps * rank (for Stiefel factors eps * sqrt(rank)). With `paired`, component 2j + 1 is component 2j with the first
@@ -25,11 +27,12 @@ def initial_factors(
     Raises ValueError for a Stiefel factor with more columns than rows.
     """
     factors = []
+    inputs = math.prod(sizes[1:])
     for position, (size, manifold) in enumerate(zip(sizes, manifolds, strict=True)):
         if manifold == "euclidean" and position == 0:
             factors.append(torch.zeros(size, rank, **like))
         elif manifold == "euclidean":
-            bound = math.sqrt((1 if position == 1 else 3) / size)
+            bound = math.sqrt(1 / inputs if position == 1 else 3)
             factors.append(torch.empty(size, rank, **like).uniform_(-bound, bound))
         elif manifold == "oblique":
             factors.append(torch.nn.functional.normalize(torch.randn(size, rank, **like), dim=0))

@@ -143,14 +143,38 @@ def test_where_the_factors_start(geometry):
     assert update == 0 if geometry == "matrix" else 0 < update <= 8e-3
 
 
-def test_the_euclidean_start_varies_as_loras():
+SHAPES = [(64, (7, 7)), (64, (3, 3)), (64, (1, 3)), (64, (1, 1)), (1, (5, 5))]  # input channels, kernel
+
+
+def products(layer: DeboraConv2d) -> torch.Tensor:
+    """(C_in, kH, kW, r): the outer products of all factors but the first, which is where a LoRA has its A."""
+    factors = dict(zip(layer.mode_sizes(), layer.factors("default"), strict=True))
+    ones = torch.ones(1, layer.r["default"])
+    V, height, width = (factors.get(name, ones).detach() for name in layer.adapter_layer_names[1:])
+    return torch.einsum("ir,hr,wr->ihwr", V, height, width)
+
+
+@pytest.mark.parametrize(("channels", "kernel"), SHAPES)
+def test_the_euclidean_start_varies_as_loras(channels, kernel):
     """The product of all factors but the zero one has LoRA's variance, 1 / (3 C_in kH kW)."""
     torch.manual_seed(0)
-    layer = DeboraConv2d(nn.Conv2d(64, 8, 7), "default", 512, DeboraConfig(target_modules=["x"]))
-    U, V, height, width = (factor.detach() for factor in layer.factors("default"))
-    assert not U.any()
-    products = torch.einsum("ir,hr,wr->ihwr", V, height, width)
-    assert products.square().mean() * (3 * 64 * 49) == pytest.approx(1, rel=0.05)
+    layer = DeboraConv2d(nn.Conv2d(channels, 8, kernel), "default", 2048, DeboraConfig(target_modules=["x"]))
+    assert not layer.factors("default")[0].any()
+    found = products(layer)
+    assert found.square().mean() * (3 * found[..., 0].numel()) == pytest.approx(1, rel=0.08)
+
+
+@pytest.mark.parametrize(("channels", "kernel"), SHAPES)
+def test_a_step_of_adamw_moves_the_kernel_as_far_as_loras(channels, kernel):
+    """AdamW's first step moves every entry of LoRA's A, (r, C_in, kH, kW), by the learning rate."""
+    torch.manual_seed(0)
+    layer = DeboraConv2d(nn.Conv2d(channels, 8, kernel), "default", 2048, DeboraConfig(target_modules=["x"]))
+    U, *others = layer.factors("default")
+    nn.init.normal_(U)
+    before, update = products(layer), layer.get_delta_weight("default")
+    (update * torch.randn(update.shape)).sum().backward()
+    torch.optim.AdamW(others, lr=1e-4, weight_decay=0).step()
+    assert (products(layer) - before).norm() == pytest.approx(1e-4 * before.numel() ** 0.5, rel=0.1)
 
 
 def test_groups_are_refused_with_the_layers_name():
