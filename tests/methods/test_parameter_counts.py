@@ -8,6 +8,7 @@ from harness.contracts import Subject, start
 from harness.contracts.subject import method_of
 from harness.method import in_modules
 from harness.run.sizes import Sizes
+from harness.spec import TrainSpec
 from tasks.glue import Glue
 from tests.support.deberta import base_config
 
@@ -57,7 +58,7 @@ def test_the_head_and_the_layers(backbone):
 )
 def test_counts_at_the_start(method, numbers, ranks, backbone):
     whole = sum(p.numel() for p in backbone.module.parameters())
-    adaptation = method_of(method).start(backbone, None, FewRows(), torch.Generator().manual_seed(0))
+    adaptation = method_of(method).start(backbone, TrainSpec(batches=9), FewRows(), torch.Generator().manual_seed(0))
     count = Sizes(adaptation).parameters()
     assert count.adapter_initial == count.adapter_peak == count.adapter_final == numbers
     assert count.head == HEAD

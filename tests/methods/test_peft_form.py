@@ -38,7 +38,7 @@ def loaded(config):
         ('lora[rank=2,rank_pattern={"query"=4,"dense"=4,"key"=4,"value"=4}]', 8.0),
         ("pruned_lora[rank=4,alpha=6]", 1.5),
         ("adalora[init_rank=8,target_rank=4,alpha=16]", 2.0),
-        ("debora[rank=4,tau=2]", 0.5),
+        ("debora[rank=4,tau=2,budget_scope=layer]", 0.5),
         ("debora[rank=4,tau=24,budget_scope=global]", 0.5),
     ],
 )

@@ -22,6 +22,7 @@ from harness.contracts.subject import method_of
 from harness.method import Backbone
 from harness.record.store import RecordStore
 from harness.run.sizes import Sizes
+from harness.spec import TrainSpec
 from methods.peft_tuners.trial import trial_inputs, with_values, without_values
 from tasks.pretrained import head_and_layers
 from tests.support import tiny
@@ -123,7 +124,7 @@ def test_counts_of_encoders_with_decoders(family):
         whole = tokens + 2 * 34 * WIDTH + 2 * BLOCKS * block + BLOCKS * 4 * square + norms
     head = WIDTH * WIDTH + WIDTH + 3 * WIDTH + 3
     for name, numbers in (("lora[rank=2]", 2 * each), ("debora[rank=2]", 2 * (each + len(backbone.layers)))):
-        run = method_of(name).start(backbone_of(family), None, FewRows(), torch.Generator())
+        run = method_of(name).start(backbone_of(family), TrainSpec(batches=9), FewRows(), torch.Generator())
         count = Sizes(run).parameters()
         assert (count.adapter_initial, count.head, count.total) == (numbers, head, whole + head + numbers)
         assert run.ranks() == dict.fromkeys(backbone.layers, 2)

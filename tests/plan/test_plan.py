@@ -236,9 +236,9 @@ def test_a_label_leaves_out_what_follows_from_the_rest():
         return registry.label_of("debora", registry.make_method("debora", parameters).model_dump(mode="json"))
 
     assert labelled() == "debora"
-    assert labelled(geometry="oblique") == "debora[geometry=oblique]"  # tau and learning rate follow
+    assert labelled(geometry="oblique") == "debora[geometry=oblique]"  # the learning rate follows
     assert labelled(geometry="oblique", tau=4) == "debora[geometry=oblique,tau=4]"
-    assert labelled(tau=8) == "debora[tau=8]"  # what oblique would take is not what matrix takes
+    assert labelled(learning_rate=3e-3) == "debora[learning_rate=0.003]"  # what oblique takes is not what matrix takes
     assert registry.label_of("peft", {"type": "ia3"}) == "peft[type=ia3]"
 
 

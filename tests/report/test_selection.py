@@ -26,6 +26,7 @@ from tests.support.report_records import NAMING, record, stored
 
 SCORES = {"lora": 0.7, "debora": 0.8, "head": 0.5}
 LORA = {"rank": 8, "targets": ["query", "value"]}
+OWN: dict[str, dict[str, Any]] = {"lora": LORA, "debora": {"recipe": "ours"}}
 
 
 def control(of: str, seed: int, score: float) -> RunRecord:
@@ -35,7 +36,7 @@ def control(of: str, seed: int, score: float) -> RunRecord:
 def runs() -> list[RunRecord]:
     """Three methods with two seeds each, debora best on digits, and two controls, of which one has one seed."""
     found = [
-        record(method, task, seed=seed, score=score + 0.01 * seed, method_parameters=LORA if method == "lora" else {})
+        record(method, task, seed=seed, score=score + 0.01 * seed, method_parameters=OWN.get(method, {}))
         for method, score in SCORES.items()
         for seed in (0, 1)
         for task in ("digits", "rest")

@@ -18,6 +18,7 @@ from harness.record.store import RecordStore
 from harness.run.rank_curve import rank_curve
 from harness.run.run import run_one
 from harness.run.streams import TrainingData
+from harness.spec import TrainSpec
 from methods.debora.method import Debora
 from methods.shared.truncation import best_approximation, largest, swapped
 
@@ -90,7 +91,7 @@ class TestMethods:
     def test_debora_keeps_the_largest_components_of_a_kernel(self) -> None:
         """The largest norms, which are neither the largest s nor the first."""
         backbone = Backbone(nn.Sequential(nn.Conv2d(5, 4, 3)), (), ("0",))
-        adaptation: Any = Debora(rank=4).start(backbone, None, TrainingData(8, 4, 0), None)
+        adaptation: Any = Debora(rank=4).start(backbone, TrainSpec(batches=9), TrainingData(8, 4, 0), None)
         (layer,) = adaptation.layers.values()
         for factor, seed in zip(layer.factors(ADAPTER), range(4), strict=True):
             factor.data = torch.randn(*factor.shape, generator=torch.Generator().manual_seed(seed))

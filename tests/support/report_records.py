@@ -33,7 +33,7 @@ ENVIRONMENT = Environment(
 )
 DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 8, "targets": ("query", "value")},
-    "debora": {"tau": 16.0, "rank": 8},
+    "debora": {"tau": 16.0, "rank": 8, "recipe": "ours"},
 }
 
 

@@ -14,8 +14,8 @@ from harness.report.wording import few, seeds_text
 
 
 def with_notes(board: Board) -> Board:
-    """The board with notes on failures and their reasons, on how runs say that they went, and on seeds, data, devices and
-    versions that differ."""
+    """The board with notes on failures and their reasons, on how runs say that they went, and on seeds, data, devices
+    and versions that differ."""
     runs = [run for row in board.rows for run in row.runs]
     notes = [
         *_failure_notes(board.rows, board.tasks),

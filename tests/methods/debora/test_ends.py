@@ -66,7 +66,7 @@ def test_one_that_does_not_says_what_it_cut():
 def test_from_a_vertex_no_more_than_the_target_stay():
     found = []
     for components in (3, 12, 48):
-        settings = SETTINGS.replace(",n0=0", ",geometry=stiefel,step_size=0.5")
+        settings = SETTINGS.replace(",n0=0", ",geometry=stiefel,step_size=0.02,momentum=0")
         run = started(f"{settings},components={components}", batches=60)
         run.training.run(lambda training: None)
         found.append(sum(run.adaptation.ranks().values()))

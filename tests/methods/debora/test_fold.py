@@ -173,8 +173,9 @@ def test_a_checkpoint_from_after_folding_resumes_exactly(geometry):
         assert torch.equal(one, two)
 
 
-def test_the_penalty_is_its_explicit_form_under_autograd():
-    net, optimizer = trained(4, "matrix")
+@pytest.mark.parametrize("modes", [2, 4])
+def test_the_penalty_is_its_explicit_form_under_autograd(modes):
+    net, optimizer = trained(modes, "matrix")
     factors, strength = net.adapted.factors(ADAPTER), 0.3
     backward(net, optimizer)
     before = [factor.grad.clone() for factor in factors]

@@ -93,7 +93,9 @@ def test_in_the_loop_the_search_follows_the_mean_over_the_lower_batches(geometry
     """Each batch's derivative in s before its update, in the basis that the warm-up ends with; clipping, projection,
     micro batches, penalty do not show."""
     penalty = 0.1 if geometry == "matrix" else 0
-    settings = f"recipe=ours,rank=4,T_max=3,n0=1,search_fraction=1,start_at=vertex,geometry={geometry},hypergradient=free"
+    settings = (
+        f"recipe=ours,rank=4,T_max=3,n0=1,search_fraction=1,start_at=vertex,geometry={geometry},hypergradient=free"
+    )
     settings += f",step_size=0.5,tau=4,eps=0.1,warm_up=0.2,factor_penalty={penalty}"
     run = started(settings, batches=15)
     run.training.train = run.training.train.model_copy(update={"micro_batches": pieces, "clip_norm": 1e-3})

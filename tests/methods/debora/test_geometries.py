@@ -71,7 +71,9 @@ def test_contracts(name, contract, tmp_path):
 
 @pytest.mark.parametrize("geometry", ["oblique", "stiefel"])
 @pytest.mark.parametrize(
-    "recipe", ["recipe=paper,step_rule=fixed,step_size=0.2,tau=4,T_max=5", "step_size=0.02,T_max=2"], ids=["paper", "ours"]
+    "recipe",
+    ["recipe=paper,step_rule=fixed,step_size=0.2,tau=4,T_max=5", "step_size=0.02,T_max=2"],
+    ids=["paper", "ours"],
 )
 def test_the_loss_falls_on_a_manifold(recipe, geometry, tmp_path):
     settings = f"{recipe},geometry={geometry},rank=4,learning_rate=0.01"
@@ -176,7 +178,9 @@ def test_a_hypergradient_that_is_not_finite_is_a_divergence(name):
     ],
 )
 def test_training_goes_on_where_every_component_is_gone(settings, tmp_path):
-    run = started(settings + ",rank=4,step_rule=fixed,steps=away,momentum=0,T_max=100,n0=0,step_size=1,warm_up=0.3", 3, batches=30)
+    run = started(
+        settings + ",rank=4,step_rule=fixed,steps=away,momentum=0,T_max=100,n0=0,step_size=1,warm_up=0.3", 3, batches=30
+    )
     adaptation = adaptation_of(run)
     empty(adaptation)
     assert set(adaptation.ranks().values()) == {0}

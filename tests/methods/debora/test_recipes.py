@@ -31,7 +31,9 @@ def test_what_a_recipe_says_is_written_out():
     assert all(ours[name] != value for name, value in PAPER.items())
 
 
-@pytest.mark.parametrize(("name", "value"), [("fold", True), ("steps", "pairwise"), ("momentum", 0.5), ("warm_up", 0.1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("fold", True), ("steps", "pairwise"), ("momentum", 0.5), ("warm_up", 0.1)]
+)
 def test_what_is_given_wins(name, value):
     assert getattr(Debora(recipe="paper", **{name: value}), name) == value
 
@@ -112,7 +114,10 @@ def test_what_does_not_fit_together_is_one_line(values, message):
     ("values", "message"),
     [
         ({"components": 49}, "components = 49 is above the 48 that there are"),
-        ({"adapter_parameters": 31}, "adapter_parameters = 31 is not allowed: one component has 32, and all 48 have 1664"),
+        (
+            {"adapter_parameters": 31},
+            "adapter_parameters = 31 is not allowed: one component has 32, and all 48 have 1664",
+        ),
         ({"adapter_parameters": 1665}, "adapter_parameters = 1665 is not allowed"),
         ({"adapter_parameters": 32, "fold": False}, "one component has 33, and all 48 have 1712"),
         (

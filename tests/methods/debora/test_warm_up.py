@@ -43,14 +43,14 @@ def test_where_the_learning_rate_peaks_after_the_search_no_step_is_made_and_the_
 
 @pytest.mark.parametrize("T_max", [1, 3])
 @pytest.mark.parametrize("settings", ["recipe=ours", "recipe=ours,hypergradient=path,path_points=2", "recipe=paper"])
-def test_without_a_warm_up_the_first_step_comes_after_T_max_updates(settings, T_max):
+def test_without_a_warm_up_the_first_step_comes_after_its_updates(settings, T_max):
     run = started(f"{settings},rank=2,warm_up=0,T_max={T_max},n0=100", batches=16)
     run.training.run(lambda training: None)
     assert next(n for n, row in enumerate(run.training.history) if "gap" in row) == T_max - 1
 
 
 @pytest.mark.parametrize("settings", ["recipe=ours", "recipe=ours,hypergradient=direct", "recipe=paper"])
-def test_with_a_warm_up_it_comes_after_T_max_more(settings):
+def test_with_a_warm_up_it_comes_so_many_later(settings):
     run = started(f"{settings},rank=2,warm_up=0.2,T_max=2,n0=100", batches=20)
     run.training.run(lambda training: None)
     assert [n for n, row in enumerate(run.training.history) if "gap" in row][:2] == [5, 7]
