@@ -18,7 +18,7 @@ def initial_factors(
     Euclidean: the first factor is 0, so that the update is exactly 0. The second starts as LoRA's A over the whole
     kernel, uniform within +-1/sqrt(n_2 n_3 ...), the rest with entries of variance 1. So their outer products vary as
     LoRA's A, and move as it does: AdamW moves an entry by about the learning rate, whatever its size, and the small
-    factors multiply that. With the small factors of norm 1 instead, a 3 x 3 kernel would move a third as far.
+    factors multiply that. With small factors of norm 1 a step on the second would move a 3 x 3 kernel a third as far.
 
     Oblique and Stiefel: uniform on the manifold, where no factor can be 0. The update's norm at s = eps is at most
     eps * rank (for Stiefel factors eps * sqrt(rank)). With `paired`, component 2j + 1 is component 2j with the first
