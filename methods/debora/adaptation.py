@@ -78,7 +78,8 @@ class DeboraAdaptation(Adaptation):
         self.hypergradient = hypergradient
         self.free = FreeGradient() if hypergradient.kind == "free" else None
         factors = [factor for layer in layers.values() for factor in layer.factors(ADAPTER)]
-        self.penalty_on_factors = FactorPenalty(factors, method.factor_penalty, method.penalty_share)
+        units = [unit for layer in layers.values() for unit in layer.units()]
+        self.penalty_on_factors = FactorPenalty(factors, units, method.factor_penalty, method.penalty_share)
         self.was_cut = False  # for the target's sake
         self._write_s(search.s)
         super().__init__(model, optimizer, backbone)

@@ -21,13 +21,17 @@ from methods.shared.optimizer_state import gradient_of
 class FactorPenalty:
     """lambda / 2 times the squared norms of the factors, as what it adds to their gradients.
 
+    units:    for each factor the length that counts as one (`DeboraLayer.units`); 1 of a linear layer's.
     strength: lambda, in units of the loss over those of the factors' squares; None until `settle` has said it.
     share:    where it is not given: how large the penalty's gradient is to be against the loss's. So lambda follows the
               scale of the loss, of the parametrisation and of the noise in a batch.
     """
 
-    def __init__(self, factors: Sequence[nn.Parameter], strength: float | None, share: float) -> None:
+    def __init__(
+        self, factors: Sequence[nn.Parameter], units: Sequence[float], strength: float | None, share: float
+    ) -> None:
         self.factors = list(factors)
+        self.units = list(units)
         self.strength = strength
         self.share = share
         self.norms: Tensor | None = None  # the sum of the norms of the loss's gradients
@@ -42,16 +46,18 @@ class FactorPenalty:
             self.norms = norm if self.norms is None else self.norms + norm
             self.batches += 1
         elif self.strength > 0:
-            with_gradients = [factor for factor in self.factors if factor.grad is not None and factor.numel()]
-            gradients = [gradient_of(factor) for factor in with_gradients]
-            torch._foreach_add_(gradients, with_gradients, alpha=self.strength)  # type: ignore[arg-type]
+            pairs = [(factor, unit) for factor, unit in zip(self.factors, self.units, strict=True) if factor.numel()]
+            own = [(factor, self.strength / unit**2) for factor, unit in pairs if factor.grad is not None]
+            if own:
+                factors, weights = map(list, zip(*own, strict=True))
+                torch._foreach_add_([gradient_of(factor) for factor in factors], torch._foreach_mul(factors, weights))
 
     @torch.no_grad()
     def settle(self) -> float:
         """lambda; where it is not given, share times the mean norm of the loss's gradients so far over the norm of the
         factors. Waits for the device, once a run."""
         if self.strength is None:
-            size = float(_norm(self.factors))
+            size = float(_norm([factor / unit for factor, unit in zip(self.factors, self.units, strict=True)]))
             seen = 0.0 if self.norms is None else float(self.norms) / self.batches
             self.strength = self.share * seen / size if size else 0.0
             self.norms = None

@@ -64,19 +64,21 @@ def singular_basis(U: Tensor, V: Tensor, s: Tensor, unit_columns: bool = False) 
     return Basis(factors, s_new, sigma, maps)
 
 
-def normalised(factors: Sequence[Tensor], s: Tensor) -> Basis:
+def normalised(factors: Sequence[Tensor], s: Tensor, units: Sequence[float] | None = None) -> Basis:
     """The CP form sum_i s_i u_i^(1) (x) ... (x) u_i^(d), factors (n_k, r) and s (r,) > 0, with definite lengths.
 
     Components come by descending size sigma_i = s_i |u_i^(1)| ... |u_i^(d)|, s keeps its numbers and has them in
-    descending order, and every column of component i has the length (sigma_i / s_i)^(1/d). A component with a column of
-    0 has no size, and its columns stay as they are: the start of training, where the others give that one its gradient.
-    On columns of length 1 it only sorts.
+    descending order, and every column of component i has the length (sigma_i / s_i)^(1/d), in `units`: of each factor
+    the length that counts as one, 1 unless given. A component with a column of 0 has no size, and its columns stay as
+    they are: the start of training, where the others give that one its gradient. On columns of length 1 it only sorts.
     """
+    unit = torch.tensor(units or [1.0] * len(factors), dtype=torch.float64, device=s.device)[:, None]
     lengths = torch.stack([factor.detach().double().norm(dim=0) for factor in factors])
     sizes = component_sizes(factors, s)
     order = sizes.argsort(descending=True, stable=True)
     sizes, lengths, s_new = sizes[order], lengths[:, order], s.sort(descending=True).values
-    scales = torch.where(sizes > 0, (sizes / s_new) ** (1 / len(factors)) / lengths, 1.0)  # (d, r)
+    length = (sizes / s_new / unit.prod()) ** (1 / len(factors))
+    scales = torch.where(sizes > 0, unit * length / lengths, 1.0)  # (d, r)
     # A column's gradient is s_i times the product of the other columns.
     of_gradients = (s_new / s.double()[order]) * scales.prod(0) / scales
     permutation = torch.eye(len(s), dtype=sizes.dtype, device=s.device)[order]

@@ -36,9 +36,9 @@ def test_method(method, contract, tmp_path: Path):
 @pytest.mark.parametrize(
     "method",
     [
-        "debora[rank=4,T_max=2,n0=3,step_rule=diminishing,step_size=1.0]",
-        "debora[rank=4,T_max=3,step_rule=backtracking,hypergradient=direct,geometry=oblique]",
-        "debora[rank=4,T_max=2,n0=1,step_size=0.5,momentum=0.9]",
+        "debora[recipe=paper,rank=4,T_max=2,n0=3,step_rule=diminishing,step_size=1.0]",
+        "debora[recipe=paper,rank=4,T_max=3,geometry=oblique]",
+        "debora[rank=4,T_max=2,n0=1,step_size=0.5,components=5]",
     ],
 )
 def test_state_that_only_some_settings_need_is_saved_too(method, tmp_path: Path):
@@ -48,8 +48,8 @@ def test_state_that_only_some_settings_need_is_saved_too(method, tmp_path: Path)
 @pytest.mark.parametrize(
     "method",
     [
-        "debora[rank=4,T_max=2,step_rule=backtracking]",
-        "debora[rank=4,T_max=2,hypergradient=implicit,iterations=2]",
+        "debora[recipe=paper,rank=4,T_max=2,geometry=oblique]",
+        "debora[rank=4,T_max=2,hypergradient=implicit,iterations=2,components=3]",
         "peft[type=adamss,r=8,use_asa=true,asa_target_subspaces=10,init_warmup=1,final_warmup=5,mask_interval=2]",
     ],
 )

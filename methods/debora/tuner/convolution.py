@@ -75,6 +75,11 @@ class DeboraConv2d(DeboraLayer):
         modes = [named.get(name, s.new_ones(1, len(s))) for name in self.adapter_layer_names]
         return torch.einsum("r,or,ir,hr,wr->oihw", s, *modes)
 
+    def units(self) -> tuple[float, ...]:
+        """See `DeboraLayer.units`: small factors are as long as they start, with entries of variance 1."""
+        sizes = self.mode_sizes()
+        return tuple(sizes[name] ** 0.5 if name in SPATIAL else 1.0 for name in sizes)
+
     def _manifold(self, name: str, geometry: str) -> str:
         """See `DeboraLayer._manifold`. A factor of 3 rows cannot have 8 orthonormal columns, so it is oblique."""
         return "oblique" if geometry == "stiefel" and name in SPATIAL else super()._manifold(name, geometry)

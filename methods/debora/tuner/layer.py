@@ -92,6 +92,11 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
         """U^(1), ..., U^(d), each (n_k, r), in the order of `mode_sizes`."""
         return tuple(getattr(self, name)[adapter_name] for name in self._factor_names)
 
+    def units(self) -> tuple[float, ...]:
+        """The length of a column of each of the free `factors` that counts as one, against the others of its component:
+        in a basis that is definite, and for a penalty on them."""
+        return (1.0,) * len(self._factor_names)
+
     def manifolds(self, adapter_name: str) -> tuple[str, ...]:
         """Where each of the `factors` lives: "euclidean", "oblique" or "stiefel"."""
         return self._manifolds[adapter_name]
@@ -165,7 +170,7 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
         if kinds == ("euclidean", "euclidean"):
             basis = singular_basis(factors[0], factors[1], s)
         else:
-            basis = normalised(factors, s)
+            basis = normalised(factors, s, self.units() if set(kinds) == {"euclidean"} else None)
         if kinds == ("oblique", "oblique"):
             rotated = singular_basis(factors[0], factors[1], s, unit_columns=True)
             basis = rotated if (rotated.s >= max(eps, torch.finfo(s.dtype).tiny)).all() else basis
