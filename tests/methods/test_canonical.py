@@ -196,6 +196,14 @@ class TestNormalised:
             expected = (found.sizes / found.s) ** (1 / number)
             torch.testing.assert_close(factor.double().norm(dim=0), expected.double(), rtol=1e-5, atol=0)
 
+    def test_lengths_are_in_the_units_given(self) -> None:
+        (factors, s), units = self.form(3), (1.0, 2.0, 0.5)
+        plain, found = normalised(factors, s), normalised(factors, s, units)
+        torch.testing.assert_close(update(found.factors, found.s), update(factors, s))
+        lengths = torch.stack([factor.norm(dim=0) / unit for factor, unit in zip(found.factors, units, strict=True)])
+        torch.testing.assert_close(lengths, lengths[:1].expand_as(lengths))
+        torch.testing.assert_close(found.sizes, plain.sizes)
+
     @pytest.mark.parametrize("zeros", [False, True])
     @pytest.mark.parametrize("number", [2, 3, 4])
     def test_gradients_are_mapped(self, number: int, zeros: bool) -> None:
