@@ -8,7 +8,7 @@ bash scripts/install.sh
 .venv/bin/python -m harness run --preset quickstart --executor serial "$@"
 cat <<'NEXT'
 
-next, for example: where does dEBORA's budget tau pay?
+next, for example: how many components does dEBORA need?
   .venv/bin/python -m harness run --preset quickstart --executor serial \
-      --methods debora --grid debora.tau=4,8,32
+      --methods debora --grid debora.components=18,36,144
 NEXT
