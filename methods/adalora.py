@@ -80,10 +80,6 @@ class AdaLora(Method):
 
     @model_validator(mode="after")
     def _fits_together(self) -> AdaLora:
-        if self.components is not None and "target_rank" in self.model_fields_set:
-            raise ValueError(
-                f"components = {self.components} and target_rank = {self.target_rank} are both set; give one of them"
-            )
         if self.components is None and self.init_rank <= self.target_rank:
             raise ValueError(f"init_rank = {self.init_rank} should be above target_rank = {self.target_rank}")
         for name in ("tinit", "tfinal", "deltaT"):
