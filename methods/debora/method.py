@@ -186,7 +186,9 @@ class Debora(DeboraParameters):
         """Raises InputError for a target above what there is, or below one component."""
         if self.components is not None and self.components > self.rank * len(costs):
             raise InputError(
-                f"components = {self.components} is above the {self.rank * len(costs)} that there are", "components"
+                f"components = {self.components} is not allowed: rank {self.rank} in {len(costs)} layers allows 1 to "
+                f"{self.rank * len(costs)}",
+                "components",
             )
         if self.adapter_parameters is not None:
             least, most = min(costs), self.rank * sum(costs)

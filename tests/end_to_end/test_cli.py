@@ -174,7 +174,7 @@ WRONG = [
     (["--methods", "lora[rank=4"], "'lora[rank=4' has an unbalanced bracket"),
     (["--methods", "debora[tau=0]"], "debora.tau = 0 is not allowed: it should be greater than 0"),
     (["--methods", "debora[tau=-1.5]"], "debora.tau = -1.5 is not allowed"),
-    (["--methods", "debora[rank=4,components=49]"], "components = 49 is above the 48 that there are"),
+    (["--methods", "debora[rank=4,components=49]"], "components = 49 is not allowed: rank 4 in 12 layers allows 1 to 48"),
     (["--methods", "debora[warm_up=0.9]"], "warm_up = 0.9 should be below search_fraction"),
     (["--methods", "debora[rank=17]"], "rank = 17 is above the smaller side of layer"),
     (["--methods", 'lora[target_modules=["qurey"]]'], "unknown target module 'qurey'. Did you mean 'query'?"),

@@ -113,7 +113,7 @@ def test_what_does_not_fit_together_is_one_line(values, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"components": 49}, "components = 49 is above the 48 that there are"),
+        ({"components": 49}, "components = 49 is not allowed: rank 4 in 12 layers allows 1 to 48"),
         (
             {"adapter_parameters": 31},
             "adapter_parameters = 31 is not allowed: one component has 32, and all 48 have 1664",
