@@ -207,13 +207,14 @@ class DeboraAdaptation(Adaptation):
         export_stock_lora(path, pairs, self.model, self.head)
 
     def _begin(self, rotates: bool) -> float:
-        """At the end of the warm-up: a basis in which components mean something, for every hypergradient from now on,
-        and lambda, which is returned."""
+        """At the end of the warm-up: lambda, which is returned, and a basis in which components mean something, for every
+        hypergradient from now on."""
+        strength = self.penalty_on_factors.settle()  # before the columns are balanced: the gradients were of these
         if rotates:
             self._rotate()
             if self.free is not None:
                 self.free.reset()
-        return self.penalty_on_factors.settle()
+        return strength
 
     def _upper_step(self, step: Step) -> dict[str, Any]:
         """A step of the search with a stochastic hypergradient (Algorithm 2), and what it does to the layers."""
