@@ -174,7 +174,10 @@ WRONG = [
     (["--methods", "lora[rank=4"], "'lora[rank=4' has an unbalanced bracket"),
     (["--methods", "debora[tau=0]"], "debora.tau = 0 is not allowed: it should be greater than 0"),
     (["--methods", "debora[tau=-1.5]"], "debora.tau = -1.5 is not allowed"),
-    (["--methods", "debora[rank=4,components=49]"], "components = 49 is not allowed: rank 4 in 12 layers allows 1 to 48"),
+    (
+        ["--methods", "debora[rank=4,components=49]"],
+        "components = 49 is not allowed: rank 4 in 12 layers allows 1 to 48",
+    ),
     (["--methods", "debora[warm_up=0.9]"], "warm_up = 0.9 should be below search_fraction"),
     (["--methods", "debora[rank=17]"], "rank = 17 is above the smaller side of layer"),
     (["--methods", 'lora[target_modules=["qurey"]]'], "unknown target module 'qurey'. Did you mean 'query'?"),
@@ -330,4 +333,4 @@ def test_dry_run_passes_on_what_a_method_says_of_the_run(tmp_path, capsys):
     assert main(sweep(tmp_path, "--methods", "debora[rank=4,T_max=2]", "--dry-run")) == 0
     said = capsys.readouterr().out
     assert "debora[rank=4,T_max=2] on synthetic: at most " in said
-    assert "components of each of 12 simplices stay" in said
+    assert "the one simplex of 12 layers" in said

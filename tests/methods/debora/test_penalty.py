@@ -49,14 +49,18 @@ def lambda_of(run) -> float:
 
 @pytest.mark.parametrize("share", [0.3, 0.06])
 def test_lambda_is_such_that_its_gradient_is_a_share_of_the_losss(share):
-    """Of the mean norm in the warm-up, with the factors as they are at its end; nothing is added until then."""
-    run = started(f"{SETTINGS},penalty_share={share}")
+    """Of the mean norm in the warm-up, with the factors as they are at its end; nothing is added until then. A basis of
+    shorter columns, which they then go to, has no part in it."""
+    run, rotated = started(f"{SETTINGS},penalty_share={share},cut_by=s"), started(f"{SETTINGS},penalty_share={share}")
     seen = watched(run)
     for _ in range(6):
         run.training.update()
+        rotated.training.update()
     assert not any(added.any() for row in seen for added in row["added"].values())
     mean = sum(row["norm"] for row in seen) / 6
     assert lambda_of(run) == pytest.approx(share * mean / norm(factors_of(run)), rel=1e-4)
+    assert norm(factors_of(rotated)) < 0.9 * norm(factors_of(run))
+    assert lambda_of(rotated) == pytest.approx(lambda_of(run))
 
 
 def test_lambda_follows_the_scale_of_the_loss():
