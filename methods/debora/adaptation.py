@@ -207,8 +207,8 @@ class DeboraAdaptation(Adaptation):
         export_stock_lora(path, pairs, self.model, self.head)
 
     def _begin(self, rotates: bool) -> float:
-        """At the end of the warm-up: lambda, which is returned, and a basis in which components mean something, for every
-        hypergradient from now on."""
+        """At the end of the warm-up: lambda, which is returned, and a basis in which components mean something, for
+        every hypergradient from now on."""
         strength = self.penalty_on_factors.settle()  # before the columns are balanced: the gradients were of these
         if rotates:
             self._rotate()
