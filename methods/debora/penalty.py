@@ -23,8 +23,9 @@ class FactorPenalty:
 
     units:    for each factor the length that counts as one (`DeboraLayer.units`); 1 of a linear layer's.
     strength: lambda, in units of the loss over those of the factors' squares; None until `settle` has said it.
-    share:    where it is not given: how large the penalty's gradient is to be against the loss's. So lambda follows the
-              scale of the loss, of the parametrisation and of the noise in a batch.
+    share:    where it is not given: how large the penalty's gradient is to be against the mean of the loss's. So
+              lambda follows the scale of the loss and of the parametrisation. It is the mean's norm and not the mean
+              norm: noise that batches do not share would else name a penalty that a weak signal does not survive.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class FactorPenalty:
         self.units = list(units)
         self.strength = strength
         self.share = share
-        self.norms: Tensor | None = None  # the sum of the norms of the loss's gradients
+        self.sums: list[Tensor] = []  # of the loss's gradients, by factor
         self.batches = 0
 
     @torch.no_grad()
@@ -42,8 +43,10 @@ class FactorPenalty:
         """Add the penalty's gradient to the factors' own, which are the loss's alone; or, as long as there is no
         lambda, take note of how large these are."""
         if self.strength is None:
-            norm = _norm([gradient_of(factor) for factor in self.factors])
-            self.norms = norm if self.norms is None else self.norms + norm
+            gradients = [gradient_of(factor) for factor in self.factors]
+            if not self.sums:
+                self.sums = [torch.zeros_like(gradient) for gradient in gradients]
+            torch._foreach_add_(self.sums, gradients)
             self.batches += 1
         elif self.strength > 0:
             pairs = [(factor, unit) for factor, unit in zip(self.factors, self.units, strict=True) if factor.numel()]
@@ -54,23 +57,22 @@ class FactorPenalty:
 
     @torch.no_grad()
     def settle(self) -> float:
-        """lambda; where it is not given, share times the mean norm of the loss's gradients so far over the norm of the
+        """lambda; where it is not given, share times the norm of the loss's mean gradient so far over the norm of the
         factors. Waits for the device, once a run."""
         if self.strength is None:
             size = float(_norm([factor / unit for factor, unit in zip(self.factors, self.units, strict=True)]))
-            seen = 0.0 if self.norms is None else float(self.norms) / self.batches
+            seen = float(_norm(self.sums)) / self.batches if self.sums else 0.0
             self.strength = self.share * seen / size if size else 0.0
-            self.norms = None
+            self.sums = []
         return self.strength
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that an exact resume needs."""
-        return {"strength": self.strength, "norms": self.norms, "batches": self.batches}
+        return {"strength": self.strength, "sums": self.sums, "batches": self.batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        norms = state["norms"]
-        self.norms = None if norms is None else norms.to(self.factors[0].device)
+        self.sums = [each.to(self.factors[0].device) for each in state["sums"]]
         self.strength, self.batches = state["strength"], state["batches"]
 
 

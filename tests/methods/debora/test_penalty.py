@@ -32,10 +32,12 @@ def watched(run, times: float = 1.0) -> list[dict]:
     def before(step):
         trained = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
         plain = {name: p.grad.clone() for name, p in trained}
-        norms = norm([factor.grad for factor in factors_of(run)])
+        gradients = [factor.grad.clone() for factor in factors_of(run)]
         before_step(step)
         added = {name: p.grad - plain[name] for name, p in trained}
-        seen.append({"norm": norms, "added": added, "factors": {name: p.detach().clone() for name, p in trained}})
+        seen.append(
+            {"gradients": gradients, "added": added, "factors": {name: p.detach().clone() for name, p in trained}}
+        )
 
     run.adaptation.before_step = before
     return seen
@@ -49,15 +51,15 @@ def lambda_of(run) -> float:
 
 @pytest.mark.parametrize("share", [0.3, 0.06])
 def test_lambda_is_such_that_its_gradient_is_a_share_of_the_losss(share):
-    """Of the mean norm in the warm-up, with the factors as they are at its end; nothing is added until then. A basis of
-    shorter columns, which they then go to, has no part in it."""
+    """Of the norm of the mean in the warm-up, with the factors as they are at its end; nothing is added until then. A
+    basis of shorter columns, which they then go to, has no part in it."""
     run, rotated = started(f"{SETTINGS},penalty_share={share},cut_by=s"), started(f"{SETTINGS},penalty_share={share}")
     seen = watched(run)
     for _ in range(6):
         run.training.update()
         rotated.training.update()
     assert not any(added.any() for row in seen for added in row["added"].values())
-    mean = sum(row["norm"] for row in seen) / 6
+    mean = norm([torch.stack(own).mean(0) for own in zip(*(row["gradients"] for row in seen), strict=True)])
     assert lambda_of(run) == pytest.approx(share * mean / norm(factors_of(run)), rel=1e-4)
     assert norm(factors_of(rotated)) < 0.9 * norm(factors_of(run))
     assert lambda_of(rotated) == pytest.approx(lambda_of(run))
