@@ -187,19 +187,6 @@ class Search:
             self.weights = self.weights + torch.cat([lost.sum(-1, keepdim=True), -lost], -1)
         return by_layer
 
-    def reorder(self, layer: int, permutation: Sequence[int]) -> None:
-        """Tell the search that a layer's live components were reordered: the new j-th is what was its
-        `permutation[j]`-th. Their weights and their share of the gradient's average go with them."""
-        first, rank = sum(self.ranks[:layer]), self.ranks[layer]
-        if sorted(permutation) != list(range(rank)):
-            raise ValueError(f"{list(permutation)} is not an order of the {rank} components of layer {layer}")
-        order = list(range(len(self.live)))
-        order[first : first + rank] = [first + position for position in permutation]
-        self.active = [self.active[position] for position in order]
-        weights = self._spread(self.weights[:, 1:].flatten()[self.live[order]])
-        self.weights = torch.cat([self.weights[:, :1], weights], -1)
-        self.gradient = self._spread(self.gradient.flatten()[self.live[order]])
-
     def set_s(self, s: Tensor) -> None:
         """Give the live components another s, (n,), within the simplices; eps is no weight. Waits for the device.
 

@@ -74,8 +74,13 @@ def reachable(components: int, step_sizes: Sequence[float], steps: Literal["away
     return max(0, components - math.floor(emptied + 1e-6))
 
 
-def component_parameters(shape: Sequence[int]) -> int:
-    """Parameters of one component of a weight of this shape, s not counted: a row of each factor. A mode of size 1 has
-    no factor, unless fewer than two others are left: then the first two have."""
+def modes_with_factors(shape: Sequence[int]) -> list[int]:
+    """The modes of a weight that have a factor. One of size 1 carries no direction and has none, unless fewer than two
+    others are left: then the first two have."""
     needed = 2 if sum(size > 1 for size in shape) < 2 else 0
-    return sum(size for mode, size in enumerate(shape) if size > 1 or mode < needed)
+    return [mode for mode, size in enumerate(shape) if size > 1 or mode < needed]
+
+
+def component_parameters(shape: Sequence[int]) -> int:
+    """Parameters of one component of a weight of this shape, s not counted: a row of each factor."""
+    return sum(shape[mode] for mode in modes_with_factors(shape))

@@ -147,7 +147,7 @@ def give_back(taken: StepTaken, before: Tensor, kept: Tensor) -> StepTaken:
 def is_level(slopes: Tensor, tolerance: float) -> Tensor:
     """Whether the mean of noisy slopes, (k,), is at most `tolerance` plus its standard error: a bool, False if k is 0.
 
-    Ours. A slope that stays is told from none only by enough of them: its mean must be several standard errors.
+    Ours. A small slope shows only in many of them, whose mean is then several standard errors.
     """
     count = len(slopes)
     if count == 0:

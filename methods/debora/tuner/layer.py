@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from harness.method import is_transposed
+from methods.debora.target import modes_with_factors
 from methods.debora.tuner.config import DeboraConfig
 from methods.debora.tuner.fused import fused_linear
 from methods.debora.tuner.initial import initial_factors
@@ -75,13 +76,9 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
         raise NotImplementedError
 
     def mode_sizes(self) -> dict[str, int]:
-        """Rows of each factor by the name of its dictionary.
-
-        A mode of size 1 carries no direction and has no factor. Where fewer than two others are left, U and V stay.
-        """
-        sizes = dict(zip(self.adapter_layer_names, self._weight().shape, strict=True))
-        few = sum(size > 1 for size in sizes.values()) < 2
-        return {n: size for n, size in sizes.items() if size > 1 or (few and n in ("debora_U", "debora_V"))}
+        """Rows of each factor by the name of its dictionary; see `modes_with_factors` for modes without one."""
+        shape = self._weight().shape
+        return {self.adapter_layer_names[mode]: shape[mode] for mode in modes_with_factors(shape)}
 
     def _weight(self) -> Tensor:
         """The base layer's weight with the modes of the factors, outputs first."""

@@ -355,30 +355,6 @@ def test_what_is_dropped_from_outside_leaves_the_others_where_they_are():
     assert (search.weights[:, 1:].flatten() > 0).nonzero().flatten().tolist() == search.live[search.active].tolist()
 
 
-@pytest.mark.parametrize("one_simplex", [True, False])
-def test_a_layer_that_is_reordered_goes_on_as_it_would_have(one_simplex):
-    made = rules(momentum=0.8, step_size=0.1, first_truncation=3)
-    plain, turned = (Search(3, 4, made, one_simplex=one_simplex) for _ in range(2))
-    order = torch.arange(12)
-    for n, drawn in enumerate(gradients(14, 12)):
-        gradient = drawn[plain.live]
-        plain.step(gradient)
-        turned.step(gradient[order])
-        assert turned.ranks == plain.ranks
-        assert turned.s.sort().values.tolist() == pytest.approx(plain.s.sort().values.tolist())
-        first, rank = plain.ranks[0], plain.ranks[1]
-        permutation = [(position + n) % rank for position in reversed(range(rank))]
-        order = torch.arange(len(plain.live))
-        order[first : first + rank] = order[first : first + rank][permutation]
-        turned.load_state_dict(plain.state_dict())
-        turned.reorder(1, permutation)
-        torch.testing.assert_close(turned.s, plain.s[order])
-        assert turned.active == [plain.active[position] for position in order.tolist()]
-    assert sum(plain.ranks) < 12
-    with pytest.raises(ValueError, match="is not an order of the"):
-        turned.reorder(0, [0] * 9)
-
-
 def test_s_can_be_given_anew_within_its_budget():
     search = Search(2, 3, rules(step_size=0.1, momentum=0.5))
     search.step(gradients(1, 6)[0])
