@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from harness.method import Adaptation, Backbone, as_matrix
+from harness.method import Adaptation, Backbone, Method, as_matrix
 from harness.optimizer import adamw
+from harness.registry import make_method
 from harness.run.streams import TrainingData
 from harness.run.training import Training
 from harness.spec import TrainSpec
@@ -82,3 +83,39 @@ def gradients_by_autograd(
     for weight in weights:
         weight.requires_grad_(False)
     return {name: as_matrix(layer, value) for (name, layer), value in zip(layers.items(), found, strict=True)}
+
+
+class Exact(Chance):
+    """The same, in the network's own precision."""
+
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        return functional.cross_entropy(model(**batch.inputs), batch.labels)
+
+
+def method_training(
+    method: Method, layers: tuple[str, ...] = KINDS, batches: int = 12, module: type[nn.Module] = Network
+) -> Training:
+    """A run of a method on the network, or another `module`, in float64 and evaluation mode; what it starts from is
+    always the same."""
+    torch.manual_seed(0)
+    backbone = Backbone(module().eval().double(), head=("head",), layers=layers)
+    encoded = Batch({"images": torch.randn(24, 2, 6, 6).double()}, torch.from_numpy(np.arange(24) % 3))
+    spec, data = TrainSpec(batches=batches, batch_size=8, warmup=0.0, schedule="constant"), TrainingData(24, 8, 0)
+    adaptation = method.start(backbone, spec, data, torch.Generator().manual_seed(0))
+    task: Any = Exact()
+    return Training(adaptation, task, encoded, data, spec, torch.device("cpu"), batches)
+
+
+def mean_gradients(
+    batches: int, layers: tuple[str, ...] = KINDS, module: type[nn.Module] = Network
+) -> dict[str, Tensor]:
+    """Of such a run's first batches, by autograd: the mean gradient of each layer's weight, (outputs, inputs)."""
+    training = method_training(make_method("head", {}), layers, module=module)
+    found = [gradients_by_autograd(training, training.data.draw("all"), layers) for _ in range(batches)]
+    return {name: torch.stack([each[name] for each in found]).mean(0) for name in layers}
+
+
+def weights_of(layers: tuple[str, ...] = KINDS, module: type[nn.Module] = Network) -> dict[str, Tensor]:
+    """The frozen weights of such a run, (outputs, inputs)."""
+    found = layers_of(method_training(make_method("head", {}), layers, module=module), layers)
+    return {name: as_matrix(layer, layer.get_parameter("weight").detach()) for name, layer in found.items()}
