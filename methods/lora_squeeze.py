@@ -1,4 +1,4 @@
-"""LoRA-Squeeze (Vulić et al., 2026, arXiv 2602.10993): trained at a high rank, cut to a low one by SVD."""
+"""LoRA-Squeeze (Vulic et al., 2026, arXiv 2602.10993): trained at a high rank, cut to a low one by SVD."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHARE = 4  # ours: a quarter of the source rank is the target where none is give
 
 
 class LoraSqueeze(Method):
-    """LoRA-Squeeze (Vulić et al., 2026): LoRA at a high rank, cut to a low one by SVD after or during training.
+    """LoRA-Squeeze (Vulic et al., 2026): LoRA at a high rank, cut to a low one by SVD after or during training.
 
     "post" trains at `rank` and cuts at the end. "continued" cuts after `squeeze_at` of the budget and trains on.
     "in_training" has `stages` of equal length, whose ranks fall geometrically from `rank` to the target.
@@ -42,6 +42,7 @@ class LoraSqueeze(Method):
     """
 
     provenance: ClassVar[str] = "reimplementation: the source leaves open scale and optimizer at a cut, and its stages"
+    group: ClassVar[str] = "ranks after training"
     capabilities = ("linear", "conv2d", "rank-adaptive")
     traces: ClassVar[tuple[Trace, ...]] = (RANK,)
 
