@@ -27,7 +27,7 @@ INITS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4",
 
 
 class Lora(Method):
-    """LoRA (Hu et al., 2022): W + (alpha / rank) B A with one rank, or a rank for each layer; PEFT's.
+    """LoRA (Hu et al., 2022): W + (alpha / rank) B A with one rank, or a rank for each layer.
 
     Hyperparameters may be given by PEFT's names: lora[r=4,lora_alpha=8] is lora[rank=4,alpha=8].
 
@@ -47,6 +47,8 @@ class Lora(Method):
     """
 
     version = 2
+    provenance = "PEFT's"
+    group = "fixed rank"
     capabilities = ("linear", "conv2d")
     waits_for = ("ranks_of", "parameters_of")
 

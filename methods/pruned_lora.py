@@ -45,6 +45,8 @@ class PrunedLora(Method):
     """
 
     version: ClassVar[int] = 2  # 1 chose among raw columns
+    provenance = "ours: a control"
+    group = "controls"
     data_rule: ClassVar[Literal["all", "halves"]] = "halves"
     capabilities = ("linear", "conv2d", "rank-adaptive")
     waits_for = ("size_of",)

@@ -75,7 +75,7 @@ class TestExport:
     def test_card_of_a_chosen_setting_names_no_folder(self) -> None:
         trials = [trial(learning_rate=rate) for rate in (1e-3, 1e-2)]
         run = chosen(trials, 1e-2, place=Place(model="/home/somebody/models/minilm"))
-        card = model_card(run, boards(*trials, run), ["adapter_config.json"])
+        card = model_card(run, boards(*trials, run), ["adapter_config.json"], "PEFT's")
         assert "Chosen by 2 trials on the holdout: learning_rate." in card
         assert "- model: minilm," in card
         assert "somebody" not in card
