@@ -69,6 +69,7 @@ class TestExport:
         assert card.startswith('---\nbase_model: "some/model"\nlibrary_name: peft\n')
         for text in (run.spec.data_fingerprint, "| `q` | 3 |", "PeftModel.from_pretrained", "| accuracy | 0.5000 |"):
             assert text in card
+        assert f"`{run.spec.method}` (version 1). Provenance: PEFT's. Hyperparameters:" in card
         # Two seeds, 0.5 and 0.7: 12.706 standard errors of 0.1.
         assert "over 2 seeds of this configuration: 0.600 ± 1.271" in card
 
