@@ -109,6 +109,7 @@ class Lora(Method):
     draw: int = Field(
         0,
         ge=0,
+        le=999,  # each is drawn after those before it
         description="with placement: which draw of the run's seed it is, to compare several of one seed",
         exclude_if=lambda value: value == 0,
     )
