@@ -41,8 +41,8 @@ class LoraSqueeze(Method):
     the new factors, first moments exactly, second ones without their correlations; "fresh" begins with none.
     """
 
-    provenance: ClassVar[str] = "reimplementation: the source leaves open scale and optimizer at a cut, and its stages"
-    group: ClassVar[str] = "ranks after training"
+    provenance = "reimplementation: the source leaves open scale and optimizer at a cut, and its stages"
+    group = "ranks after training"
     capabilities = ("linear", "conv2d", "rank-adaptive")
     traces: ClassVar[tuple[Trace, ...]] = (RANK,)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
@@ -36,8 +36,8 @@ class Para(Method):
     as many as fit. No other choice of at most as many parameters as are left then has a smaller error.
     """
 
-    provenance: ClassVar[str] = "from the paper; no official code; the budget in parameters is ours"
-    group: ClassVar[str] = "ranks after training"
+    provenance = "from the paper; no official code; the budget in parameters is ours"
+    group = "ranks after training"
     capabilities = ("linear", "conv2d", "rank-adaptive")
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
