@@ -35,7 +35,8 @@ class Gora(Method):
     The model starts with that step made. B learns at `learning_rate_ratio` times the rate of A (LoRA+).
     """
 
-    provenance: ClassVar[str] = "from the authors' code"
+    provenance = "from the authors' code; sign and cost of a rank are the paper's"
+    group = "ranks from data"
     capabilities = ("linear", "conv2d", "rank-adaptive")
     traces: ClassVar[tuple[Trace, ...]] = (RANK, Trace("importance", "share of the importance", drawing=None))
     identity_at_start: ClassVar[bool] = False  # it is the backbone until `prepare`, and then a step away from it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -36,7 +36,8 @@ class LoraGa(Method):
     An export is a LoRA of twice the rank on the backbone as it was.
     """
 
-    provenance: ClassVar[str] = "from the authors' code"
+    provenance = "from the authors' code; form=peft is PEFT's"
+    group = "fixed rank"
     capabilities = ("linear", "conv2d")
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
