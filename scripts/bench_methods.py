@@ -60,8 +60,10 @@ def bare_updates(training: Training, updates: int) -> None:
 
 
 def sides_of(method: str, options: argparse.Namespace) -> tuple[Training, Training]:
-    """(ours, bare): the method started twice, from the same seed."""
+    """(ours, bare): the method started twice, from the same seed, and prepared, which is not timed."""
     ours, bare = (make_training(argparse.Namespace(**vars(options) | {"method": method})) for _ in range(2))
+    for side in (ours, bare):
+        side.prepare()
     penalty = getattr(registry.make_method(*parse_choice(method)), "orthogonality", None)
     if penalty is not None:
         bare.adaptation.model.peft_config["default"].orth_reg_weight = penalty  # our side adds it itself
