@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ def eva_directions(step: Step, model: nn.Module, data: TrainData) -> dict[str, T
     configuration has `init_lora_weights="eva"`. Layers with equal inputs may share memory.
 
     Batches are drawn from the stream "all" until every direction that is taken has converged. They are put through the
-    model in evaluation mode, and padding is left out. The first one only tells which layers have equal inputs.
+    model in evaluation mode and in the precision of its weights; padding is left out. The first one only tells which
+    layers have equal inputs.
 
     Raises RuntimeError where no batch would be left to train with, or one has too few rows for PEFT's analysis.
     """
@@ -56,7 +57,8 @@ def eva_directions(step: Step, model: nn.Module, data: TrainData) -> dict[str, T
             begun.add(name)
         return rows
 
-    with evaluation_mode(model), contextlib.redirect_stdout(io.StringIO()):  # a line for each small batch
+    quiet = contextlib.redirect_stdout(io.StringIO())  # PEFT has a line for each small batch
+    with evaluation_mode(model), _without_autocast(model), quiet:
         found: dict[str, Tensor] = get_eva_state_dict(
             model,
             [torch.empty(0)],  # which it goes through again and again: `forward` draws the batches
@@ -84,6 +86,18 @@ def start_from(
     """Give the layers these A and ranks, and the optimizer their new parameters; at rank 0 the base layer is back."""
     initialize_lora_eva_weights(model, eva_state_dict=directions)
     train_anew(optimizer, model, weight_decay)
+
+
+@contextlib.contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """Within it the model, and the analysis that hangs on it, leaves an autocast that is around it: a GPU has no QR
+    decomposition in half precision."""
+    device = next(model.parameters()).device.type
+    handle = model.register_forward_pre_hook(lambda module, args: torch.set_autocast_enabled(device, False))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
