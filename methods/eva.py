@@ -38,6 +38,7 @@ class Eva(Method):
     """
 
     provenance: ClassVar[str] = "PEFT's"
+    group: ClassVar[str] = "ranks from data"
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "rank-adaptive")
     traces: ClassVar[tuple[Trace, ...]] = (RANK, RANKS)
 

@@ -50,7 +50,8 @@ class Plop(Method):
     "encoder.layer.0.attention.output.dense". Hyperparameters may be given by PEFT's names: plop[r=4,lora_alpha=8].
     """
 
-    provenance: ClassVar[str] = "from the paper"
+    provenance: ClassVar[str] = "from the paper; what a module type is, and the rows of the random term, are ours"
+    group: ClassVar[str] = "modules chosen"
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
     traces: ClassVar[tuple[Trace, ...]] = (
         RANK,

@@ -47,9 +47,8 @@ def append(parameter: nn.Parameter, values: Tensor, dim: int, optimizer: Optimiz
 
 
 def train_anew(optimizer: Optimizer, model: nn.Module, weight_decay: float) -> None:
-    """Have the optimizer train what requires a gradient in the model now, without a past, at its own learning rate; for
-    a start that adds, replaces or removes whole parameters."""
-    optimizer.state.clear()
+    """Have an optimizer that has made no step yet train what requires a gradient in the model now, at its own learning
+    rate: for a start that replaces or removes whole parameters."""
     optimizer.param_groups.clear()
     for group in decay_groups(model.parameters(), weight_decay):
         optimizer.add_param_group(group)

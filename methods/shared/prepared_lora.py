@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ class PreparedLora(LoraAdaptation):
     It starts with the ranks that it may have before it has seen any data; these are its initial size.
     """
 
-    @abstractmethod
     def build(self, ranks: Mapping[str, int]) -> None:
         """Bring model and optimizer from the start to these ranks, by layer, as `prepare` did; values do not matter."""
+        raise NotImplementedError
 
     def follow(self) -> None:
         """Hold the adapters that are in the model now: of a layer without one the base layer is back in its place."""
