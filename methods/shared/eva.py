@@ -90,7 +90,7 @@ def start_from(
 
 @contextlib.contextmanager
 def _without_autocast(model: nn.Module) -> Iterator[None]:
-    """Within it the model, and the analysis that hangs on it, leaves an autocast that is around it: a GPU has no QR
+    """Within it the model, and the analysis that hangs on it, leaves an autocast that is around it: torch has no QR
     decomposition in half precision."""
     device = next(model.parameters()).device.type
     handle = model.register_forward_pre_hook(lambda module, args: torch.set_autocast_enabled(device, False))

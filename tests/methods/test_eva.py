@@ -175,7 +175,7 @@ def test_an_export_is_the_trained_model_in_stock_peft(settings, tmp_path):
 
 
 def test_mixed_precision_has_no_part_in_the_start():
-    """A GPU has no QR decomposition in half precision."""
+    """Within it products would be rounded, and torch has no QR decomposition in half precision."""
     full, mixed = (start(Subject("eva[rank=2,tau=0.5]", Path())) for _ in range(2))
     old = mixed.training
     train = old.train.model_copy(update={"precision": "bf16"})
