@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from harness.method import RANK, Adaptation, Backbone, Method, PeftForm, Step, Trace, TrainData, as_matrix
+from harness.method import RANK, RANKS, Adaptation, Backbone, Method, PeftForm, Step, Trace, TrainData, as_matrix
 from harness.optimizer import EQUAL, adamw
 from methods.shared.gradient_start import mean_gradients, shared_weight, spending
-from methods.shared.lora_adaptation import LoraAdaptation
 from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 from methods.shared.peft_names import ADAPTER
+from methods.shared.prepared_lora import PreparedLora
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +38,7 @@ class Gora(Method):
     provenance = "from the authors' code; sign and cost of a rank are the paper's"
     group = "ranks from data"
     capabilities = ("linear", "conv2d", "rank-adaptive")
-    traces: ClassVar[tuple[Trace, ...]] = (RANK, Trace("importance", "share of the importance", drawing=None))
+    traces: ClassVar[tuple[Trace, ...]] = (RANK, RANKS, Trace("importance", "share of the importance", drawing=None))
     identity_at_start: ClassVar[bool] = False  # it is the backbone until `prepare`, and then a step away from it
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate, of A and the head")
@@ -134,7 +134,7 @@ class Gora(Method):
         return GoraAdaptation(self, model, optimizer, backbone, targets, data)
 
 
-class GoraAdaptation(LoraAdaptation):
+class GoraAdaptation(PreparedLora):
     """One run: the ranks and B by the gradient, then LoRA.
 
     importance: of each layer, in the order of `ranks`, as a share of all; empty until `prepare`.
@@ -166,30 +166,26 @@ class GoraAdaptation(LoraAdaptation):
             self._descend(name, gradients.pop(name))
         self._scale()
 
+    def build(self, ranks: Mapping[str, int]) -> None:
+        """See `PreparedLora.build`."""
+        import torch
+
+        for name, rank in ranks.items():
+            self._resize(name, rank, torch.Generator())
+        self._scale()
+
     def after_step(self, step: Step) -> dict[str, Any]:
-        """See `Adaptation.after_step`. The first update's history has what the start found."""
-        return {} if step.index else {"rank": sum(self.ranks().values()), "importance": self.importance}
+        """See `Adaptation.after_step`. The history of the first update has the importance too."""
+        return super().after_step(step) | ({"importance": self.importance} if step.index == 0 else {})
 
     def state_dict(self) -> dict[str, Any]:
         """See `Adaptation.state_dict`."""
-        from methods.shared.optimizer_state import shapes
-
-        return super().state_dict() | {"shapes": shapes(self.optimizer), "importance": self.importance}
+        return super().state_dict() | {"importance": self.importance}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Adaptation.load_state_dict`. The layers get the saved ranks first."""
-        from methods.shared.optimizer_state import match_shapes
-
-        match_shapes(self.optimizer, state["shapes"])
-        self._scale()
-        self.importance = state["importance"]
+        """See `Adaptation.load_state_dict`."""
         super().load_state_dict(state)
-
-    def export(self, path: Path) -> None:
-        """A stock LoRA adapter with the head, at these ranks."""
-        from methods.shared.stock_lora import export_stock_lora
-
-        export_stock_lora(path, self.scaled_pairs(), self.model, self.head)
+        self.importance = state["importance"]
 
     def _pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """(B, A) of a layer."""

@@ -21,6 +21,8 @@ PARAMETERS = {
     "lora": "lora[rank=4]",
     "pruned_lora": "pruned_lora[rank=4,keep=0.4]",
     "adalora": "adalora[init_rank=6,target_rank=3]",
+    "eva": "eva[rank=2,tau=0.5]",
+    "plop": "plop[rank=4,batches=2]",
     "gora": "gora[rank=4,batches=3]",
     "lora_ga": "lora_ga[rank=4,batches=3]",
     "peft": "peft[type=ia3]",
