@@ -15,15 +15,8 @@ from harness.contracts.methods import (
 )
 from harness.contracts.subject import start
 from harness.method import Backbone
+from tests.support.contract_settings import PARAMETERS
 
-PARAMETERS = {
-    "full": "full[learning_rate=1e-3]",
-    "lora": "lora[rank=4]",
-    "pruned_lora": "pruned_lora[rank=4,keep=0.4]",
-    "adalora": "adalora[init_rank=6,target_rank=3]",
-    "peft": "peft[type=ia3]",
-    "debora": "debora[rank=4,T_max=2,n0=0,step_size=0.5]",
-}
 METHODS = [PARAMETERS.get(name, name) for name in registry.registered(registry.METHODS)]
 
 
