@@ -30,7 +30,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = "rank-adaptive-harness"
@@ -172,17 +172,15 @@ def jobs_of(parts: Sequence[str], methods: Sequence[str]) -> list[Job]:
 
 
 def all_lines(jobs: Sequence[Job], options: argparse.Namespace, sizes: Sizes) -> list[Row | Cost]:
-    """The lines of all checks. Those of contracts go side by side, the others one at a time: they are timed, or take
-    much memory."""
+    """The lines of all checks. Contracts and resumed runs go side by side, the others one at a time: they are timed, or
+    count memory."""
     processes = options.processes or max(1, min(8, (os.cpu_count() or 1) // 2))
-    together = [job for job in jobs if job.part == "contracts"]
     lines: list[Row | Cost] = []
-    with ThreadPoolExecutor(processes) as pool:
-        for found in pool.map(lambda job: lines_of(job, options.device, sizes), together):
-            lines += found
-    for job in jobs:
-        if job.part != "contracts":
-            lines += lines_of(job, options.device, sizes)
+    for alone in (False, True):
+        chosen = [job for job in jobs if (job.part not in ("contracts", "resume")) == alone]
+        with ThreadPoolExecutor(1 if alone else processes) as pool:
+            for found in pool.map(lambda job: lines_of(job, options.device, sizes), chosen):
+                lines += found
     return lines
 
 
@@ -197,8 +195,8 @@ def lines_of(job: Job, device: str, sizes: Sizes) -> Sequence[Row | Cost]:
     if done.returncode or not last.startswith("["):
         reason = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
         return [failed(job, f"exit code {done.returncode}: {reason}")]
-    kind: Any = Cost if job.part == "steps" and len(json.loads(last)[0]) == len(Cost._fields) else Row
-    return [kind(*line) for line in json.loads(last)]
+    kinds: dict[str, type[Row | Cost]] = {kind.__name__: kind for kind in (Row, Cost)}
+    return [kinds[kind](*fields) for kind, fields in json.loads(last)]
 
 
 def failed(job: Job, reason: str) -> Row:
@@ -208,10 +206,13 @@ def failed(job: Job, reason: str) -> Row:
 
 def tables(lines: Sequence[Row | Cost], device: str, sizes: Sizes, seconds: float) -> str:
     """Everything as Markdown."""
+    import torch
+
     rows = [line for line in lines if isinstance(line, Row)]
     costs = [line for line in lines if isinstance(line, Cost)]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "peft", "transformers")]
-    text = ["## GPU check", "", f"{machine(device)}; {', '.join(versions)}; {seconds:.0f} seconds."]
+    precision = f"products of fp32 in precision '{torch.get_float32_matmul_precision()}'"
+    text = ["## GPU check", "", f"{machine(device)}; {', '.join(versions)}; {precision}; {seconds:.0f} seconds."]
     if rows:
         text += ["", "| check | of | backbone | result | |", "|---|---|---|---|---|"]
         text += [f"| {row.part} | `{row.what}` | {row.backbone} | {row.result} | {row.detail} |" for row in rows]
