@@ -181,6 +181,8 @@ def all_lines(jobs: Sequence[Job], options: argparse.Namespace, sizes: Sizes) ->
         with ThreadPoolExecutor(1 if alone else processes) as pool:
             for found in pool.map(lambda job: lines_of(job, options.device, sizes), chosen):
                 lines += found
+                for line in found:
+                    print(*line[:4], file=sys.stderr, flush=True)
     return lines
 
 
