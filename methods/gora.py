@@ -229,10 +229,11 @@ class GoraAdaptation(PreparedLora):
 def compressed(gradient: Tensor, A: Tensor) -> Tensor:
     """G A^T (A A^T)^-1, (m, r): the B for which B A comes nearest to G, (m, n), where A is (r, n) with r <= n.
 
-    With A^T = Q R it is G Q R^-T, which squares no condition number and copies no matrix of G's size.
+    With A^T = Q R it is G Q R^-T, which squares no condition number. In float32 at least, solved in float64.
     """
     import torch
 
     Q, R = torch.linalg.qr(A.T.double())
-    seen = (gradient @ Q.to(gradient.dtype)).double()
+    values = gradient if gradient.dtype == torch.float64 else gradient.float()
+    seen = (values @ Q.to(values.dtype)).double()
     return torch.linalg.solve_triangular(R.T, seen, upper=False, left=False)
