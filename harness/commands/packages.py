@@ -20,7 +20,12 @@ def known_of(records: Iterable[RunRecord]) -> Known:
     for line in told:
         print(line, file=sys.stderr)
     traces = installed.traces_of(record.spec.method for record in records)
-    return Known(traces, installed.singular_values, tuple(pictures))
+    return Known(traces, installed.singular_values, is_lora, tuple(pictures))
+
+
+def is_lora(record: RunRecord) -> bool:
+    """Whether a run is the training of a LoRA at its ranks."""
+    return installed.is_lora(record.spec.method, record.spec.method_parameters, record.ranks)
 
 
 def columns() -> tuple[TableColumn, ...]:

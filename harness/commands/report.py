@@ -176,6 +176,7 @@ def _compared(
 ) -> _Compared:
     """Differences to a baseline, where there is one, and scores at ranks. Raises InputError where no board has the
     baseline, or, where its runs may be still to come, puts a line into `told`."""
+    from harness.commands.packages import is_lora
     from harness.report.board.leaderboard import leaderboards
     from harness.report.evidence.compare import ExampleReader
     from harness.report.tables.differences import as_shown, differences
@@ -191,7 +192,7 @@ def _compared(
                 raise
             told[f"shown without it: {error}"] = None
     baselines = {key: each.baseline for key, each in found.items()}
-    ranks = {board.key: rank_scores(board, baselines.get(board.key), read) for board in whole}
+    ranks = {board.key: rank_scores(board, baselines.get(board.key), read, is_lora) for board in whole}
     at_ranks = {board.key: made._replace(board=board) for board in boards if (made := ranks.get(board.key))}
     return _Compared(as_shown(found, boards), at_ranks)
 

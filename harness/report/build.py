@@ -111,7 +111,7 @@ def build_report(
             of_board, histories = _of(board, trials), _histories(board, store, known, tell)
             tables[board.key] = _tables(board, of_board, histories) | further.frames(board)
             if place < MOST_ILLUSTRATED:
-                data = PictureData(board, of_board, store, records, histories, known.singular_values)
+                data = PictureData(board, of_board, store, records, histories, known.singular_values, known.is_lora)
                 drawing.draw(pictures, data, f"_{board.key}" if len(boards) > 1 else "")
         whole = {name: _by_setting(name, tables) for name in tables[boards[0].key]} | {"trials": trials}
         texts = _texts(boards, whole, damaged, latex_style) | further.texts()

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from harness import cli
-from harness.record.record import PREDICTIONS
+from harness.record.record import PREDICTIONS, RunRecord
 from harness.record.store import RecordStore
 from harness.report.board.leaderboard import Board, leaderboards
 from harness.report.board.runs import runs_of
@@ -26,6 +26,10 @@ from tests.support.report_records import NAMING, board, record, stored
 ROWS = 200
 SHARES = {"lora": {1: 0.5, 4: 0.8}, "debora": {1: 0.75, 4: 0.8}, "adalora": {1: 0.45, 4: 0.79}}  # right, by rank
 TRAINED = {1: 0.7, 4: 0.8}  # LoRAs of these ranks
+
+
+def is_lora(run: RunRecord) -> bool:
+    return run.spec.method == "lora"
 
 
 def right(share: float, *key: int) -> np.ndarray:
@@ -70,7 +74,7 @@ def whole_board(store: RecordStore) -> Board:
 
 def scores_of(store: RecordStore, baseline: str | None = None) -> RankScores:
     found = whole_board(store)
-    made = rank_scores(found, row_of(found, baseline) if baseline else None, ExampleReader(store))
+    made = rank_scores(found, row_of(found, baseline) if baseline else None, ExampleReader(store), is_lora)
     assert made is not None
     return made
 
@@ -190,13 +194,13 @@ class TestScores:
         runs += [record("lora", score=0.9, method_parameters={"rank": 8}, ranks={"q": 8, "v": 4})]  # of no one rank
         runs += [record("debora", score=0.9, ranks={"q": 4})]
         found = board(*runs)
-        assert {rank: row.label for rank, row in rank_curves.trained_at(found, found.columns[0]).items()} == {
+        assert {rank: row.label for rank, row in rank_curves.trained_at(found, found.columns[0], is_lora).items()} == {
             4: "lora[rank=4,lr=0.2]"
         }
 
     def test_no_curve_no_table(self, tmp_path: Path) -> None:
         store = stored(tmp_path, record())
-        assert rank_scores(whole_board(store), None, ExampleReader(store)) is None
+        assert rank_scores(whole_board(store), None, ExampleReader(store), is_lora) is None
         assert rank_tables(None) == []
 
 
@@ -263,7 +267,7 @@ class TestAgainst:
 
 class TestPicture:
     def drawn(self, found: Board) -> tuple[Any, list[str]]:
-        figure = lines.rank_curves(found)
+        figure = lines.rank_curves(found, is_lora)
         assert figure is not None
         labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
         return figure, labels
@@ -292,4 +296,4 @@ class TestPicture:
         assert "The first 6 rows" in figure.get_suptitle().replace("\n", " ")
 
     def test_nothing_without_a_curve(self) -> None:
-        assert lines.rank_curves(board(record())) is None
+        assert lines.rank_curves(board(record()), is_lora) is None

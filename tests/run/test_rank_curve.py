@@ -94,7 +94,7 @@ class TestMethods:
                 U, S, Vh = torch.linalg.svd(update, full_matrices=False)
                 torch.testing.assert_close(found[name], (U[:, :rank] * S[:rank]) @ Vh[:rank], rtol=1e-4, atol=2e-6)
 
-    def test_debora_keeps_the_largest_components_of_a_kernel(self) -> None:
+    def test_debora_keeps_the_largest_components_of_a_kernel(self, tmp_path: Path) -> None:
         """The largest norms, which are neither the largest s nor the first."""
         backbone = Backbone(nn.Sequential(nn.Conv2d(5, 4, 3)), (), ("0",))
         adaptation: Any = Debora(rank=4).start(backbone, TrainSpec(batches=9), TrainingData(8, 4, 0), None)
@@ -112,7 +112,12 @@ class TestMethods:
         assert 1 not in kept
         with adaptation.at_rank(2):
             found = layer.get_delta_weight(ADAPTER)
+            adaptation.export(tmp_path)
         torch.testing.assert_close(found, parts[kept[0]] + parts[kept[1]])
+        stored = load_file(tmp_path / "adapter_model.safetensors")
+        A, B = (stored[f"base_model.model.0.lora_{factor}.weight"] for factor in "AB")
+        assert (A.shape, B.shape) == ((2, 5, 3, 3), (4, 2, 1, 1))
+        torch.testing.assert_close(torch.einsum("or,rchw->ochw", *map(torch.tensor, (B[..., 0, 0], A))), found)
 
     def test_adalora_keeps_the_largest_e(self, tmp_path: Path) -> None:
         adaptation = trained("adalora[init_rank=6,target_rank=3]", tmp_path)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from harness.report.board.rows import Row, over, peak_bytes, with_search
+from harness.report.board.runs import Run
 from harness.report.statistics import rank_aurac
 from harness.report.wording import decimal, human, score_text
 
@@ -69,7 +70,7 @@ def _rank_aurac(axis: str) -> Callable[[Row], float | None]:
     runs were cut to the same ranks, and more is better on all tasks or less on all."""
 
     def value(row: Row) -> float | None:
-        cells = [cell.scored for cell in row.cells.values() if cell.scored and not cell.runs[0].is_further]
+        cells = _cells(row)
         if len(_ranks(row)) != 1 or len({runs[0].higher_is_better for runs in cells}) > 1:
             return None
         (ranks,) = _ranks(row)
@@ -87,8 +88,12 @@ def _rank_aurac(axis: str) -> Callable[[Row], float | None]:
 
 def _ranks(row: Row) -> set[tuple[int, ...]]:
     """The ranks that the adapters of its runs were cut to."""
-    runs = (run for run in row.scored if not run.is_further)
-    return {tuple(sorted(run.record.rank_curve)) for run in runs}
+    return {tuple(sorted(run.record.rank_curve)) for runs in _cells(row) for run in runs}
+
+
+def _cells(row: Row) -> list[list[Run]]:
+    """The scored runs of each task, on its first split: the one that adapters are cut for."""
+    return [cell.scored for cell in row.cells.values() if cell.scored and not cell.runs[0].is_further]
 
 
 def _same_ranks(rows: Sequence[Row]) -> bool:

@@ -17,7 +17,7 @@ from harness.report.board.rows import Column, Row
 from harness.report.pictures.figures import STYLE, Style, line_handles, log_ticks, panels_for, plain, styles
 from harness.report.pictures.histories import MOST_COLUMNS, MOST_ROWS
 from harness.report.statistics import Summary
-from harness.report.tables.rank_curves import TRAINED, Curves, curves_of, trained_at
+from harness.report.tables.rank_curves import TRAINED, Curves, IsLora, curves_of, trained_at
 from harness.report.tables.trials import LEARNING_RATE
 
 ASIDE = 0.06  # octaves between the bars of two curves
@@ -64,13 +64,13 @@ def _trials(panel: Axes, trials: pd.DataFrame, style: Style) -> None:
     panel.plot(chosen["value"], chosen["holdout"], marker=marker, color=colour, linestyle="", **outlined)
 
 
-def rank_curves(board: Board) -> Figure | None:
+def rank_curves(board: Board, is_lora: IsLora) -> Figure | None:
     """Scores of trained adapters cut to several ranks, of the board's first rows that have any, a panel for each of its
     first tasks, and those of LoRAs trained at these ranks as a line to beat; None where no run was cut.
 
     Of the rows on that line only the one of the highest rank has a curve: others are on it, and flat beyond.
     """
-    trained = {column: trained_at(board, column) for column in board.tasks}
+    trained = {column: trained_at(board, column, is_lora) for column in board.tasks}
     on_line = {row.label for rows in trained.values() for row in list(rows.values())[:-1]}
     every = [each for each in curves_of(board) if each.label not in on_line]
     if not every:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pandas as pd
 
+from harness.record.record import RunRecord
 from harness.report.board.leaderboard import Board
 from harness.report.board.rows import Cell, Column, Row
 from harness.report.statistics import Summary, rank_aurac, summarize
 
-LORA = "lora"  # the method that is trained at a rank, for others to beat when they are cut to it
+IsLora = Callable[[RunRecord], bool]  # whether a run is the training of a LoRA at its ranks
 TRAINED = "LoRA trained at each rank"
 
 
@@ -60,14 +61,14 @@ def ranks_on(board: Board, column: Column) -> list[int]:
     return sorted({rank for each in curves_of(board) if each.column == column for rank in each.ranks})
 
 
-def trained_at(board: Board, column: Column) -> dict[int, Row]:
+def trained_at(board: Board, column: Column, is_lora: IsLora) -> dict[int, Row]:
     """rank -> the row of the LoRA that has this rank in every layer of every run on the task; of several rows the one
     of the best mean score, the hardest to beat."""
     found: dict[int, Row] = {}
     for row in sorted(board.rows, key=lambda row: row.label):
         runs = row.cells[column.title].scored if column.title in row.cells else []
         ranks = {rank for run in runs for rank in run.record.ranks.values()}
-        if len(ranks) == 1 and all(run.method == LORA and run.record.ranks for run in runs):
+        if len(ranks) == 1 and all(run.record.ranks for run in runs) and is_lora(runs[0].record):
             (rank,) = ranks
             found[rank] = max(found.get(rank, row), row, key=lambda each: _merit(each, column))
     return dict(sorted(found.items()))

@@ -13,7 +13,7 @@ from harness.report.board.rows import Cell, Column, Row
 from harness.report.evidence.compare import Comparison, ExampleReader, compare_cells, corrected
 from harness.report.statistics import Summary, summarize
 from harness.report.tables.differences import SAME, entry_of, numbers_of, usual_seeds
-from harness.report.tables.rank_curves import TRAINED, at_rank, curves_of, ranks_on, trained_at
+from harness.report.tables.rank_curves import TRAINED, IsLora, at_rank, curves_of, ranks_on, trained_at
 from harness.report.tables.table import Entry, Table
 from harness.report.wording import few, score_text
 
@@ -37,12 +37,12 @@ class RankScores(NamedTuple):
     less: tuple[Less, ...]
 
 
-def rank_scores(board: Board, baseline: Row | None, read: ExampleReader) -> RankScores | None:
+def rank_scores(board: Board, baseline: Row | None, read: ExampleReader, is_lora: IsLora) -> RankScores | None:
     """The scores of a board at ranks, and the paired tests at each of them: against the LoRA that was trained at that
     rank, and against the baseline cut to it. None where no adapter was cut; without a test what lacks runs."""
     if not any(ranks_on(board, column) for column in board.tasks):
         return None
-    trained = {column.title: trained_at(board, column) for column in board.tasks}
+    trained = {column.title: trained_at(board, column, is_lora) for column in board.tasks}
 
     def lora(column: Column, rank: int) -> Other | None:
         row = trained[column.title].get(rank)
