@@ -26,7 +26,7 @@ SHARE = "below 1 a share of the run's updates, from 1 on that many updates"
 
 
 class AdaLora(Method):
-    """AdaLoRA (Zhang et al., 2023): updates P diag(E) Q, ranks cut by importance down to a common budget; PEFT's.
+    """AdaLoRA (Zhang et al., 2023): updates P diag(E) Q, ranks cut by importance down to a common budget.
 
     Every layer starts with init_rank triplets (a column of P, an entry of E, a row of Q). For tinit updates all of them
     train. Then, every deltaT updates, the triplets of all layers are ranked by their importance (Section 3.2: smoothed
@@ -37,6 +37,8 @@ class AdaLora(Method):
     Hyperparameters may be given by PEFT's names: adalora[init_r=12,target_r=8] is adalora[init_rank=12,target_rank=8].
     """
 
+    provenance = "PEFT's"
+    group = "ranks searched"
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
     traces: ClassVar[tuple[Trace, ...]] = (RANK, RANKS)
 

@@ -15,6 +15,7 @@ from harness.optimizer import adamw
 from methods.shared.lora_adaptation import LoraAdaptation
 from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 from methods.shared.peft_names import ADAPTER
+from methods.shared.placement import permutation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,6 +46,8 @@ class PrunedLora(Method):
     """
 
     version: ClassVar[int] = 2  # 1 chose among raw columns
+    provenance = "ours: a control"
+    group = "controls"
     data_rule: ClassVar[Literal["all", "halves"]] = "halves"
     capabilities = ("linear", "conv2d", "rank-adaptive")
     waits_for = ("size_of",)
@@ -170,8 +173,7 @@ class PrunedLora(Method):
         targets = backbone.targets(self.target_modules)
         ranks = dict.fromkeys(targets, self.rank)
         # Drawn at the start, so that a resumed run has the same.
-        draws = [torch.randperm(self.rank * len(targets), generator=rng) for _ in range(self.draw + 1)]
-        drawn = draws[-1][: self.num_kept(len(targets))]
+        drawn = permutation(self.rank * len(targets), rng, self.draw)[: self.num_kept(len(targets))]
         if self.prune_at == 0:
             left = torch.bincount(drawn // self.rank, minlength=len(targets)).tolist()
             ranks = dict(zip(targets, left, strict=True))

@@ -16,10 +16,11 @@ class Known:
 
     traces: by method, the values of the history that it declares (of a method without an entry, an uninstalled plugin,
     every number in its histories is drawn under its own name). singular_values: reads a kept adapter. is_lora: see
-    `PictureData`. pictures: of packages, beside the report's own.
+    `PictureData`. pictures: of packages, beside the report's own. provenance: by method, where it comes from.
     """
 
     traces: Mapping[str, tuple[Trace, ...]] = field(default_factory=dict)
     singular_values: SingularValues = no_singular_values
     is_lora: IsLora = no_lora
     pictures: tuple[Picture, ...] = ()
+    provenance: Mapping[str, str] = field(default_factory=dict)

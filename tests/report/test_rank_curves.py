@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import save_file
 
-from harness import cli
+from harness import cli, installed
 from harness.record.record import PREDICTIONS, RunRecord
 from harness.record.store import RecordStore
 from harness.report.board.leaderboard import Board, leaderboards
@@ -197,6 +197,13 @@ class TestScores:
         assert {rank: row.label for rank, row in rank_curves.trained_at(found, found.columns[0], is_lora).items()} == {
             4: "lora[rank=4,lr=0.2]"
         }
+
+    def test_which_methods_train_a_lora_at_its_ranks(self) -> None:
+        found = {name: installed.is_lora(name, {}, {"q": 4, "v": 4}) for name in ("lora", "adalora", "pruned_lora")}
+        assert found == {"lora": True, "adalora": False, "pruned_lora": False}
+        assert not installed.is_lora("head", {}, {})
+        assert not installed.is_lora("gone", {}, {"q": 4})
+        assert not installed.is_lora("lora", {"gone": 1}, {"q": 4})
 
     def test_no_curve_no_table(self, tmp_path: Path) -> None:
         store = stored(tmp_path, record())
