@@ -166,6 +166,9 @@ class AdaLora(Method):
         model: Any = peft_model(backbone.module, config)
         if self.components is not None:  # PEFT knows whole ranks a layer only
             model.base_model.rankallocator.target_bgt = self.components
+        for name, parameter in model.named_parameters():
+            if ".ranknum." in name:  # PEFT forgets on the meta device and where it casts to float32
+                parameter.requires_grad_(False)
         optimizer = adamw(model, self.learning_rate, self.weight_decay)
         return AdaLoraAdaptation(model, optimizer, backbone, targets, self.orthogonality)
 
@@ -191,8 +194,6 @@ class AdaLoraAdaptation(Adaptation):
         self.config = tuner.peft_config[ADAPTER]
         self.layers: dict[str, Any] = {name: tuner.model.get_submodule(name) for name in targets}
         self.orthogonality = orthogonality
-        for layer in self.layers.values():
-            layer.ranknum[ADAPTER].requires_grad_(False)  # which PEFT forgets on the meta device
 
     def penalty(self) -> Tensor | None:
         """See `Adaptation.penalty`. Equation 4, averaged over the factors as PEFT does."""
