@@ -71,7 +71,7 @@ class DyLoraAdaptation(NestedLoraAdaptation):
 
     def __init__(self, method: DyLora, backbone: Backbone) -> None:
         super().__init__(method, backbone)
-        self.method = method
+        self.frozen = method.frozen
         self.ranks_to_draw = method.nested_ranks
         self.masks = self.weights(
             [[method.rank / b if i < b else 0.0 for i in range(method.rank)] for b in self.ranks_to_draw]
@@ -90,7 +90,7 @@ class DyLoraAdaptation(NestedLoraAdaptation):
     def before_step(self, step: Step) -> None:
         """See `Adaptation.before_step`. Frozen: no gradient beside the live components', and what the step might move
         there is kept."""
-        if not self.method.frozen:
+        if not self.frozen:
             return
         self._before = []
         for factor, dim in self._factors():

@@ -11,7 +11,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,7 @@ class NestedLora(Method, ABC):
     The components above the last train rank would never move, so that has to be `rank`.
     """
 
+    group: ClassVar[str] = "any rank"
     capabilities = ("linear", "conv2d")
 
     rank: int = Field(
@@ -103,7 +104,7 @@ class NestedLoraAdaptation(LoraAdaptation):
     def __init__(self, method: NestedLora, backbone: Backbone) -> None:
         model = method.adapted(backbone)
         super().__init__(model, adamw(model, method.learning_rate, method.weight_decay), backbone)
-        self.nested = method
+        self.method = method
 
     def weights(self, values: Any) -> Tensor:
         """Numbers as a tensor of the adapter's dtype, on its device."""
@@ -130,7 +131,7 @@ class NestedLoraAdaptation(LoraAdaptation):
         """See `Adaptation.at_rank`: the first `rank` components, with the scale of that rank. Within it the model is
         the LoRA of that rank, and so is what `export` writes."""
         config = self.model.peft_config[ADAPTER]  # type: ignore[index]
-        full = self.nested.rank
+        full = self.method.rank
         pairs = [(layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight) for layer in self.layers.values()]
         own = [(B.data, A.data) for B, A in pairs]
         try:
@@ -145,7 +146,7 @@ class NestedLoraAdaptation(LoraAdaptation):
 
     def _scale_as(self, config: Any, rank: int) -> None:
         """Give the layers, and the configuration that an export has, the scale of a rank."""
-        scale = self.nested.scale(rank)
+        scale = self.method.scale(rank)
         config.r, config.lora_alpha = rank, scale * rank
         for layer in self.layers.values():
             layer.r[ADAPTER], layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = rank, scale * rank, scale
