@@ -59,9 +59,9 @@ class DeboraParameters(Method):
         "searches; unset: by penalty_share; 0 with recipe = paper and where geometry is not matrix",
     )
     penalty_share: float = Field(
-        1.0,
+        3.0,
         gt=0,
-        description="lambda is such that the penalty's gradient is this share of the loss's mean gradient, before the "
+        description="lambda is such that the penalty's gradient is this many times the loss's mean gradient, before the "
         "first step",
     )
     hypergradient: Literal["closed_form", "direct", "implicit", "free", "path"] = Field(

@@ -23,7 +23,7 @@ class FactorPenalty:
 
     units:    for each factor the length that counts as one (`DeboraLayer.units`); 1 of a linear layer's.
     strength: lambda, in units of the loss over those of the factors' squares; None until `settle` has said it.
-    share:    where it is not given: how large the penalty's gradient is to be against the mean of the loss's. So
+    share:    where it is not given: how large the penalty's gradient is to be, in units of the mean of the loss's. So
               lambda follows the scale of the loss and of the parametrisation. It is the mean's norm and not the mean
               norm: noise that batches do not share would else name a penalty that a weak signal does not survive.
     """
