@@ -22,7 +22,8 @@ class Matryoshka(NestedLora):
     """MatryoshkaLoRA (Modoranu et al., 2026): one LoRA whose first b components are an adapter, for every rank b.
 
     Trained is W + B diag(p) A, p_i the sum of s_q over the train ranks q >= i: the sum over q of s_q B[:, :q] A[:q, :].
-    The train ranks are the powers of 2 below `rank`, and `rank`, unless `train_ranks` says others.
+    The train ranks are the powers of 2 below `rank`, and `rank`, unless `train_ranks` says others. With combine = mean
+    p is divided by their number.
 
     Evaluated and exported at rank b is W + s_b B[:, :b] A[:b, :], by default with b = `rank`: not the trained map, not
     even at the full rank, unless `rank` is the only train rank.
@@ -33,6 +34,9 @@ class Matryoshka(NestedLora):
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     scaling: Literal["none", "rank", "sqrt"] = Field(
         "sqrt", description="the update at rank b is scaled by s_b: 1, 1 / b or 1 / sqrt(b)"
+    )
+    combine: Literal["sum", "mean"] = Field(
+        "sum", description="trained is the sum of the updates at the train ranks, or their mean"
     )
 
     @property
@@ -48,7 +52,9 @@ class Matryoshka(NestedLora):
     @property
     def diagonal(self) -> list[float]:
         """p: what each component is multiplied by in training, never increasing. Algorithm 1 in the authors' code."""
-        return [sum(self.scale(q) for q in self.nested_ranks if q > i) for i in range(self.rank)]
+        ranks = self.nested_ranks
+        share = 1 if self.combine == "sum" else 1 / len(ranks)
+        return [share * sum(self.scale(q) for q in ranks if q > i) for i in range(self.rank)]
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
         """See `Method.notes`."""

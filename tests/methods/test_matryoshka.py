@@ -19,7 +19,10 @@ SETS = [(*some, 6) for count in range(6) for some in itertools.combinations(rang
 def test_the_diagonal(scaling):
     s = SCALES[scaling]
     for ranks in SETS:
-        p = registry.make_method("matryoshka", {"rank": 6, "train_ranks": ranks, "scaling": scaling}).diagonal
+        settings = {"rank": 6, "train_ranks": ranks, "scaling": scaling}
+        p = registry.make_method("matryoshka", settings).diagonal
+        mean = registry.make_method("matryoshka", settings | {"combine": "mean"}).diagonal
+        assert [len(ranks) * value for value in mean] == pytest.approx(p)
         assert len(p) == 6
         assert p == pytest.approx([sum(s(q) for q in ranks if q >= i) for i in range(1, 7)])
         assert all(one >= other for one, other in itertools.pairwise(p))
@@ -41,15 +44,16 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("scaling", SCALES)
-def test_a_batch_sees_the_sum_over_the_train_ranks(scaling, network):
-    """Loss and gradients, in float64, against the frozen weights plus sum_q s_q B[:, :q] A[:q, :]; without the batch it
-    is s_R B A."""
+@pytest.mark.parametrize(("scaling", "combine"), [("none", "sum"), ("rank", "sum"), ("sqrt", "sum"), ("sqrt", "mean")])
+def test_a_batch_sees_the_sum_over_the_train_ranks(scaling, combine, network):
+    """Loss and gradients, in float64, against the frozen weights plus sum_q s_q B[:, :q] A[:q, :], or a third of it for
+    three train ranks; without the batch it is s_R B A."""
     torch.manual_seed(0)
     make, shape = NETWORKS[network]
     module = make().double()
     weights = [module[0].weight.detach().clone(), module[2].weight.detach().clone()]
-    method = registry.make_method("matryoshka", {"rank": 4, "train_ranks": [1, 3, 4], "scaling": scaling})
+    settings = {"rank": 4, "train_ranks": [1, 3, 4], "scaling": scaling, "combine": combine}
+    method = registry.make_method("matryoshka", settings)
     adaptation = method.start(Backbone(module, (), ("0", "2")), None, None, torch.Generator())
     factors = [(layer.lora_B["default"].weight, layer.lora_A["default"].weight) for layer in adaptation.layers.values()]
     x = torch.randn(*shape, dtype=torch.float64)
@@ -70,7 +74,7 @@ def test_a_batch_sees_the_sum_over_the_train_ranks(scaling, network):
         return torch.func.functional_call(plain, {"0.weight": own[0], "2.weight": own[1]}, x)
 
     s = SCALES[scaling]
-    expected = slow([(q, s(q)) for q in (1, 3, 4)])
+    expected = slow([(q, s(q) / (3 if combine == "mean" else 1)) for q in (1, 3, 4)])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     wanted = torch.autograd.grad(expected.sin().sum(), [factor for pair in factors for factor in pair])
     for one, other in zip(gradients, wanted, strict=True):
