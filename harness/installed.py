@@ -16,6 +16,7 @@ from harness.errors import InputError
 from harness.method import Method
 from harness.metric import Metric, declared
 from harness.peft_form import PeftForm
+from harness.provenance import NOT_STATED
 from harness.trace import Trace
 
 if TYPE_CHECKING:
@@ -27,6 +28,12 @@ Naming = Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]
 def naming_of(methods: Iterable[str]) -> Naming:
     """By method, what gives of hyperparameters those that a label must name; see `registry.shown_parameters`."""
     return {name: functools.partial(registry.shown_parameters, name) for name, _ in _classes(methods)}
+
+
+def provenance_of(methods: Iterable[str]) -> dict[str, str]:
+    """By method, where it comes from, see `Method.provenance`; NOT_STATED for those that are not installed."""
+    names = set(methods)
+    return dict.fromkeys(names, NOT_STATED) | {name: method.provenance for name, method in _classes(names)}
 
 
 def traces_of(methods: Iterable[str]) -> dict[str, tuple[Trace, ...]]:

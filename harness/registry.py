@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import InputError, unknown
 from harness.method import Method
 from harness.notation import label
+from harness.provenance import ALLOWED, GROUPS, NOT_STATED, is_allowed
 from harness.task import Task
 from harness.trace import Trace
 
@@ -184,9 +185,19 @@ def _load(group: str, name: str) -> object:
                 raise TypeError(f"{loaded.__name__} declares no metric: it needs `measures` or its own `headline`")
             if issubclass(loaded, Method) and not all(isinstance(trace, Trace) for trace in loaded.traces):
                 raise TypeError(f"{loaded.__name__}.traces is {loaded.traces!r}, which are no harness.trace.Trace")
+            if issubclass(loaded, Method):
+                _check_words(loaded)
             loaded.defaults()  # raises for what is no JSON, as in a record
             _ = ", ".join((*loaded.capabilities, *getattr(loaded, "members", ())))  # raises for other than words
     return loaded
+
+
+def _check_words(method: type[Method]) -> None:
+    """Raises TypeError for a provenance or a group that nobody knows."""
+    if method.provenance != NOT_STATED and not is_allowed(method.provenance):
+        raise TypeError(f"{method.__name__}.provenance is {method.provenance!r}; allowed are {ALLOWED}")
+    if method.group not in GROUPS:
+        raise TypeError(f"{method.__name__}.group is {method.group!r}; known are {', '.join(GROUPS)}")
 
 
 @contextmanager

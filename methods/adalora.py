@@ -26,7 +26,7 @@ SHARE = "below 1 a share of the run's updates, from 1 on that many updates"
 
 
 class AdaLora(Method):
-    """AdaLoRA (Zhang et al., 2023): updates P diag(E) Q, ranks cut by importance down to a common budget; PEFT's.
+    """AdaLoRA (Zhang et al., 2023): updates P diag(E) Q, ranks cut by importance down to a common budget.
 
     Every layer starts with init_rank triplets (a column of P, an entry of E, a row of Q). For tinit updates all of them
     train. Then, every deltaT updates, the triplets of all layers are ranked by their importance (Section 3.2: smoothed
@@ -37,6 +37,8 @@ class AdaLora(Method):
     Hyperparameters may be given by PEFT's names: adalora[init_r=12,target_r=8] is adalora[init_rank=12,target_rank=8].
     """
 
+    provenance = "PEFT's"
+    group = "ranks searched"
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
     traces: ClassVar[tuple[Trace, ...]] = (RANK, RANKS)
 
@@ -164,6 +166,9 @@ class AdaLora(Method):
         model: Any = peft_model(backbone.module, config)
         if self.components is not None:  # PEFT knows whole ranks a layer only
             model.base_model.rankallocator.target_bgt = self.components
+        for name, parameter in model.named_parameters():
+            if ".ranknum." in name:  # PEFT forgets on the meta device and where it casts to float32
+                parameter.requires_grad_(False)
         optimizer = adamw(model, self.learning_rate, self.weight_decay)
         return AdaLoraAdaptation(model, optimizer, backbone, targets, self.orthogonality)
 
@@ -189,8 +194,6 @@ class AdaLoraAdaptation(Adaptation):
         self.config = tuner.peft_config[ADAPTER]
         self.layers: dict[str, Any] = {name: tuner.model.get_submodule(name) for name in targets}
         self.orthogonality = orthogonality
-        for layer in self.layers.values():
-            layer.ranknum[ADAPTER].requires_grad_(False)  # which PEFT forgets on the meta device
 
     def penalty(self) -> Tensor | None:
         """See `Adaptation.penalty`. Equation 4, averaged over the factors as PEFT does."""

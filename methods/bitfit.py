@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class BitFit(Method):
     """BitFit (Ben Zaken et al., 2022): every bias vector of the backbone trains, norms' included, and the head."""
 
+    provenance = "from the paper"
+    group = "not low-rank"
     capabilities = ("any layer",)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")

@@ -92,6 +92,8 @@ class BottleneckMethod(Method, ABC):
     """What the two methods share: all but the placement and the default bottleneck."""
 
     placement: ClassVar[str]
+    provenance = "from the paper"
+    group = "not low-rank"
     capabilities = ("encoders of transformers",)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")

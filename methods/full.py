@@ -20,6 +20,8 @@ class Full(Method):
     """Full fine-tuning: every number of the backbone trains."""
 
     version = 2
+    provenance = "common practice"
+    group = "whole model"
     capabilities = ("any layer",)
     search_space = {"learning_rate": Range(1e-6, 1e-3, log=True)}
 

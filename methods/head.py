@@ -20,6 +20,8 @@ class Head(Method):
     """The task's head alone on a frozen backbone: the floor (0 adapter parameters)."""
 
     version = 2
+    provenance = "common practice"
+    group = "controls"
     capabilities = ("any layer",)
     search_space = {"learning_rate": Range(1e-4, 1e-1, log=True)}
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,6 +14,7 @@ from harness.errors import InputError, unknown
 from harness.method import Adaptation, Backbone, Finished, FinishedRun, Method, PeftForm, TrainData
 from harness.optimizer import adamw
 from methods.shared.peft_model import OF_ALL_RANKS, lora_form, lora_model, nearest_rank, pattern_of, shuffled, unfit
+from methods.shared.placement import BY_DEPTH, Placement, Rule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +28,7 @@ INITS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4",
 
 
 class Lora(Method):
-    """LoRA (Hu et al., 2022): W + (alpha / rank) B A with one rank, or a rank for each layer; PEFT's.
+    """LoRA (Hu et al., 2022): W + (alpha / rank) B A with one rank, or a rank for each layer.
 
     Hyperparameters may be given by PEFT's names: lora[r=4,lora_alpha=8] is lora[rank=4,alpha=8].
 
@@ -44,9 +45,12 @@ class Lora(Method):
     Controls: `ranks` and `parameters` are filled in when a run is planned: the run's own parameters are then
     `rank_pattern` and `rank`. `ranks_of` and `parameters_of` name a configuration of the same sweep: each run waits for
     that one's run of its task and seed, and takes its ranks, or the rank nearest to its number of parameters.
+    `placement` puts `components` by nothing that was learned, when a run starts, fewer than there are layers, too.
     """
 
     version = 2
+    provenance = "PEFT's"
+    group = "fixed rank"
     capabilities = ("linear", "conv2d")
     waits_for = ("ranks_of", "parameters_of")
 
@@ -89,6 +93,26 @@ class Lora(Method):
     shuffle_ranks: bool = Field(
         False, description="permute the ranks among layers of the same shape, drawn from the run's seed"
     )
+    placement: Rule | None = Field(
+        None,
+        description="where all components are put, with none of the above: random (each alike, drawn from the run's "
+        "seed), first or last (one to each layer, round and round, from that end on), attention or feed_forward "
+        "(spread evenly over the layers of that kind)",
+        exclude_if=lambda value: value is None,  # as components and draw: younger than the first records
+    )
+    components: int | None = Field(
+        None,
+        ge=1,
+        description="with placement: rank-one components of all layers together; rank is the most that a layer gets",
+        exclude_if=lambda value: value is None,
+    )
+    draw: int = Field(
+        0,
+        ge=0,
+        le=999,  # each is drawn after those before it
+        description="with placement: which draw of the run's seed it is, to compare several of one seed",
+        exclude_if=lambda value: value == 0,
+    )
     parameters: int | None = Field(
         None, ge=1, description="adapter parameters: take the rank for all layers that comes nearest"
     )
@@ -129,6 +153,24 @@ class Lora(Method):
                 raise ValueError(f"ranks_of = {self.ranks_of} sets the ranks, and so does {name}: give one")
         if self.dora and self.changes_backbone:
             raise ValueError(f"dora = true cannot be combined with init = {self.init}: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _placement_fits(self) -> Lora:
+        if self.placement is None:
+            for name in ("components", "draw"):
+                if value := getattr(self, name):
+                    raise ValueError(f"{name} = {value} needs placement: {', '.join(get_args(Rule))}")
+            return self
+        if self.components is None:
+            raise ValueError(f"placement = {self.placement} needs components: how many in all layers together")
+        for name in ("ranks", "ranks_of", "rank_pattern", "parameters", "parameters_of"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"placement = {self.placement} sets the ranks, and so does {name}: give one")
+        if self.draw and self.placement in BY_DEPTH:
+            raise ValueError(f"draw = {self.draw} with placement = {self.placement}: nothing is drawn there")
+        if self.init == "orthogonal":
+            raise ValueError(f"init = orthogonal takes even ranks, and placement = {self.placement} odd ones, too")
         return self
 
     @classmethod
@@ -187,6 +229,11 @@ class Lora(Method):
         """See `Method.unsupported`."""
         if not backbone.layers:
             return backbone.without_layers()
+        linear_only = None if self.init in ("default", "gaussian") else f"init = {self.init}"
+        if (placement := self._placement()) is not None:
+            targets = backbone.targets(self.target_modules)
+            reason = placement.misfit(backbone, targets)
+            return reason or unfit(backbone, list(placement.candidates(backbone, targets)), linear_only)
         ranks = self.layer_ranks(backbone)
         if not any(ranks.values()):
             return "every layer has rank 0"
@@ -194,16 +241,18 @@ class Lora(Method):
             backbone.check_rank(rank, (layer,))
             if self.init == "orthogonal" and rank % 2:
                 raise InputError(f"init = orthogonal takes even ranks; rank = {rank} of layer '{layer}' is odd", "init")
-        linear_only = None if self.init in ("default", "gaussian") else f"init = {self.init}"
         return unfit(backbone, [layer for layer, rank in ranks.items() if rank], linear_only)
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
         """See `Method.notes`: what the ranks are where they differ."""
-        if not self.rank_pattern:
+        if (placement := self._placement()) is not None:
+            what = placement.told(backbone, backbone.targets(self.target_modules))
+        elif self.rank_pattern:
+            ranks = self.layer_ranks(backbone).values()
+            what = f"{sum(ranks)} components in {sum(rank > 0 for rank in ranks)} of {len(ranks)} layers"
+        else:
             return []
-        ranks = self.layer_ranks(backbone).values()
-        live = sum(rank > 0 for rank in ranks)
-        return [f"{sum(ranks)} components in {live} of {len(ranks)} layers, each scaled by {self.scale:g}; {OWN_SCALE}"]
+        return [f"{what}, each scaled by {self.scale:g}; {OWN_SCALE}"]
 
     @property
     def scale(self) -> float:
@@ -225,13 +274,23 @@ class Lora(Method):
             ranks |= {layer: rank for layer in named if layer == end or layer not in self.rank_pattern}
         return ranks
 
+    def _placement(self) -> Placement | None:
+        if self.placement is None or self.components is None:
+            return None
+        return Placement(self.placement, self.components, self.rank, self.draw)
+
+    def _drawn_ranks(self, backbone: Backbone, rng: torch.Generator) -> dict[str, int]:
+        """The rank of every targeted layer, 0 for one without an adapter, with what the run's seed decides."""
+        if (placement := self._placement()) is not None:
+            return placement.ranks(backbone, backbone.targets(self.target_modules), rng)
+        ranks = self.layer_ranks(backbone)
+        return shuffled(ranks, backbone, rng) if self.shuffle_ranks else ranks
+
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """See `Method.start`."""
         from methods.shared.lora_adaptation import LoraAdaptation
 
-        ranks = self.layer_ranks(backbone)
-        if self.shuffle_ranks:
-            ranks = shuffled(ranks, backbone, rng)
+        ranks = self._drawn_ranks(backbone, rng)
         on_meta = next(backbone.module.parameters()).is_meta  # there, shapes alone: PEFT's inits need values
         init = True if on_meta or self.init == "default" else self.init
         model = lora_model(backbone, ranks, self.scale, self.dropout, init_lora_weights=init, use_dora=self.dora)

@@ -12,9 +12,10 @@ from pydantic import Field, model_validator
 from harness.errors import InputError
 from harness.method import RANK, Adaptation, Backbone, Finished, Method, PeftForm, Step, Trace, TrainData
 from harness.optimizer import adamw
-from methods.shared.lora_adaptation import LoraAdaptation
+from methods.shared.cut_lora import CutLoraAdaptation
 from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 from methods.shared.peft_names import ADAPTER
+from methods.shared.placement import permutation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,6 +46,8 @@ class PrunedLora(Method):
     """
 
     version: ClassVar[int] = 2  # 1 chose among raw columns
+    provenance = "ours: a control"
+    group = "controls"
     data_rule: ClassVar[Literal["all", "halves"]] = "halves"
     capabilities = ("linear", "conv2d", "rank-adaptive")
     waits_for = ("size_of",)
@@ -170,8 +173,7 @@ class PrunedLora(Method):
         targets = backbone.targets(self.target_modules)
         ranks = dict.fromkeys(targets, self.rank)
         # Drawn at the start, so that a resumed run has the same.
-        draws = [torch.randperm(self.rank * len(targets), generator=rng) for _ in range(self.draw + 1)]
-        drawn = draws[-1][: self.num_kept(len(targets))]
+        drawn = permutation(self.rank * len(targets), rng, self.draw)[: self.num_kept(len(targets))]
         if self.prune_at == 0:
             left = torch.bincount(drawn // self.rank, minlength=len(targets)).tolist()
             ranks = dict(zip(targets, left, strict=True))
@@ -180,7 +182,7 @@ class PrunedLora(Method):
         return PrunedLoraAdaptation(self, model, optimizer, backbone, targets, drawn)
 
 
-class PrunedLoraAdaptation(LoraAdaptation):
+class PrunedLoraAdaptation(CutLoraAdaptation):
     """One run: LoRA on the method's `first_rows`, one pruning, LoRA at the ranks that are left.
 
     drawn: for "random", the components that stay, positions among those of all layers in turn.
@@ -222,86 +224,43 @@ class PrunedLoraAdaptation(LoraAdaptation):
             return
         from methods.shared.optimizer_state import gradient_of
 
-        for effect, (B, _) in zip(self.effects, self._pairs(), strict=True):
+        for effect, (B, _) in zip(self.effects, self.pairs(), strict=True):
             effect += B.detach().flatten(1).T @ gradient_of(B).flatten(1)
 
     def after_step(self, step: Step) -> dict[str, Any]:
         """See `Adaptation.after_step`. The history of the update that prunes has the `rank` of all layers together."""
         if self.pruned or step.used < self.method.prune_at * step.budget:
             return {}
-        values = self._rotate()
-        kept = self.drawn
+        values = self._worth()
+        kept = self.drawn  # positions among the components of all layers in turn
         if self.method.selection != "random":
             kept = values.argsort(descending=True, stable=True)[: len(self.drawn)].cpu()
-        self._keep(kept)
+        rank = self.method.rank
+        self.keep([sorted((kept[kept // rank == number] % rank).tolist()) for number in range(len(self.targets))])
+        self.pruned, self.stream = True, "all"
         return {"rank": len(kept)}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Adaptation.state_dict`."""
-        from methods.shared.optimizer_state import shapes
-
-        return super().state_dict() | {
-            "pruned": self.pruned,
-            "shapes": shapes(self.optimizer),
-            "effects": self.effects,
-        }
+        return super().state_dict() | {"pruned": self.pruned, "effects": self.effects}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Adaptation.load_state_dict`. The layers are cut down to the saved ranks first."""
-        from methods.shared.optimizer_state import match_shapes
-
-        match_shapes(self.optimizer, state["shapes"])
-        if state["pruned"]:
-            self._go_on_pruned()
+        """See `Adaptation.load_state_dict`."""
+        super().load_state_dict(state)
+        self.pruned = state["pruned"]
         if self.effects is not None:
             self.effects.copy_(state["effects"])
-        super().load_state_dict(state)
 
-    def export(self, path: Path) -> None:
-        """A stock LoRA adapter with the head, at these ranks."""
-        from methods.shared.stock_lora import export_stock_lora
-
-        export_stock_lora(path, self.scaled_pairs(), self.model, self.head)
-
-    def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """(B, A) of every layer."""
-        layers = [self.layers[name] for name in self.targets]
-        return [(layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight) for layer in layers]
-
-    def _rotate(self) -> Tensor:
+    def _worth(self) -> Tensor:
         """Bring every layer to the SVD of its update. Returns what each component is worth, layer after layer,
         (layers * rank,) float64: its singular value (all layers have one scale), or minus the sum of its effects."""
         import torch
 
-        from methods.shared.canonical import rotate_lora
-
+        bases = self.rotate()
+        if self.effects is None:
+            return torch.cat([basis.sizes for basis in bases])
         values = []
-        for number, (B, A) in enumerate(self._pairs()):
-            basis = rotate_lora(B, A, self.optimizer)
-            if self.effects is None:
-                values.append(basis.sizes)
-            else:
-                map_B, map_A = basis.maps  # with s = 1 these are R^T and Q^T
-                values.append(-(map_A @ self.effects[number].double() @ map_B.T).diagonal())
+        for effects, basis in zip(self.effects, bases, strict=True):
+            map_B, map_A = basis.maps  # with s = 1 these are R^T and Q^T
+            values.append(-(map_A @ effects.double() @ map_B.T).diagonal())
         return torch.cat(values)
-
-    def _keep(self, kept: Tensor) -> None:
-        """Remove all other components; `kept` are positions among those of all layers in turn."""
-        import torch
-
-        from methods.shared.optimizer_state import keep
-
-        rank = self.method.rank
-        for number, name in enumerate(self.targets):
-            layer, own = self.layers[name], sorted(kept[kept // rank == number].tolist())
-            if len(own) < rank:
-                for weight, dim in ((layer.lora_A[ADAPTER].weight, 0), (layer.lora_B[ADAPTER].weight, 1)):
-                    keep(weight, torch.tensor(own, dtype=torch.int64, device=weight.device) % rank, dim, self.optimizer)
-        self._go_on_pruned()
-
-    def _go_on_pruned(self) -> None:
-        """Draw from all rows, and leave layers without components to their base layers."""
-        self.pruned, self.stream = True, "all"
-        for layer in self.layers.values():
-            if len(layer.lora_A[ADAPTER].weight) == 0:
-                layer.enable_adapters(False)

@@ -8,7 +8,7 @@ import stat
 import struct
 from pathlib import Path
 
-from harness import storage
+from harness import installed, storage
 from harness.commands import target
 from harness.errors import InputError
 from harness.record.record import RunRecord
@@ -32,7 +32,8 @@ def command(results: Path, run_id: str, to: Path) -> int:
     store, boards = boards_below(results)
     record = store.find(run_id)
     names = _files(store, record)
-    card = model_card(record, boards, names)
+    method = record.spec.method
+    card = model_card(record, boards, names, installed.provenance_of([method])[method])
     with target.made(to) as draft:
         for name in names:
             (draft / name).parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from harness.errors import InputError, unknown
 from harness.method import Method
 from harness.parameters import Strict
 from harness.plan import sweep_file
+from harness.provenance import GROUPS
 
 
 def command(name: str | None) -> int:
@@ -38,8 +39,12 @@ def command(name: str | None) -> int:
 
 
 def _print_all() -> None:
-    rows = [(name, _one_line(registry.METHODS, name)) for name in registry.registered(registry.METHODS)]
-    _print_table("methods", rows)
+    groups: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
+    for name in registry.registered(registry.METHODS):
+        groups[_group(name)].append((name, _one_line(registry.METHODS, name)))
+    for group, rows in groups.items():
+        if rows:
+            _print_table(f"methods, {group}", rows)
     rows = [(name, _one_line(registry.TASKS, name)) for name in registry.registered(registry.TASKS)]
     _print_table("tasks", rows)
     rows = [(name, tomllib.loads(path.read_text())["description"]) for name, path in sweep_file.presets().items()]
@@ -55,6 +60,14 @@ def _print_table(heading: str, rows: list[tuple[str, str]]) -> None:
     print()
 
 
+def _group(name: str) -> str:
+    """The method's group; the last of a plugin that cannot be used."""
+    try:
+        return registry.method_class(name).group
+    except InputError:
+        return GROUPS[-1]
+
+
 def _one_line(group: str, name: str) -> str:
     """The first line of the docstring and the capabilities; a plugin that cannot be used says why."""
     try:
@@ -65,12 +78,16 @@ def _one_line(group: str, name: str) -> str:
         return f"(unavailable: {error})"
     members = f" Members: {', '.join(cls.members)}." if getattr(cls, "members", ()) else ""
     capabilities = f" [{', '.join(cls.capabilities)}]" if cls.capabilities else ""
-    return f"{first}{members}{capabilities}"
+    provenance = f" Provenance: {cls.provenance}." if group == registry.METHODS else ""
+    return f"{first}{members}{capabilities}{provenance}"
 
 
 def _parameters(name: str, cls: type[Strict]) -> list[str]:
     kind = "hyperparameter" if issubclass(cls, Method) else "parameter"
-    lines = [inspect.cleandoc(cls.__doc__ or ""), f"\n{kind}s, as in {name}[{kind}=value]:"]
+    lines = [inspect.cleandoc(cls.__doc__ or "")]
+    if issubclass(cls, Method):
+        lines.append(f"\nprovenance: {cls.provenance}\ngroup: {cls.group}")
+    lines += [f"\n{kind}s, as in {name}[{kind}=value]:"]
     schema = cls.model_json_schema()["properties"]
     of_peft = {name: peft_name for peft_name, name in cls.peft_names().items()}
     for field, information in cls.model_fields.items():

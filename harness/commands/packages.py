@@ -19,8 +19,9 @@ def known_of(records: Iterable[RunRecord]) -> Known:
     pictures, told = added_pictures()
     for line in told:
         print(line, file=sys.stderr)
-    traces = installed.traces_of(record.spec.method for record in records)
-    return Known(traces, installed.singular_values, tuple(pictures))
+    methods = {record.spec.method for record in records}
+    traces, provenance = installed.traces_of(methods), installed.provenance_of(methods)
+    return Known(traces, installed.singular_values, tuple(pictures), provenance)
 
 
 def columns() -> tuple[TableColumn, ...]:

@@ -117,6 +117,7 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
     from harness.report.pictures import critical
 
     naming, table = installed.naming_of(record.spec.method for record in written.records), columns()
+    known = known_of(written.records)
     selection, told = wanted.selection, dict[str, None]()
     split = wanted.every_split or any(sign in name for name in selection.columns for sign in (":", ", "))
 
@@ -124,7 +125,8 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
         runs = runs_of(grouped(store, records, naming), naming)
         runs = every_split(runs) if split else runs
         tell = None if wanted.is_complete else lambda line: told.update({line: None})
-        made = boards_of(store, runs, installed.family_average, installed.metric_of, table, selection, tell)
+        told_of = (installed.family_average, installed.metric_of, table, selection, tell)
+        made = boards_of(store, runs, *told_of, known.provenance)
         return made, _differences(runs, made, wanted, store, told)
 
     with uncollected():
@@ -136,7 +138,6 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
         boards = sorted_by(boards, wanted.sort)
     unwritten = None
     try:
-        known = known_of(written.records)
         style = wanted.latex_style
         paths = build_report(
             store, written, naming, every, wanted.forms, known=known, differences=of_every, latex_style=style

@@ -27,12 +27,11 @@ def unchanged_output_at_the_start(subject: Subject) -> None:
     if not started.method.identity_at_start:
         return
     started.training.prepare()
-    rows = range(8)
-    batch = started.task.collate(started.training.encoded, rows, None)
+    batch = started.batch(range(8))
     with torch.no_grad():
         expected = started.before.module.eval()(**batch.inputs).logits
         found = started.adaptation.model.eval()(**batch.inputs).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=subject.tolerance)
 
 
 def only_the_intended_parameters_train(subject: Subject) -> None:
@@ -111,7 +110,7 @@ def what_one_batch_sees_is_undone(subject: Subject) -> None:
     around = adaptation.for_batch(started.training)
     if around is None:
         return
-    inputs = started.task.collate(started.training.encoded, range(8), None).inputs
+    inputs = started.batch(range(8)).inputs
     with torch.no_grad():
         expected = adaptation.model.eval()(**inputs).logits
         with around:
@@ -174,6 +173,8 @@ def _one_update(training: Training) -> None:
 
 def the_same_seed_gives_the_same_record(subject: Subject) -> None:
     """Two runs of one spec differ in nothing but times and places; the record on disk validates and says done."""
+    if subject.backbone_dtype != torch.float32:  # no spec has it
+        return
     records = []
     for name in ("first", "second"):
         store = RecordStore(subject.folder / name)
@@ -228,6 +229,8 @@ def a_cut_to_a_rank_has_it_and_is_undone(subject: Subject) -> None:
     it the model is bit-equal to what it was."""
     started = start(subject)
     started.training.run(lambda training: None)
+    for model in (started.before.module, started.adaptation.model):
+        model.float()  # in the backbone's own precision, rounding of the output would hide the update's rank
     adaptation, before = started.adaptation, _model_state(started)
     ranks, whole = adaptation.ranks(), _updates(started)
     cut = adaptation.at_rank(1)
@@ -241,7 +244,7 @@ def a_cut_to_a_rank_has_it_and_is_undone(subject: Subject) -> None:
             singular = torch.linalg.svdvals(update)
             assert (singular[rank:] <= 1e-5 * max(1.0, float(singular[0]))).all(), f"'{layer}' is above rank {rank}"
             if rank >= ranks[layer]:
-                torch.testing.assert_close(update, whole[layer], rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(update, whole[layer], rtol=1e-4, atol=subject.tolerance)
 
 
 METHOD_CONTRACTS = (
@@ -272,7 +275,7 @@ def _updates(started: Started) -> dict[str, torch.Tensor]:
             base = started.before.module.get_submodule(name)
             (layer,) = (module for full, module in modules.items() if f".{full}".endswith(f".{name}"))
             if not isinstance(base, torch.nn.Conv2d):
-                unit = torch.eye(started.before.shape(name)[1])
+                unit = torch.eye(started.before.shape(name)[1], device=started.training.device)
                 found[name] = (layer(unit) - base(unit)).double()
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -98,7 +99,9 @@ def build_report(
         raise InputError(f"no records in {store.runs}{left_out}: run `python -m harness run ...` first")
     trials = trials_frame(chosen, naming)
     records = {record.run_id: record for record in chosen}
-    boards = boards_of(store, runs_of(grouped(store, chosen, naming or {}), naming)) if boards is None else boards
+    if boards is None:
+        runs = runs_of(grouped(store, chosen, naming or {}), naming)
+        boards = boards_of(store, runs, provenance=known.provenance)
     with _draft(store) as folder:
         drawing, tables, further = _Drawing(folder, forms, tell), {}, _Further(differences or {})
         for place, board in enumerate(boards):  # one after the other: histories are large
@@ -126,11 +129,13 @@ def boards_of(
     table: Sequence[TableColumn] = COLUMNS,
     selection: Selection = EVERYTHING,
     tell: Tell | None = None,
+    provenance: Mapping[str, str] | None = None,
 ) -> list[Board]:
     """The leaderboards of runs (see `runs_of`) with their notes and ties; `average`, `table`: see `leaderboards`,
-    `metric`: see `ExampleReader`, `selection`, `tell`: see `selected`."""
+    `metric`: see `ExampleReader`, `selection`, `tell`: see `selected`, `provenance`: see `Board`."""
     read = ExampleReader(store, metric)
     boards = [with_ties(board, read) for board in leaderboards(runs, average, table)]
+    boards = [dataclasses.replace(board, provenance=provenance or {}) for board in boards]
     return [with_notes(board) for board in selected(boards, selection, tell)]
 
 

@@ -15,9 +15,10 @@ class Known:
 
     traces: by method, the values of the history that it declares (of a method without an entry, an uninstalled plugin,
     every number in its histories is drawn under its own name). singular_values: reads a kept adapter. pictures: of
-    packages, beside the report's own.
+    packages, beside the report's own. provenance: by method, where it comes from.
     """
 
     traces: Mapping[str, tuple[Trace, ...]] = field(default_factory=dict)
     singular_values: SingularValues = no_singular_values
     pictures: tuple[Picture, ...] = ()
+    provenance: Mapping[str, str] = field(default_factory=dict)

@@ -42,6 +42,8 @@ class Debora(DeboraParameters):
     """
 
     version: ClassVar[int] = 4
+    provenance = "from the paper; no official code; the default recipe is ours"
+    group = "ranks searched"
     data_rule: ClassVar[Literal["all", "halves"]] = "halves"
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
     traces: ClassVar[tuple[Trace, ...]] = (

@@ -61,8 +61,8 @@ class DeboraParameters(Method):
     penalty_share: float = Field(
         3.0,
         gt=0,
-        description="lambda is such that the penalty's gradient is this many times the loss's mean gradient, before the "
-        "first step",
+        description="lambda is such that the penalty's gradient is this many times the loss's mean gradient, before "
+        "the first step",
     )
     hypergradient: Literal["closed_form", "direct", "implicit", "free", "path"] = Field(
         "free",

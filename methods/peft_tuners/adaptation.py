@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import initialize_lora_eva_weights
-from peft.tuners.lora.eva import get_eva_state_dict
 from torch import Tensor, nn
 
-from harness.method import Adaptation, Backbone, Step, TrainData, as_matrix, in_modules
-from harness.optimizer import decay_groups
-from harness.passes import evaluation_mode, observe_inputs
+from harness.method import Adaptation, Backbone, Step, TrainData, in_modules
 from harness.storage import os_errors
+from methods.shared.eva import eva_directions, no_directions, start_from
 from methods.shared.peft_names import ADAPTER, PREFIX
 
 IMPORTANCE = ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B")  # AdaMSS's averages of a layer
@@ -49,7 +44,7 @@ class PeftAdaptation(Adaptation):
     def prepare(self, step: Step) -> None:
         """See `Adaptation.prepare`. EVA's directions and ranks come from the data."""
         if self.awaits_eva:
-            self._apply_eva(self._eva_directions(step))
+            self._apply_eva(eva_directions(step, self.model, self.data))
 
     def after_step(self, step: Step) -> dict[str, Any]:
         """See `Adaptation.after_step`. AdaMSS counts as in its callback for the Trainer: updates before this one."""
@@ -88,13 +83,7 @@ class PeftAdaptation(Adaptation):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Adaptation.load_state_dict`."""
         if self.awaits_eva and not state["awaits_eva"]:
-            self._apply_eva(
-                {
-                    name: torch.zeros(state["ranks"].get(name.removeprefix(PREFIX), 0), inputs)
-                    for name, layer in self._eva_layers().items()
-                    for _, inputs in [as_matrix(layer, layer.get_parameter("weight")).shape]
-                }
-            )
+            self._apply_eva(no_directions(self.model, state["ranks"]))
         super().load_state_dict(state)
         parameters = dict(self.model.named_parameters())
         for name, value in state["stopped"].items():
@@ -122,46 +111,8 @@ class PeftAdaptation(Adaptation):
     def _importance(layer: Any) -> dict[str, list[Tensor | None]]:
         return {name: getattr(layer, name).get(ADAPTER, []) for name in IMPORTANCE}
 
-    def _eva_layers(self) -> dict[str, nn.Module]:
-        """The layers that EVA has directions for, by their names in PEFT's model."""
-        adapted: dict[str, Any] = {PREFIX + name: self.model.get_submodule(PREFIX + name) for name in self.ranks()}
-        layers: dict[str, nn.Module] = {name: module.get_base_layer() for name, module in adapted.items()}
-        return {name: layer for name, layer in layers.items() if not isinstance(layer, nn.Conv2d)}
-
-    def _eva_directions(self, step: Step) -> dict[str, Tensor]:
-        """A of each layer, (rank, inputs), by EVA (Paischer et al., 2024, arXiv 2410.07170), PEFT's."""
-        layers = self._eva_layers()
-        latest: dict[str, Tensor] = {}  # the rows of the layer called last, for which PEFT asks when it returns
-
-        def see(name: str, rows: Tensor) -> None:
-            latest.clear()
-            latest[name] = rows
-
-        def forward(model: nn.Module, inputs: Any) -> None:
-            if step.used + 1 >= step.budget:
-                raise RuntimeError(
-                    f"EVA's directions have not converged in {step.used} batches, which leaves none to train with: "
-                    "lower tau of eva_config, or raise the batch size or the budget"
-                )
-            observe_inputs(step, self.model, layers, [self.data.draw("all")], see)
-
-        with evaluation_mode(self.model), contextlib.redirect_stdout(io.StringIO()):  # a line for each small batch
-            found: dict[str, Tensor] = get_eva_state_dict(
-                self.peft_model,
-                [torch.empty(0)],  # which it goes through again and again: `forward` draws the batches
-                forward_fn=forward,
-                prepare_model_inputs_fn=None,
-                prepare_layer_inputs_fn=lambda layer_input, model_input, name: latest[name],
-                show_progress_bar=False,
-            )
-        return found
-
     def _apply_eva(self, directions: dict[str, Tensor]) -> None:
         """Give the layers these A and ranks, (rank, inputs) each; the optimizer gets their new parameters."""
-        initialize_lora_eva_weights(self.peft_model, eva_state_dict=directions)
+        start_from(directions, self.model, self.optimizer, self.weight_decay)
         self.awaits_eva = False
         self.adapter = self._trained()
-        self.optimizer.state.clear()
-        self.optimizer.param_groups.clear()
-        for group in decay_groups(self.model.parameters(), self.weight_decay):
-            self.optimizer.add_param_group(group)

@@ -90,6 +90,7 @@ class PeftMethod(Method):
     batches of the budget. A tuner that PEFT cannot put into the backbone is a reported cell with PEFT's reason.
     """
 
+    provenance = "PEFT's"
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d")
     traces: ClassVar[tuple[Trace, ...]] = (
         Trace("training_numbers", "parameters in training", drawing="steps"),  # AdaMSS's, fewer and fewer

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from harness.optimizer import decay_groups
+
 GRADIENT = "gradient"
 FIRST_MOMENTS = (GRADIENT, "exp_avg", "momentum_buffer")  # linear in the gradients
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")  # linear in their squares
@@ -42,6 +44,14 @@ def append(parameter: nn.Parameter, values: Tensor, dim: int, optimizer: Optimiz
     """
     grown = torch.cat([parameter.detach(), values], dim)
     _replace(parameter, grown, optimizer, lambda name, value: torch.cat([value, torch.zeros_like(values)], dim))
+
+
+def train_anew(optimizer: Optimizer, model: nn.Module, weight_decay: float) -> None:
+    """Have an optimizer that has made no step yet train what requires a gradient in the model now, at its own learning
+    rate: for a start that replaces or removes whole parameters."""
+    optimizer.param_groups.clear()
+    for group in decay_groups(model.parameters(), weight_decay):
+        optimizer.add_param_group(group)
 
 
 def change_basis(parameter: nn.Parameter, values: Tensor, P: Tensor, dim: int, optimizer: Optimizer | None) -> None:

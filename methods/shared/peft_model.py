@@ -112,10 +112,12 @@ def shared_parameters(method: Method, dropout: float = 0.0) -> dict[str, Any]:
 
 
 def peft_model(module: nn.Module, config: Any) -> nn.Module:
-    """PEFT's `get_peft_model`, without its warning where it sees, layer by layer, which weights are transposed."""
+    """PEFT's `get_peft_model`, without its warning where it sees, layer by layer, which weights are transposed, and
+    without its advice on memory with EVA."""
     from peft import get_peft_model
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
+        warnings.filterwarnings("ignore", "lora with eva initialization used with", UserWarning)
         model: nn.Module = get_peft_model(module, config)
     return model

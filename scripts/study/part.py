@@ -45,7 +45,10 @@ class Part:
         records = grouped(self.store, [_with_shapes(record, width) for record in records], naming)
         runs = every_split(runs_of(records, naming), COUNTED)
         self.selection = Selection.model_validate(plan["report"])
-        (self.board,) = boards_of(self.store, runs, metric=installed.metric_of, selection=self.selection)
+        provenance = installed.provenance_of(record.spec.method for record in records)
+        (self.board,) = boards_of(
+            self.store, runs, metric=installed.metric_of, selection=self.selection, provenance=provenance
+        )
         self.records = {record.run_id: record for record in records}
         self.trials = trials_frame(records, naming)
         self.traces = installed.traces_of(record.spec.method for record in records)

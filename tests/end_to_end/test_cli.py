@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 from harness.cli import main
+from harness.provenance import GROUPS
 from harness.record.store import RecordStore
 
 
@@ -155,10 +157,17 @@ def test_list_teaches(capsys):
     output = capsys.readouterr().out
     for name in ("debora", "lora", "glue", "cola", "quickstart", "smoke"):
         assert name in output
+    groups = dict(re.findall(r"^methods, (.+):\n((?:  .+\n)+)", output, re.MULTILINE))
+    assert list(groups) == [group for group in GROUPS if group in groups]
+    assert re.search(r"^  pruned_lora .+ Provenance: ours: a control\.$", groups["controls"], re.MULTILINE)
+    assert re.search(
+        r"^  debora .+ Provenance: from the paper; no official code;", groups["ranks searched"], re.MULTILINE
+    )
     assert main(["list", "lora"]) == 0
     output = capsys.readouterr().out
     assert "rank (PEFT's r): rank of every adapted layer, at most its smaller side (>= 1; default 8)" in output
     assert "init (PEFT's init_lora_weights): default, gaussian," in output
+    assert "\nprovenance: PEFT's\ngroup: fixed rank\n" in output
     assert "scaled by alpha / rank, not by alpha / its own rank as in PEFT" in output
 
 

@@ -10,20 +10,17 @@ import torch
 from harness import registry
 from harness.contracts import METHOD_CONTRACTS, TASK_CONTRACTS, Subject
 from harness.contracts.methods import (
+    a_cut_to_a_rank_has_it_and_is_undone,
     a_run_interrupted_after_every_update_equals_the_uninterrupted_one,
+    counts_are_right,
+    only_the_intended_parameters_train,
     the_history_holds_what_is_declared,
+    unchanged_output_at_the_start,
 )
 from harness.contracts.subject import start
 from harness.method import Backbone
+from tests.support.contract_settings import PARAMETERS
 
-PARAMETERS = {
-    "full": "full[learning_rate=1e-3]",
-    "lora": "lora[rank=4]",
-    "pruned_lora": "pruned_lora[rank=4,keep=0.4]",
-    "adalora": "adalora[init_rank=6,target_rank=3]",
-    "peft": "peft[type=ia3]",
-    "debora": "debora[rank=4,T_max=2,n0=0,step_size=0.5]",
-}
 METHODS = [PARAMETERS.get(name, name) for name in registry.registered(registry.METHODS)]
 
 
@@ -31,6 +28,30 @@ METHODS = [PARAMETERS.get(name, name) for name in registry.registered(registry.M
 @pytest.mark.parametrize("method", METHODS)
 def test_method(method, contract, tmp_path: Path):
     contract(Subject(method, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "contract",
+    [
+        unchanged_output_at_the_start,
+        only_the_intended_parameters_train,
+        counts_are_right,
+        a_run_interrupted_after_every_update_equals_the_uninterrupted_one,
+        a_cut_to_a_rank_has_it_and_is_undone,
+    ],
+    ids=lambda contract: contract.__name__,
+)
+@pytest.mark.parametrize("method", ["lora", "adalora", "debora"])
+def test_method_on_a_backbone_in_bfloat16(method, contract, tmp_path: Path):
+    contract(Subject(PARAMETERS[method], tmp_path, backbone_dtype=torch.bfloat16))
+
+
+def test_only_the_backbone_is_in_a_lower_precision(tmp_path: Path):
+    for method in ("lora", "adalora", "debora"):
+        started = start(Subject(PARAMETERS[method], tmp_path, backbone_dtype=torch.bfloat16))
+        dtypes = {(p.requires_grad, p.dtype) for _, p in started.adaptation.model.named_parameters()}
+        assert (True, torch.bfloat16) not in dtypes
+        assert {(True, torch.float32), (False, torch.bfloat16)} <= dtypes
 
 
 @pytest.mark.parametrize(

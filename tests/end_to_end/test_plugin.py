@@ -44,7 +44,10 @@ def run(environment, *arguments, **options):
 
 def test_listed_and_described(environment):
     listing = run(environment, "-m", "harness", "list").stdout
-    assert "norm_tuning  The backbone's LayerNorms alone." in listing
+    assert "norm_tuning  The backbone's LayerNorms alone. Provenance: not stated." in listing
+    searched, other = listing.index("methods, ranks searched:"), listing.index("methods, other:")
+    assert searched < listing.index("\n  growing ") < other < listing.index("\n  norm_tuning ")
+    assert "Provenance: ours: an example." in listing
     assert "bias: train the norms' biases too" in run(environment, "-m", "harness", "list", "norm_tuning").stdout
 
 
@@ -178,6 +181,12 @@ class Details(Fine):
 class Traces(Fine):
     traces = ("rank",)
 
+class Provenance(Fine):
+    provenance = "somewhere"
+
+class Group(Fine):
+    group = "best"
+
 class Unfinished(Method):
     learning_rate: float = 1e-3
 
@@ -187,6 +196,8 @@ UNUSABLE = {  # of BROKEN, and why
     "broken:Capabilities": "TypeError: sequence item 0: expected str instance, int found",
     "broken:Default": "PydanticSerializationError: Unable to serialize unknown type",
     "broken:Traces": "TypeError: Traces.traces is ('rank',), which are no harness.trace.Trace",
+    "broken:Provenance": "TypeError: Provenance.provenance is 'somewhere'; allowed are ",
+    "broken:Group": "TypeError: Group.group is 'best'; known are fixed rank, ranks searched, ",
     "broken:Unfinished": "Unfinished does not define start",
     "broken:Absent": "has no attribute 'Absent'",
     "broken:number": "which is not a subclass of harness.method.Method",

@@ -18,9 +18,9 @@ from harness.method import Backbone
 from harness.plan.sweep import Sweep, method_cells
 from harness.run import checkpoint
 from harness.spec import Place
-from methods.peft_tuners import adaptation as peft_adaptation
 from methods.peft_tuners.adaptation import ADAPTER, PeftAdaptation
 from methods.peft_tuners.method import TRIED, PeftMethod, tuner_types
+from methods.shared import eva as shared_eva
 from tests.support import tiny
 
 SMALL = "synthetic[num_blocks=1,num_rows=64]"
@@ -165,7 +165,7 @@ def test_layers_that_eva_gives_no_rank(tmp_path, monkeypatch):
     run, adaptation = started(EVA)
     ranks = dict.fromkeys(adaptation.ranks(), 2) | {QUERY: 0}
     directions = {f"base_model.model.{n}": torch.eye(r, run.before.shape(n)[1]) for n, r in ranks.items()}
-    monkeypatch.setattr(peft_adaptation, "get_eva_state_dict", lambda *arguments, **options: directions)
+    monkeypatch.setattr(shared_eva, "get_eva_state_dict", lambda *arguments, **options: directions)
     run.training.prepare()
     assert QUERY not in adaptation.ranks()
     held = {id(p) for group in adaptation.optimizer.param_groups for p in group["params"]}

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class Growing(Method):
     """Rank-one pairs are added to every linear layer, and the smallest of the network are removed again."""
 
+    provenance = "ours: an example"
+    group = "ranks searched"
     capabilities = ("linear", "rank-adaptive")
     traces = (RANK,)
 

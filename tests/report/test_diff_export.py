@@ -69,13 +69,14 @@ class TestExport:
         assert card.startswith('---\nbase_model: "some/model"\nlibrary_name: peft\n')
         for text in (run.spec.data_fingerprint, "| `q` | 3 |", "PeftModel.from_pretrained", "| accuracy | 0.5000 |"):
             assert text in card
+        assert f"`{run.spec.method}` (version 1). Provenance: PEFT's. Hyperparameters:" in card
         # Two seeds, 0.5 and 0.7: 12.706 standard errors of 0.1.
         assert "over 2 seeds of this configuration: 0.600 ± 1.271" in card
 
     def test_card_of_a_chosen_setting_names_no_folder(self) -> None:
         trials = [trial(learning_rate=rate) for rate in (1e-3, 1e-2)]
         run = chosen(trials, 1e-2, place=Place(model="/home/somebody/models/minilm"))
-        card = model_card(run, boards(*trials, run), ["adapter_config.json"])
+        card = model_card(run, boards(*trials, run), ["adapter_config.json"], "PEFT's")
         assert "Chosen by 2 trials on the holdout: learning_rate." in card
         assert "- model: minilm," in card
         assert "somebody" not in card

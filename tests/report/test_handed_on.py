@@ -471,14 +471,14 @@ class TestCard:
     def test_it_says_how_the_export_is_loaded(self, name: str, loader: str) -> None:
         run = record()
         loaders = ("PeftModel.from_pretrained", "from methods.bottleneck import load", "model.load_state_dict(")
-        card = model_card(run, boards(run), sorted({name, "trained.safetensors"}))
+        card = model_card(run, boards(run), sorted({name, "trained.safetensors"}), "ours: x")
         assert [each for each in loaders if each in card] == [loader]
 
     def test_odd_names_are_neither_yaml_nor_markdown(self) -> None:
         odd = 'x"\nbase_model: evil/model\n---\n# <b>`|[a](http://x)'
         run = record(odd, ranks={"a|b`c\n| d | 9 |": 3}, method_parameters={"text": "```\n# no"}, rows={"|\n#": 3},
                      headline="f|1\n#", others={"m|\n## x": 0.5})  # fmt: skip
-        card = model_card(run, boards(run), ["adapter_config.json"])
+        card = model_card(run, boards(run), ["adapter_config.json"], "ours: x")
         _, front, body = card.split("---\n", 2)
         assert yaml.safe_load(front) == {"library_name": "peft", "tags": [" ".join(odd.split())]}
         lines = body.splitlines()
@@ -496,12 +496,12 @@ class TestCard:
     )  # fmt: skip
     def test_base_model_is_a_hub_id(self, model: str, base: str | None) -> None:
         run = record(place=Place(model=model))
-        front = model_card(run, boards(run), []).split("---\n")[1]
+        front = model_card(run, boards(run), [], "ours: x").split("---\n")[1]
         assert yaml.safe_load(front).get("base_model") == base
 
     def test_very_long_texts(self) -> None:
         run = record(ranks={"x" * 10**6: 1}, error="/a" * 10**5, method_parameters={"t": "y/" * 10**5})
-        assert len(model_card(run, boards(run), [])) > 10**6
+        assert len(model_card(run, boards(run), [], "ours: x")) > 10**6
 
 
 class TestDiff:

@@ -20,7 +20,8 @@ TABLES: tuple[Form, ...] = ("console", "markdown", "latex", "page")
 
 # Names in data that are no TableColumn's: of a row's place, its scores and its runs.
 RESERVED = {"setting", "setting_text", "label", "column", "metric", "is_headline", "is_best", "ties_with_best", "cells"}
-RESERVED |= {"method", "method_version", "method_parameters", "task", "task_version", "task_parameters"}
+RESERVED |= {"method", "provenance", "method_version", "method_parameters"}
+RESERVED |= {"task", "task_version", "task_parameters"}
 RESERVED |= {"data_fingerprint", "model_fingerprint", "n", "mean", "standard_deviation", "interval_95"}
 RESERVED |= {"runs", "done", "unsupported", "diverged", "out_of_memory", "failed", "seeds", "run_ids"}
 

@@ -37,6 +37,7 @@ class Board:
     seeds: Mapping[str, tuple[int, ...]]  # by title: those that a row needs to be ranked; none where nothing is ranked
     table: tuple[TableColumn, ...] = COLUMNS  # beside the scores
     notes: tuple[str, ...] = ()
+    provenance: Mapping[str, str] = field(default_factory=dict)  # by method, see `Method.provenance`; of those told of
     # By title: labels whose scores are not significantly different from the best.
     ties: Mapping[str, frozenset[str]] = field(default_factory=dict)
     # What is shown of it, see `report.board.selection`; best, second, seeds and ties are those of all of its rows.

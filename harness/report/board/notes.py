@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from harness.report.board.leaderboard import Board
+from harness.report.board.provenance import provenance_notes
 from harness.report.board.rows import Column, Row, status_text
 from harness.report.board.runs import Run
 from harness.report.redact import cut, one_line
@@ -14,8 +15,8 @@ from harness.report.wording import few, seeds_text
 
 
 def with_notes(board: Board) -> Board:
-    """The board with notes on failures and their reasons, on how runs say that they went, and on seeds, data, devices
-    and versions that differ."""
+    """The board with notes on failures and their reasons, on how runs say that they went, on seeds, data, devices and
+    versions that differ, and on where the methods come from."""
     runs = [run for row in board.rows for run in row.runs]
     notes = [
         *_failure_notes(board.rows, board.tasks),
@@ -25,6 +26,7 @@ def with_notes(board: Board) -> Board:
         *_split_notes(board.columns),
         *_device_notes(runs),
         *_version_notes(runs),
+        *provenance_notes(board),
     ]
     return dataclasses.replace(board, notes=(*map(cut, notes), *board.notes))
 

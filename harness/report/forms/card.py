@@ -45,10 +45,11 @@ package: stock PEFT has no such adapters."""
 LOADED_BY = {"adapter_config.json": PEFT, "bottleneck.json": BOTTLENECK}  # by the file that tells what an export is
 
 
-def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str]) -> str:
+def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str], provenance: str) -> str:
     """Markdown with front matter as the Hub reads it. `boards` hold the run and those it is compared with; `files` are
-    the adapter's. Scores of other seeds of the same configuration are given with their interval. No place of a machine
-    and no name of a host or user is in it, and no text of the record is taken for Markdown or YAML."""
+    the adapter's; `provenance` is the method's. Scores of other seeds of the same configuration are given with their
+    interval. No place of a machine and no name of a host or user is in it, and no text of the record is taken for
+    Markdown or YAML."""
     cell = _cell(record, boards)
     record = handed_on(record)
     spec, count = record.spec, record.parameters
@@ -67,7 +68,7 @@ def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str])
         f"- model: {model}, fingerprint {_code(spec.model_fingerprint)}\n"
         f"- rows: {escape(', '.join(f'{name} {rows:,}' for name, rows in record.rows.items()))}",
         "## Method",
-        f"{_code(spec.method)} (version {spec.method_version}), hyperparameters:",
+        f"{_code(spec.method)} (version {spec.method_version}). Provenance: {escape(provenance)}. Hyperparameters:",
         _json_block(spec.method_parameters),
         *tuned,
         f"Training: {_code(json.dumps(spec.train.model_dump(mode='json', exclude_none=True)))}; "

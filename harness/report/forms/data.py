@@ -63,6 +63,7 @@ def _setting(board: Board) -> dict[str, Any]:
         "rows": [
             {
                 "label": row.label,
+                "provenance": board.provenance.get(row.runs[0].spec.method),
                 **{column.key("json"): column.value(row) for column in board.table if "json" in column.forms},
                 "cells": {
                     column.title: _structured_cell(board, row, column)
@@ -121,6 +122,7 @@ def _tidy_cell(board: Board, row: Row, column: Column) -> Iterable[dict[str, Any
         "setting_text": board.caption,
         "label": row.label,
         "method": cut(spec.method),
+        "provenance": board.provenance.get(spec.method),
         "method_version": spec.method_version,
         "method_parameters": _cut_json(spec.method_parameters),
         "task": cut(spec.task),

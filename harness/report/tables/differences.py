@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from harness.report.board.leaderboard import Board
+from harness.report.board.provenance import provenance_notes
 from harness.report.board.rows import Column, Row, over
 from harness.report.evidence.compare import Comparison, ExampleReader, compare_cells, corrected, rows_of, verdict_of
 from harness.report.statistics import Difference, holm, over_tasks
@@ -266,4 +267,4 @@ def _notes(found: Differences) -> tuple[str, ...]:
         alone = [label for label, one in each.items() if one.difference is not None and one.num_examples is None]
         if alone:
             notes.append(f"Over seeds alone on {column.title}, for want of usable predictions: {few(alone)}.")
-    return tuple(notes)
+    return (*notes, *provenance_notes(found.board))

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from harness.report.board.leaderboard import Board
+from harness.report.board.provenance import provenance_notes
 from harness.report.board.rows import Column
 from harness.report.tables.table import Entry, Table
 
@@ -171,5 +172,6 @@ def agreement_table(board: Board, found: Iterable[Agreed]) -> Table:
         f"by chance: each seed's ranks dealt anew at random among layers {alike}; mean and middle 95 % of {DRAWS:,} "
         "deals.",
         "Left out: rows whose ranks are the same in all such layers.",
+        *provenance_notes(board),
     )
     return Table(board.key, "Agreement of seeds on ranks", board.caption, headings, tuple(rows), notes, left=2)

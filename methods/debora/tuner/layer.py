@@ -228,7 +228,7 @@ class DeboraLinear(DeboraLayer):
             bias = None if base.bias is None else base.bias.to(dtype)
             with torch.autocast(device, enabled=False):
                 return fused_linear(x.to(dtype), W.to(dtype), bias, B.to(dtype), V.to(dtype))
-        if x.dtype == W.dtype == V.dtype:
+        if x.dtype == W.dtype and V.dtype in (W.dtype, torch.promote_types(W.dtype, torch.float32)):
             return fused_linear(x, W, base.bias, B, V)
         return super().forward(x)
 

@@ -100,6 +100,38 @@ def test_adapter_numbers_are_float32_on_a_bfloat16_layer():
     torch.testing.assert_close(output, DeboraLayer.forward(layer, x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_update_of_a_layer_in_a_lower_precision_is_computed_in_float32(dtype):
+    layer = layer_in(dtype)
+    x, upstream = torch.randn(7, 4, 6).to(dtype), torch.randn(7, 4, 5).to(dtype)
+
+    def passed_on(layer, x, upstream):
+        x = x.detach().requires_grad_()
+        output = layer(x)
+        return [
+            output,
+            *torch.autograd.grad(output, [x, *layer.factors("default"), layer.debora_s["default"]], upstream),
+        ]
+
+    found = passed_on(layer, x, upstream)
+    true = passed_on(copy.deepcopy(layer).double(), x.double(), upstream.double())
+    assert [one.dtype for one in found] == [dtype, dtype, *[torch.float32] * 3]
+    for one, right in zip(found, true, strict=True):  # output and gradient of x are rounded twice, the others never
+        error = 2 * torch.finfo(dtype).eps if one.dtype == dtype else 1e-6
+        assert (one - right).norm() <= error * right.norm()
+    output = layer(x.requires_grad_())
+    assert output.grad_fn.next_functions[0][0].name() == "FrozenLinearPlusLowRankBackward"
+
+
+def test_no_copy_of_the_input_in_float32_is_kept():
+    """It would be as large as all else that is kept."""
+    layer, x = layer_in(torch.bfloat16), torch.randn(9, 6).bfloat16().requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x)
+    assert {tensor.dtype for tensor in kept if tensor.shape == x.shape} == {torch.bfloat16}
+
+
 def trained_base(layer):
     layer.base_layer.requires_grad_(True)
 
