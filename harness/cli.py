@@ -150,9 +150,10 @@ def _parser() -> argparse.ArgumentParser:
     difference.add_argument("runs", nargs=2, metavar="RUN_ID")
     _add_results(difference)
     text = "a trained adapter with its model card and record"
-    export = _command(commands, "export", text, _calls("export", "results", "run", "to"))
+    export = _command(commands, "export", text, _calls("export", "results", "run", "to", "rank"))
     export.add_argument("run", metavar="RUN_ID")
     export.add_argument("--to", type=_path, required=True, metavar="DIR", help="folder to make")
+    export.add_argument("--rank", metavar="N", help="the adapter cut to this rank, of a run with --rank-curve")
     _add_results(export)
     return parser
 

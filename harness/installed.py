@@ -60,6 +60,12 @@ def peft_form(method: str, parameters: dict[str, Any], ranks: Mapping[str, int])
         return None
 
 
+def is_lora(method: str, parameters: dict[str, Any], ranks: Mapping[str, int]) -> bool:
+    """Whether a configuration trains a LoRA at its ranks from the first step, as `Method.peft_form` says."""
+    form = peft_form(method, parameters, ranks)
+    return form is not None and form.method == method
+
+
 @functools.cache
 def metric_of(task: str, name: str) -> Metric | None:
     """The metric of this name, as the task declares it or as a common one; None where there is neither."""

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from harness.errors import Diverged
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,6 +56,15 @@ def mean_of(name: str, each: Parts, higher_is_better: bool = True, right_or_wron
 def declared(name: str, measures: Iterable[Metric] = ()) -> Metric | None:
     """The metric of this name among a task's own, or else among the common ones; None for one that nobody declares."""
     return next((metric for metric in measures if metric.name == name), METRICS.get(name))
+
+
+def finite(metrics: Mapping[str, float], where: str) -> dict[str, float]:
+    """The metrics as plain numbers. Raises Diverged where one is not finite."""
+    plain = {name: float(value) for name, value in metrics.items()}
+    for name, value in plain.items():
+        if not math.isfinite(value):
+            raise Diverged(f"{name} is {value} on {where}")
+    return plain
 
 
 def _ones(*columns: np.ndarray) -> np.ndarray:

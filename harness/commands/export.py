@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import stat
 import struct
@@ -11,19 +12,20 @@ from pathlib import Path
 from harness import installed, storage
 from harness.commands import target
 from harness.errors import InputError
-from harness.record.record import RunRecord
+from harness.record.record import ADAPTER, RunRecord, at
 from harness.record.store import RecordStore
 from harness.report.redact import HOMES, cut, cut_config, handed_on
 
 MOST_HEADER = 100_000_000  # bytes of a safetensors header, as the format has it
 
 
-def command(results: Path, run_id: str, to: Path) -> int:
-    """Make the folder `to` with the run's adapter, a model card (README.md) and its record (record.json).
+def command(results: Path, run_id: str, to: Path, rank: str | None = None) -> int:
+    """Make the folder `to` with the run's adapter, a model card (README.md) and its record (record.json). `rank`: the
+    adapter as it was cut to this rank for the run's rank curve, in place of the whole one.
 
     Nothing in it names a place of this machine, its host or its user, and no link is followed. Raises InputError for an
-    unknown run, one that kept no adapter, an adapter with something in it that is no plain file or cannot be handed on,
-    or a folder that is there already or cannot be made.
+    unknown run, one that kept no adapter (at this rank), an adapter with something in it that is no plain file or
+    cannot be handed on, or a folder that is there already or cannot be made.
     """
     from harness.commands.boards import boards_below
     from harness.report.forms.card import model_card
@@ -31,23 +33,54 @@ def command(results: Path, run_id: str, to: Path) -> int:
     target.check_new(to)
     store, boards = boards_below(results)
     record = store.find(run_id)
-    names = _files(store, record)
-    method = record.spec.method
-    card = model_card(record, boards, names, installed.provenance_of([method])[method])
+    adapter = ADAPTER if rank is None else _at_rank(store, record, rank)
+    names, origin = _files(store, record, adapter), installed.provenance_of([record.spec.method])[record.spec.method]
+    card = model_card(record, boards, names, origin) if rank is None else _card_at(record, int(rank), names, origin)
     with target.made(to) as draft:
         for name in names:
             (draft / name).parent.mkdir(parents=True, exist_ok=True)
-            _hand_on(store, record, name, draft / name)
+            _hand_on(store, record, f"{adapter}/{name}", draft / name)
         (draft / "README.md").write_text(card, encoding="utf-8")
         files = storage.file_sums(draft)
         (draft / "record.json").write_text(handed_on(record).model_copy(update={"files": files}).to_json())
-    print(f"adapter, README.md and record.json of {run_id} are in {to}")
+    at_rank = "" if rank is None else f" at rank {int(rank)}"
+    print(f"adapter{at_rank}, README.md and record.json of {run_id} are in {to}")
     return 0
 
 
-def _files(store: RecordStore, record: RunRecord) -> list[str]:
+def _at_rank(store: RecordStore, record: RunRecord, rank: str) -> str:
+    """The folder's name of the run's adapter cut to this rank. Raises InputError where the run kept none."""
+    if not re.fullmatch("[1-9][0-9]{0,8}", rank):
+        raise InputError(f"--rank = '{rank}' is not allowed: give a whole number from 1 up", rank)
+    kept = [each for each in record.rank_curve if (store.folder(record.run_id) / f"{ADAPTER}_{at(each)}").exists()]
+    if int(rank) in kept:
+        return f"{ADAPTER}_{at(int(rank))}"
+    if kept:
+        raise InputError(f"run '{record.run_id}' kept no adapter at rank {rank}, but at {', '.join(map(str, kept))}")
+    place = record.spec.place
+    if place.save_adapter and place.rank_curve and record.status == "done":
+        why = f"'{record.spec.method}' as it was set has no cut to a rank"
+    else:
+        why = "delete its folder and run it again with --save-adapter --rank-curve 1,2,4,8"
+    raise InputError(f"run '{record.run_id}' kept no adapter at any rank: {why}")
+
+
+def _card_at(record: RunRecord, rank: int, names: list[str], provenance: str) -> str:
+    """The card of the adapter cut to a rank, with what is known of it: its score, and no layer above the rank."""
+    from harness.report.forms.card import model_card
+
+    known = {"metrics": {record.headline: record.rank_curve[rank]}, "parameters": None}
+    cut = record.model_copy(update=known | {"ranks": {name: min(own, rank) for name, own in record.ranks.items()}})
+    return (
+        f"{model_card(cut, [], names, provenance)}\n## Cut to rank {rank}\n\n"
+        f"In every layer at most {rank} components of what was trained are left, by the method's own measure; nothing "
+        "was trained after the cut. Scores and ranks above are those of the cut adapter.\n"
+    )
+
+
+def _files(store: RecordStore, record: RunRecord, name: str) -> list[str]:
     """Every file of the adapter, by its path there."""
-    adapter = store.folder(record.run_id) / "adapter"
+    adapter = store.folder(record.run_id) / name
     try:
         found = plain_files(adapter)
     except FileNotFoundError:
@@ -75,10 +108,10 @@ def plain_files(folder: Path) -> list[Path]:
 
 
 def _hand_on(store: RecordStore, record: RunRecord, name: str, copy: Path) -> None:
-    """Copy a file of the adapter, as it may leave the machine."""
-    source = store.folder(record.run_id) / "adapter" / name
+    """Copy a file of the run, as it may leave the machine."""
+    source = store.folder(record.run_id) / name
     try:
-        source = store.verified(record.run_id, f"adapter/{name}")
+        source = store.verified(record.run_id, name)
         if source.suffix == ".safetensors":
             _copy_tensors(source, copy)
             return

@@ -21,7 +21,12 @@ def known_of(records: Iterable[RunRecord]) -> Known:
         print(line, file=sys.stderr)
     methods = {record.spec.method for record in records}
     traces, provenance = installed.traces_of(methods), installed.provenance_of(methods)
-    return Known(traces, installed.singular_values, tuple(pictures), provenance)
+    return Known(traces, installed.singular_values, is_lora, tuple(pictures), provenance)
+
+
+def is_lora(record: RunRecord) -> bool:
+    """Whether a run is the training of a LoRA at its ranks."""
+    return installed.is_lora(record.spec.method, record.spec.method_parameters, record.ranks)
 
 
 def columns() -> tuple[TableColumn, ...]:

@@ -8,7 +8,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from harness import installed
 from harness.commands.tracking import log
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from harness.report.board.leaderboard import Board
     from harness.report.board.runs import Run
     from harness.report.tables.differences import Differences
+    from harness.report.tables.rank_scores import RankScores
     from harness.report.tables.table import Table
 
 FAILED = ("failed", "diverged", "out_of_memory")
@@ -121,13 +122,13 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
     selection, told = wanted.selection, dict[str, None]()
     split = wanted.every_split or any(sign in name for name in selection.columns for sign in (":", ", "))
 
-    def made_of(records: list[RunRecord]) -> tuple[list[Board], dict[str, Differences]]:
+    def made_of(records: list[RunRecord]) -> tuple[list[Board], _Compared]:
         runs = runs_of(grouped(store, records, naming), naming)
         runs = every_split(runs) if split else runs
         tell = None if wanted.is_complete else lambda line: told.update({line: None})
         told_of = (installed.family_average, installed.metric_of, table, selection, tell)
         made = boards_of(store, runs, *told_of, known.provenance)
-        return made, _differences(runs, made, wanted, store, told)
+        return made, _compared(runs, made, wanted, store, told)
 
     with uncollected():
         every, of_every = made_of(written.records)
@@ -138,9 +139,9 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
         boards = sorted_by(boards, wanted.sort)
     unwritten = None
     try:
-        style = wanted.latex_style
+        style, (to_baseline, ranks) = wanted.latex_style, of_every
         paths = build_report(
-            store, written, naming, every, wanted.forms, known=known, differences=of_every, latex_style=style
+            store, written, naming, every, wanted.forms, to_stderr, known, to_baseline, latex_style=style, ranks=ranks
         )
     except Unwritten as error:
         paths, unwritten = error.paths, error
@@ -150,7 +151,7 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
         refused = critical.refusal(board)
         if refused and len(board.columns) > 1:
             print(textwrap.fill(f"No diagram of mean ranks: {refused}.", width, subsequent_indent="  "))
-        for further in _further(board, compared.get(board.key), wanted):
+        for further in _further(board, compared, wanted):
             print(f"\n{plain.console(further, width)}")
     if wanted.against is not None:
         from harness.report.tables.paper import against_paper
@@ -164,34 +165,48 @@ def _show(store: RecordStore, shown: list[RunRecord], written: Found, wanted: Wa
         raise unwritten
 
 
-def _differences(
+class _Compared(NamedTuple):
+    """What boards show of comparisons of all rows that their runs have, by the board's key."""
+
+    to_baseline: dict[str, Differences]
+    at_ranks: dict[str, RankScores]
+
+
+def _compared(
     runs: Sequence[Run], boards: Sequence[Board], wanted: Wanted, store: RecordStore, told: dict[str, None]
-) -> dict[str, Differences]:
-    """What the boards show of the differences of all rows that the runs have, by the board's key; none without a
-    baseline. Raises InputError where no board has it, or, where its runs may be still to come, puts a line into
-    `told`."""
+) -> _Compared:
+    """Differences to a baseline, where there is one, and scores at ranks. Raises InputError where no board has the
+    baseline, or, where its runs may be still to come, puts a line into `told`."""
+    from harness.commands.packages import is_lora
     from harness.report.board.leaderboard import leaderboards
     from harness.report.evidence.compare import ExampleReader
     from harness.report.tables.differences import as_shown, differences
+    from harness.report.tables.rank_scores import rank_scores
 
-    if wanted.selection.baseline is None:
-        return {}
     whole, read = leaderboards(runs), ExampleReader(store, installed.metric_of)
-    try:
-        return as_shown(differences(whole, wanted.selection.baseline, read), boards)
-    except InputError as error:
-        if wanted.is_complete:
-            raise
-        told[f"shown without it: {error}"] = None
-        return {}
+    found: dict[str, Differences] = {}
+    if wanted.selection.baseline is not None:
+        try:
+            found = differences(whole, wanted.selection.baseline, read)
+        except InputError as error:
+            if wanted.is_complete:
+                raise
+            told[f"shown without it: {error}"] = None
+    baselines = {key: each.baseline for key, each in found.items()}
+    ranks = {board.key: rank_scores(board, baselines.get(board.key), read, is_lora) for board in whole}
+    at_ranks = {board.key: made._replace(board=board) for board in boards if (made := ranks.get(board.key))}
+    return _Compared(as_shown(found, boards), at_ranks)
 
 
-def _further(board: Board, compared: Differences | None, wanted: Wanted) -> Iterator[Table]:
+def _further(board: Board, compared: _Compared, wanted: Wanted) -> Iterator[Table]:
     """The tables that are printed after a board."""
     from harness.report.tables.differences import differences_table
     from harness.report.tables.rank_agreement import agreement_table, agreements
+    from harness.report.tables.rank_scores import rank_tables
 
-    if compared is not None:
-        yield differences_table(compared, board)
+    if (found := compared.to_baseline.get(board.key)) is not None:
+        yield differences_table(found, board)
+    if (at_ranks := compared.at_ranks.get(board.key)) is not None:
+        yield from rank_tables(at_ranks._replace(board=board))
     if wanted.rank_agreement and (agreed := list(agreements(board))):
         yield agreement_table(board, agreed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,10 @@ def place_of(options: argparse.Namespace) -> Place:
         if not given["rank_curve"]:
             raise InputError("--rank-curve '' is not allowed: give ranks, such as 1,2,4,8")
     given["data_root"] = _data_root(given["data_root"])
-    return Place.of({name: value for name, value in given.items() if value is not None}, "--")
+    place = Place.of({name: value for name, value in given.items() if value is not None}, "--")
+    if repeated := [rank for rank, times in Counter(place.rank_curve).items() if times > 1]:
+        raise InputError(f"--rank-curve has {repeated[0]} more than once: give each rank once")
+    return place
 
 
 def _data_root(given: str | None) -> str | None:

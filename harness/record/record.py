@@ -20,7 +20,13 @@ SCHEMA, SEALED_FROM = 2, 2  # the version that is written, and the first that ha
 STATUSES = get_args(Status)
 RUN_ID = re.compile(r"[0-9a-f]{16}")
 RECORD, HISTORY, PREDICTIONS = "record.json", "history.jsonl", "predictions.safetensors"  # of a run's folder
+ADAPTER = "adapter"  # folder of the kept adapter; of one cut to rank 4, "adapter_rank_4"
 HOLDOUT = "holdout"  # the split that curves, tuning and selection use; never an evaluation split
+
+
+def at(rank: int) -> str:
+    """What names of the adapter cut to a rank end with: "adapter_rank_4", predictions as "validation/rank_4"."""
+    return f"rank_{rank}"
 
 
 class Seconds(Strict):

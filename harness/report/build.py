@@ -14,7 +14,6 @@ import pandas as pd
 
 from harness.errors import InputError
 from harness.record.garbage import uncollected
-from harness.record.record import RunRecord
 from harness.record.store import Found, RecordStore
 from harness.report.board.columns import COLUMNS, TableColumn
 from harness.report.board.labels import Naming
@@ -38,13 +37,18 @@ from harness.report.tables.budget import costs, matched, sweeps, time_to_score
 from harness.report.tables.differences import Differences, differences_frame, differences_json, differences_table
 from harness.report.tables.rank_agreement import agreement_frame, agreement_table, agreements
 from harness.report.tables.rank_curves import areas, rank_curves
+from harness.report.tables.rank_scores import RankScores, rank_differences, rank_tables
 from harness.report.tables.table import Table
 from harness.report.tables.trials import learning_rates, trials_frame
 from harness.spec import EVERYTHING, Selection
 from harness.storage import remove
 
 MOST_ILLUSTRATED = 6  # settings with pictures of their own
-AT_TIMES = {"differences": "Differences", "rank_agreement": "Agreement of seeds on ranks"}  # tables for people
+AT_TIMES = {  # tables for people
+    "differences": "Differences",
+    "rank_curves": "Scores at ranks",
+    "rank_agreement": "Agreement of seeds on ranks",
+}
 Tell = Callable[[str], None]
 
 
@@ -71,10 +75,12 @@ def build_report(
     known: Known | None = None,
     differences: Mapping[str, Differences] | None = None,
     latex_style: str = STYLES[0],
+    ranks: Mapping[str, RankScores] | None = None,
 ) -> list[Path]:
     """Write tables/leaderboard.{md,tex,csv,json}, tables/trials.csv and those of `_tables` that have rows,
-    tables/differences.{md,tex,csv,json} where there are `differences` (by a board's key), the table
-    of ranks' agreement in the same forms, pictures/*.{png,pdf} and report.html, all below `store.results`.
+    tables/differences.{md,tex,csv,json} where there are `differences` (by a board's key), the tables of scores at
+    `ranks` (in the same way) and of ranks' agreement in the same forms, pictures/*.{png,pdf} and report.html, all below
+    `store.results`.
 
     `found`: what to report on; None for all of the store. `naming`: see `labels_of`. `boards`: those of the
     records, where they are made already (see `boards_of`).
@@ -103,12 +109,12 @@ def build_report(
         runs = runs_of(grouped(store, chosen, naming or {}), naming)
         boards = boards_of(store, runs, provenance=known.provenance)
     with _draft(store) as folder:
-        drawing, tables, further = _Drawing(folder, forms, tell), {}, _Further(differences or {})
+        drawing, tables, further = _Drawing(folder, forms, tell), {}, _Further(differences or {}, ranks or {})
         for place, board in enumerate(boards):  # one after the other: histories are large
             of_board, histories = _of(board, trials), _histories(board, store, known, tell)
-            tables[board.key] = _tables(board, of_board, histories, records) | further.frames(board)
+            tables[board.key] = _tables(board, of_board, histories) | further.frames(board)
             if place < MOST_ILLUSTRATED:
-                data = PictureData(board, of_board, store, records, histories, known.singular_values)
+                data = PictureData(board, of_board, store, records, histories, known.singular_values, known.is_lora)
                 drawing.draw(pictures, data, f"_{board.key}" if len(boards) > 1 else "")
         whole = {name: _by_setting(name, tables) for name in tables[boards[0].key]} | {"trials": trials}
         texts = _texts(boards, whole, damaged, latex_style) | further.texts()
@@ -147,9 +153,7 @@ def _histories(board: Board, store: RecordStore, known: Known, tell: Tell) -> li
     return found
 
 
-def _tables(
-    board: Board, trials: pd.DataFrame, found: Sequence[Traced], records: Mapping[str, RunRecord]
-) -> dict[str, pd.DataFrame]:
+def _tables(board: Board, trials: pd.DataFrame, found: Sequence[Traced]) -> dict[str, pd.DataFrame]:
     """The board's tables beside the leaderboard, by name; some have no rows."""
     return {
         "costs": costs(board),
@@ -157,8 +161,8 @@ def _tables(
         "sweeps": sweeps(board),
         "time_to_score": time_to_score(board, found),
         "learning_rates": learning_rates(board, trials),
-        "rank_curves": rank_curves(board, records),
-        "rank_aurac": areas(board, records),
+        "rank_curves": rank_curves(board),
+        "rank_aurac": areas(board),
     }
 
 
@@ -210,17 +214,19 @@ class _Further:
 
     may_write = frozenset(f"tables/{name}.{form}" for name in AT_TIMES for form in ("md", "tex", "json"))
 
-    def __init__(self, differences: Mapping[str, Differences]) -> None:
-        self._differences = differences
+    def __init__(self, differences: Mapping[str, Differences], ranks: Mapping[str, RankScores]) -> None:
+        self._differences, self._ranks = differences, ranks
         self._found: dict[str, list[Table]] = {name: [] for name in AT_TIMES}
 
     def frames(self, board: Board) -> dict[str, pd.DataFrame]:
         """The board's tables as data; without rows where it has none."""
         agreed = list(agreements(board))
         self._found["rank_agreement"] += [agreement_table(board, agreed)] if agreed else []
-        against = self._differences.get(board.key)
+        against, at_ranks = self._differences.get(board.key), self._ranks.get(board.key)
         self._found["differences"] += [] if against is None else [differences_table(against)]
-        return {"differences": differences_frame(against), "rank_agreement": agreement_frame(agreed)}
+        self._found["rank_curves"] += rank_tables(at_ranks)
+        frames = {"differences": differences_frame(against), "rank_differences": rank_differences(at_ranks)}
+        return frames | {"rank_agreement": agreement_frame(agreed)}
 
     @property
     def tables(self) -> list[Table]:

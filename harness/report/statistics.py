@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -195,6 +196,30 @@ def _middle(values: np.ndarray) -> np.ndarray:
     """Mean of the middle half along the last axis."""
     ordered, cut = np.sort(values, axis=-1), values.shape[-1] // 4
     return ordered[..., cut : values.shape[-1] - cut].mean(axis=-1)
+
+
+def rank_aurac(ranks: Sequence[int], scores: Sequence[float]) -> dict[str, float]:
+    """Area under the rank-accuracy curve of one trained adapter cut to several ranks, in the unit of the scores.
+
+    "linear" and "log2": trapezoid means over the rank and over its logarithm, comparable only on the same ranks. Any
+    order of the ranks gives the same. From MatryoshkaLoRA's code (IST-DASLab, `metrics.py`); the name is ours, since
+    AURAC elsewhere is the area under a rejection curve. Raises ValueError for unequal lengths, a rank given twice or
+    below 1.
+    """
+    if len(ranks) != len(scores) or not ranks or len(set(ranks)) != len(ranks) or min(ranks) < 1:
+        raise ValueError(f"needs a score for each rank, ranks from 1 up and none twice: {ranks}, {scores}")
+    points = sorted(zip(ranks, scores, strict=True))
+    return {
+        "linear": _trapezoid([(float(rank), score) for rank, score in points]),
+        "log2": _trapezoid([(math.log2(rank), score) for rank, score in points]),
+    }
+
+
+def _trapezoid(points: Sequence[tuple[float, float]]) -> float:
+    if len(points) == 1:
+        return points[0][1]
+    area = math.fsum((right[0] - left[0]) * (left[1] + right[1]) / 2 for left, right in pairwise(points))
+    return area / (points[-1][0] - points[0][0])
 
 
 @functools.cache

@@ -18,9 +18,10 @@ import torch
 from harness import registry, storage
 from harness.errors import Diverged, InputError
 from harness.method import Adaptation, Backbone, Method
+from harness.metric import finite
 from harness.record.environment import device_of, environment
 from harness.record.locks import Progress
-from harness.record.record import HOLDOUT, PREDICTIONS, RETRIED, RunRecord, Seconds, Status
+from harness.record.record import ADAPTER, HOLDOUT, PREDICTIONS, RETRIED, RunRecord, Seconds, Status, at
 from harness.record.store import RecordStore
 from harness.run import checkpoint
 from harness.run.data import Data, data_of
@@ -174,9 +175,7 @@ class _Run:
             self._evaluate(adaptation, data)
             with self.store.writing():
                 task.artifacts(adaptation.model, place.model, self.files / "artifacts" / "after")
-        if place.save_adapter:
-            with self.store.writing():
-                adaptation.export(self.files / "adapter")
+        self._export(adaptation, ADAPTER)
         return "done"
 
     def _start(self, method: Method, backbone: Backbone, data: Data) -> Adaptation:
@@ -185,9 +184,7 @@ class _Run:
         self.known["data"] = {split: facts for split in splits.by_name if (facts := data.facts(split))}
         lengths = self.task.lengths(encoded) if spec.train.group_by_length else None
         drawn = TrainingData(len(splits.train), spec.train.batch_size, spec.seed, lengths, method.upper_share)
-        self.known["rows"] = {"train": len(splits.train), "holdout": len(splits.holdout)} | {
-            name: len(examples) for name, examples in splits.evaluation.items()
-        }
+        self.known["rows"] = {name: len(examples) for name, examples in splits.by_name.items()}
         seed_everything(derived_seed(spec.seed, "method"))
         rng = torch.Generator().manual_seed(derived_seed(spec.seed, "method"))
         adaptation = method.start(backbone, spec.train, drawn, rng)
@@ -256,7 +253,7 @@ class _Run:
         encoded = data.encoded("holdout")
         references = self.task.gold(data.splits.holdout, encoded)
         predictions = self._predictions(adaptation, encoded, references)
-        self.known["holdout"] = _finite(self.task.metrics(predictions, references), "the holdout")
+        self.known["holdout"] = finite(self.task.metrics(predictions, references), "the holdout")
         self.kept |= {f"{HOLDOUT}/predictions": predictions, f"{HOLDOUT}/references": references}
         self.evaluation_seconds += time.perf_counter() - started
         return {f"holdout_{name}": value for name, value in self.known["holdout"].items()}
@@ -274,10 +271,16 @@ class _Run:
         for name, references in gold.items():
             predictions, found = on(name)
             prefix = f"{name}_" if metrics else ""
-            metrics |= {f"{prefix}{key}": value for key, value in _finite(found, f"split '{name}'").items()}
+            metrics |= {f"{prefix}{key}": value for key, value in finite(found, f"split '{name}'").items()}
             self.kept |= {f"{name}/predictions": predictions, f"{name}/references": references}
         first, headline = next(iter(gold)), self.task.headline
-        curve = rank_curve(adaptation, self.spec.place.rank_curve, lambda: on(first)[1][headline])
+
+        def at_rank(rank: int) -> float:
+            self.kept[f"{first}/{at(rank)}"], found = on(first)
+            self._export(adaptation, f"{ADAPTER}_{at(rank)}")
+            return found[headline]
+
+        curve = rank_curve(adaptation, self.spec.place.rank_curve, at_rank)
         if self.spec.place.predict_test:
             for name, examples in self.task.test(self.spec.place.data_root).items():
                 encoded = self.task.encode(examples, self.spec.place.model)
@@ -289,32 +292,28 @@ class _Run:
         self.known |= {"metrics": metrics, "score": metrics[headline], "rank_curve": curve}
         self.evaluation_seconds += time.perf_counter() - started
 
+    def _export(self, adaptation: Adaptation, name: str) -> None:
+        """Keep the adapter as it is now, where the spec asks for it."""
+        if self.spec.place.save_adapter:
+            with self.store.writing():
+                adaptation.export(self.files / name)
+
     def _tell(self, training: Training) -> None:
         if training.index % 10 and training.used < training.budget:
             return
         size = training.sizes.trajectory[-1]
-        self.watch(
-            Progress(
-                run_id=self.spec.run_id,
-                batches=training.used,
-                budget=training.budget,
-                loss=training.history[-1].get("loss") if training.history else None,
-                holdout=self.known.get("holdout", {}).get(self.task.headline),
-                rank=size.rank,
-                adapter_parameters=size.adapter_parameters,
-            )
+        progress = Progress(
+            run_id=self.spec.run_id,
+            batches=training.used,
+            budget=training.budget,
+            loss=training.history[-1].get("loss") if training.history else None,
+            holdout=self.known.get("holdout", {}).get(self.task.headline),
+            rank=size.rank,
+            adapter_parameters=size.adapter_parameters,
         )
+        self.watch(progress)
 
     def _keep(self, error: BaseException) -> None:
         lines = str(error).strip().splitlines()
         self.error = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
         self.trace = traceback.format_exc()
-
-
-def _finite(metrics: dict[str, float], where: str) -> dict[str, float]:
-    """The metrics as plain numbers. Raises Diverged where one is not finite."""
-    plain = {name: float(value) for name, value in metrics.items()}
-    for name, value in plain.items():
-        if not math.isfinite(value):
-            raise Diverged(f"{name} is {value} on {where}")
-    return plain

@@ -161,7 +161,8 @@ class DeboraAdaptation(Adaptation):
                 B, A = best_approximation(factors[0] * s, factors[1].T, rank)
                 values |= {factors[0]: B / s, factors[1]: A.T}
             else:
-                values[s] = s * (largest(component_sizes(factors, s), rank) > 0)
+                kept = largest(component_sizes(factors, s), rank) > 0
+                values |= {tensor: tensor * kept for tensor in (*factors, s)}
         return swapped(values)
 
     def adapter_parameters(self) -> int:

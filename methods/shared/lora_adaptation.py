@@ -76,17 +76,18 @@ class LoraAdaptation(Adaptation):
                 own.copy_(value)
 
     def export(self, path: Path) -> None:
-        """The adapter and the head as `PeftModel.from_pretrained` reads them, for the backbone as it was."""
-        if not self.taken:
+        """The adapter and the head as `PeftModel.from_pretrained` reads them, for the backbone as it was. Within
+        `at_rank` at the ranks that are left."""
+        import torch
+
+        from methods.shared.stock_lora import export_stock_lora, is_cut
+
+        pairs = self.scaled_pairs()
+        if not self.taken and not any(is_cut(*pair).any() for pair in pairs.values()):
             model: Any = self.model
             with os_errors():
                 model.save_pretrained(str(path))
             return
-        import torch
-
-        from methods.shared.stock_lora import export_stock_lora
-
-        pairs = self.scaled_pairs()
         for name, (taken_B, taken_A) in self.taken.items():
             B, A = pairs[name]
             pairs[name] = torch.cat([B, -taken_B], 1), torch.cat([A, taken_A], 0)

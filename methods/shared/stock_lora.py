@@ -24,6 +24,12 @@ def unlike_stock(layer: nn.Module) -> str | None:
     return None
 
 
+def is_cut(B: Tensor, A: Tensor) -> Tensor:
+    """(r,) bool: the components of which both factors are 0. They add nothing and no gradient leads away from them:
+    `Adaptation.at_rank` leaves them so, a LoRA's start does not."""
+    return ~(B.flatten(2).any(2) if B.dim() > 2 else B).any(0) & ~A.flatten(1).any(1)
+
+
 def export_stock_lora(path: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], model: Any, head: Iterable[str]) -> None:
     """`write_stock_lora` with the head, given by its modules' names, of a PEFT model with one adapter."""
     tuner = model.base_model
@@ -42,10 +48,12 @@ def write_stock_lora(
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into the folder `path`.
 
-    pairs: layer name -> (B, A), (outputs, r) and (r, inputs), of a convolution with kernels; the update is B A. LoRA
-    knows no rank 0, so layers of rank 0 are not among its targets. `head` goes into modules_to_save, by its name.
-    `transposed`: the base layers keep their weights as (inputs, outputs), which PEFT else finds out with a warning.
+    pairs: layer name -> (B, A), (outputs, r) and (r, inputs), of a convolution with kernels; the update is B A.
+    Components that are cut (`is_cut`) are not written. LoRA knows no rank 0, so layers of rank 0 are not among its
+    targets. `head` goes into modules_to_save, by its name. `transposed`: the base layers keep their weights as (inputs,
+    outputs), which PEFT else finds out with a warning.
     """
+    pairs = {name: (B[:, ~is_cut(B, A)], A[~is_cut(B, A)]) for name, (B, A) in pairs.items()}
     ranks = {name: A.shape[0] for name, (_, A) in pairs.items() if A.shape[0] > 0}
     # PEFT reads these keys as regular expressions for the end of a name: this form matches one layer only.
     patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}

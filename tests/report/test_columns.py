@@ -144,7 +144,10 @@ class TestEverySplit:
     def test_rank_curves_are_of_the_first_split(self) -> None:
         runs = [self.split(0.5, 0.8, rank_curve={1: 0.3, 2: 0.5})]
         (only,) = leaderboards(every_split(runs_of(runs, NAMING)))
-        assert list(rank_curves.areas(only, {run.run_id: run for run in runs})["task"]) == ["pair"]
+        assert list(rank_curves.areas(only)["task"]) == ["pair"]
+        (row,) = only.rows
+        log2 = next(column for column in only.table if column.name == "rank_aurac_log2")
+        assert (log2.value(row), log2.value(row.on("pair, b"))) == (pytest.approx(0.4), None)
 
     def test_on_request(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         stored(tmp_path, self.split(0.5, 0.8))

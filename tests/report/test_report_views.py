@@ -24,7 +24,7 @@ from harness.report.forms.data import structured
 from harness.report.pictures import critical, curves, layers, lines, scatter
 from harness.report.pictures.figures import COLOURS
 from harness.report.pictures.histories import History, mean_series, traced
-from harness.report.tables import budget, rank_curves
+from harness.report.tables import budget
 from harness.report.tables.paper import against_paper, reported
 from harness.report.tables.trials import learning_rates, trials_frame
 from harness.trace import RANK, RANKS, Trace
@@ -90,40 +90,6 @@ class TestBudget:
         assert sorted(table["score"]) == [0.1, 0.5, 0.8, 0.9]
         assert len(set(table["method"])) == 4
         assert not table["interpolated"].any()
-
-    def test_rank_aurac_of_the_source(self) -> None:
-        ranks, scores = [1, 2, 4, 8, 16, 32], [10.0, 20, 30, 40, 50, 60]
-        found = rank_curves.rank_aurac(ranks, scores)
-        assert found["linear"] == pytest.approx(46.6129, abs=1e-4)
-        assert found["log2"] == pytest.approx(35.0)
-        assert rank_curves.rank_aurac(ranks[::-1], scores[::-1]) == found
-        tripled = rank_curves.rank_aurac([3 * rank for rank in ranks], scores)
-        assert (tripled["linear"], tripled["log2"]) == (pytest.approx(found["linear"]), pytest.approx(found["log2"]))
-        assert rank_curves.rank_aurac([1, 3, 5], [0.4] * 3)["linear"] == pytest.approx(0.4)
-        assert rank_curves.rank_aurac([7], [0.3]) == {"linear": 0.3, "log2": 0.3}
-        for wrong in ([], [1, 1], [0, 1]):
-            with pytest.raises(ValueError, match="ranks"):
-                rank_curves.rank_aurac(wrong, [0.5] * len(wrong))
-
-    def test_areas_of_the_same_ranks_stand_together(self) -> None:
-        runs = [record("lora", seed=seed, rank_curve={2: 0.6 + seed / 10, 1: 0.4, 4: 0.8}) for seed in (0, 1)]
-        runs += [record("debora", rank_curve={1: 0.5, 2: 0.5}), record("adalora", rank_curve={1: 0.1, 2: 0.2, 4: 0.3})]
-        runs += [record("head")]
-        by_id = {run.run_id: run for run in runs}
-        table = rank_curves.areas(board(*runs), by_id)
-        assert table[["ranks", "method", "n"]].to_numpy().tolist() == [
-            ["1,2", "debora", 1], ["1,2,4", "lora", 2], ["1,2,4", "adalora", 1],
-        ]  # fmt: skip
-        # Over 1, 2, 4: (0.5 + 2 x 0.7) / 3 and (0.55 + 2 x 0.75) / 3; over their logarithms (0.5 + 0.7) / 2 and so on.
-        lora = table[table["method"] == "lora"].iloc[0]
-        assert lora["aurac_linear"] == pytest.approx((1.9 + 2.05) / 6)
-        assert lora["aurac_log2"] == pytest.approx((0.6 + 0.65) / 2)
-        assert lora["log2_interval_95"] == pytest.approx(12.706 * 0.025, rel=1e-3)
-        points = rank_curves.rank_curves(board(*runs), by_id).set_index("method").loc["lora"]
-        assert points[["rank", "mean"]].to_numpy() == pytest.approx(np.array([[1, 0.4], [2, 0.65], [4, 0.8]]))
-        (panel,) = axes(lines.rank_curves(board(*runs), by_id))
-        assert [text.get_text() for text in panel.get_xticklabels()] == ["1", "2", "4"]
-        assert lines.rank_curves(board(record()), {record().run_id: record()}) is None
 
     def test_sweeps_differ_in_one_number(self) -> None:
         table = budget.sweeps(

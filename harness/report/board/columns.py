@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from harness.report.board.rows import Row, over, peak_bytes, with_search
+from harness.report.board.runs import Run
+from harness.report.statistics import rank_aurac
 from harness.report.wording import decimal, human, score_text
 
 Value = float | str | None  # None: not known
@@ -64,6 +66,42 @@ def _any(name: str) -> Callable[[Sequence[Row]], bool]:
     return lambda rows: any(getattr(run, name) for row in rows for run in row.scored)
 
 
+def _rank_aurac(axis: str) -> Callable[[Row], float | None]:
+    """Of a row: the area over this axis, mean over the seeds of a task, then over the tasks; None unless all of its
+    runs were cut to the same ranks, and more is better on all tasks or less on all."""
+
+    def value(row: Row) -> float | None:
+        cells = _cells(row)
+        if len(_ranks(row)) != 1 or len({runs[0].higher_is_better for runs in cells}) > 1:
+            return None
+        (ranks,) = _ranks(row)
+        if not ranks:
+            return None
+        means = [
+            math.fsum(rank_aurac(ranks, [run.record.rank_curve[rank] for rank in ranks])[axis] for run in runs)
+            / len(runs)
+            for runs in cells
+        ]
+        return math.fsum(means) / len(means)
+
+    return value
+
+
+def _ranks(row: Row) -> set[tuple[int, ...]]:
+    """The ranks that the adapters of its runs were cut to."""
+    return {tuple(sorted(run.record.rank_curve)) for runs in _cells(row) for run in runs}
+
+
+def _cells(row: Row) -> list[list[Run]]:
+    """The scored runs of each task, on its first split: the one that adapters are cut for."""
+    return [cell.scored for cell in row.cells.values() if cell.scored and not cell.runs[0].is_further]
+
+
+def _same_ranks(rows: Sequence[Row]) -> bool:
+    """Whether there are rank curves, all of the same ranks: areas over others cannot be compared."""
+    return len({ranks for row in rows for ranks in _ranks(row) if ranks}) == 1
+
+
 def _several_tasks(rows: Sequence[Row]) -> bool:
     return len({title for row in rows for title, cell in row.cells.items() if cell.runs[0].counts}) > 1
 
@@ -96,6 +134,22 @@ COLUMNS = (
         rises=False,
         forms=[*TABLES, "json"],
         shown=_several_tasks,
+    ),
+    TableColumn(
+        "rank_aurac_linear",
+        _rank_aurac("linear"),
+        "mean score of the trained adapter cut to the ranks of --rank-curve, a trapezoid mean over the rank",
+        score_text,
+        rises=False,
+        shown=_same_ranks,
+    ),
+    TableColumn(
+        "rank_aurac_log2",
+        _rank_aurac("log2"),
+        "the same over the rank's logarithm, in which octaves weigh alike",
+        score_text,
+        rises=False,
+        shown=_same_ranks,
     ),
     TableColumn(
         "settings",

@@ -42,6 +42,7 @@ class Run:
     search_peak_bytes: int | None
     is_further: bool = False  # whether the split is not the first one, so that the task has a column before this one
     counts: bool = True  # in averages, mean ranks and the order of rows
+    cut: int | None = None  # the rank that the adapter was cut to for the score; None: as it was trained
 
     @property
     def run_id(self) -> str:

@@ -41,14 +41,14 @@ class ExampleReader:
     def __init__(self, store: RecordStore, metric: FindMetric = common) -> None:
         self._store, self._metric = store, metric
         self.damaged: dict[str, str] = {}
-        self._known: dict[tuple[str, str], np.ndarray | None] = {}  # by run_id and split
+        self._known: dict[tuple[str, str, int | None], np.ndarray | None] = {}  # by run_id, split and cut
 
     def __call__(self, run: Run, column: Column) -> np.ndarray | None:
         """See `example_scores`; None also where no predictions were kept, or they are damaged."""
         metric = self._metric(run.task, column.headline)
         if metric is None or metric.parts is None or run.split is None:
             return None
-        key = run.run_id, run.split
+        key = run.run_id, run.split, run.cut
         if key not in self._known:
             self._known[key] = self._read(run, run.split, metric)
         return self._known[key]
@@ -62,7 +62,7 @@ class ExampleReader:
         assert run.score is not None
         try:
             path = self._store.verified(run.run_id, PREDICTIONS, run.record)
-            return example_scores(path, split, metric, run.score, run.record.rows.get(split))
+            return example_scores(path, split, metric, run.score, run.record.rows.get(split), run.cut)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

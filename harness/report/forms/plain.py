@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from tabulate import tabulate
@@ -72,14 +73,21 @@ def _aligned(columns: Sequence[Texts], left: int, form: str) -> str:
 
 
 def latex(tables: Iterable[Table], name: str) -> str:
-    r"""A table a setting, as those of leaderboards are, to be taken in with \input. `name`: of their labels."""
-    return latex_table.document(_latex(table, name) for table in tables)
+    r"""The tables as those of leaderboards are, to be taken in with \input. `name`: of their labels, with the setting's
+    key, and a number from a setting's second table on."""
+    labels: Counter[str] = Counter()
+    made = []
+    for table in tables:
+        label = f"{name}-{table.key}"
+        labels[label] += 1
+        made.append(_latex(table, label if labels[label] == 1 else f"{label}-{labels[label]}"))
+    return latex_table.document(made)
 
 
-def _latex(table: Table, name: str) -> latex_table.Table:
+def _latex(table: Table, label: str) -> latex_table.Table:
     left, right = table.left, len(table.headings) - table.left
     return latex_table.Table(
-        label=f"{name}-{table.key}",
+        label=label,
         caption=f"{table.title}. {table.caption}",
         header=["\n".join(heading) for heading in table.headings],
         parts=[latex_table.Part([[*map(_name, row[:left]), *map(_number, row[left:])] for row in table.rows])],

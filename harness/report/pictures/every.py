@@ -15,7 +15,7 @@ PICTURES = (
     Picture(
         "rank_curves",
         "Scores of trained adapters cut to several ranks",
-        lambda data: lines.rank_curves(data.board, data.records),
+        lambda data: lines.rank_curves(data.board, data.is_lora),
     ),
     Picture("learning_curves", "Learning curves", lambda data: curves.learning_curves(data.board, data.histories)),
     Picture("over_time", "What methods report over time", lambda data: curves.over_time(data.board, data.histories)),

@@ -9,17 +9,21 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from harness.record.record import RunRecord
 from harness.report.board.leaderboard import Board
-from harness.report.board.rows import Column
+from harness.report.board.rows import Column, Row
 from harness.report.pictures.figures import STYLE, Style, line_handles, log_ticks, panels_for, plain, styles
-from harness.report.pictures.histories import MOST_COLUMNS, MOST_ROWS, excerpt
-from harness.report.tables.rank_curves import Curves, curves_of
+from harness.report.pictures.histories import MOST_COLUMNS, MOST_ROWS
+from harness.report.statistics import Summary
+from harness.report.tables.rank_curves import TRAINED, Curves, IsLora, curves_of, trained_at
 from harness.report.tables.trials import LEARNING_RATE
 
 ASIDE = 0.06  # octaves between the bars of two curves
+EXCERPT = f" The first {MOST_ROWS} rows and {MOST_COLUMNS} tasks that have any."
+LINE_TO_BEAT: dict[str, Any] = {"color": "#444444", "linestyle": "--", "linewidth": 1.1, "marker": "d", "markersize": 4}
+LINE_TO_BEAT |= {"markerfacecolor": "white"}
 
 
 def learning_rates(board: Board, trials: pd.DataFrame) -> Figure | None:
@@ -60,44 +64,62 @@ def _trials(panel: Axes, trials: pd.DataFrame, style: Style) -> None:
     panel.plot(chosen["value"], chosen["holdout"], marker=marker, color=colour, linestyle="", **outlined)
 
 
-def rank_curves(board: Board, records: Mapping[str, RunRecord]) -> Figure | None:
-    """Scores of trained adapters cut to several ranks, of the board's first rows, a panel for each of its first tasks;
-    None where no run has any."""
-    rows, tasks = {row.label for row in board.rows[:MOST_ROWS]}, board.columns[:MOST_COLUMNS]
-    found = [each for each in curves_of(board, records) if each.label in rows and each.column in tasks]
-    columns = [column for column in board.columns if any(each.column == column for each in found)]
-    if not columns:
+def rank_curves(board: Board, is_lora: IsLora) -> Figure | None:
+    """Scores of trained adapters cut to several ranks, of the board's first rows that have any, a panel for each of its
+    first tasks, and those of LoRAs trained at these ranks as a line to beat; None where no run was cut.
+
+    Of the rows on that line only the one of the highest rank has a curve: others are on it, and flat beyond.
+    """
+    trained = {column: trained_at(board, column, is_lora) for column in board.tasks}
+    on_line = {row.label for rows in trained.values() for row in list(rows.values())[:-1]}
+    every = [each for each in curves_of(board) if each.label not in on_line]
+    if not every:
         return None
+    columns = [column for column in board.tasks if any(each.column == column for each in every)][:MOST_COLUMNS]
+    labels = [row.label for row in board.rows if any(each.label == row.label for each in every)][:MOST_ROWS]
+    found = [each for each in every if each.label in labels and each.column in columns]
     names = styles(row.label for row in board.rows)
+    handles = line_handles(names, labels)
+    lines = {column: _between(trained[column], [each for each in found if each.column == column]) for column in columns}
+    if any(lines.values()):
+        handles.append(Line2D([], [], **LINE_TO_BEAT, label=TRAINED))
     caption = (
         f"{board.caption} Each trained adapter cut to at most this rank a layer, without further training; mean over "
-        f"seeds, bars: 95 % interval.{excerpt(board)}"
+        f"seeds, bars: 95 % interval.{'' if len(found) == len(every) else EXCERPT}"
     )
     with rc_context(STYLE):
-        figure, axes = panels_for(len(columns), caption, line_handles(names, (each.label for each in found)))
+        figure, axes = panels_for(len(columns), caption, handles)
         for panel, column in zip(axes, columns, strict=True):
             of_task = [each for each in found if each.column == column]
-            for place, each in enumerate(of_task):
-                _curve(panel, each, names[each.label], 2 ** (ASIDE * (place - (len(of_task) - 1) / 2)))
-            _log(panel, sorted({rank for each in of_task for rank in each.ranks}))
+            drawn = [({rank: each.at(rank) for rank in each.ranks}, _of(names[each.label])) for each in of_task]
+            drawn += [(lines[column], LINE_TO_BEAT)] if lines[column] else []
+            for place, (scores, look) in enumerate(drawn):
+                _curve(panel, scores, look, 2 ** (ASIDE * (place - (len(drawn) - 1) / 2)))
+            _log(panel, sorted({rank for scores, _ in drawn for rank in scores}))
             _finish(panel, column, "rank kept in each layer", column.metric)
     return figure
 
 
-def _curve(panel: Axes, each: Curves, style: Style, aside: float) -> None:
-    """One configuration, its points moved by the factor `aside`, so that bars at one rank stand beside each other."""
-    colour, marker = style
-    summaries = [each.at(rank) for rank in each.ranks]
+def _between(trained: Mapping[int, Row], curves: Sequence[Curves]) -> dict[int, Summary]:
+    """The scores of the LoRAs trained at ranks that the curves span."""
+    ranks = [rank for each in curves for rank in each.ranks]
+    title = curves[0].column.title
+    return {rank: row.cells[title].score for rank, row in trained.items() if min(ranks) <= rank <= max(ranks)}
+
+
+def _of(style: Style) -> dict[str, Any]:
+    return {"color": style[0], "marker": style[1], "markersize": 4, "linewidth": 1.1}
+
+
+def _curve(panel: Axes, scores: Mapping[int, Summary], look: Mapping[str, Any], aside: float) -> None:
+    """One line, its points moved by the factor `aside`, so that bars at one rank stand beside each other."""
     panel.errorbar(
-        [aside * rank for rank in each.ranks],
-        [summary.mean or 0.0 for summary in summaries],
-        yerr=[summary.half_width or float("nan") for summary in summaries],  # no bar for one run
-        color=colour,
-        marker=marker,
-        markersize=4,
-        linewidth=1.1,
+        [aside * rank for rank in scores],
+        [score.mean or 0.0 for score in scores.values()],
+        yerr=[score.half_width or float("nan") for score in scores.values()],  # no bar for one run
         elinewidth=0.7,
         capsize=2,
+        **look,
     )
 
 

@@ -12,6 +12,7 @@ from harness.record.record import RunRecord
 from harness.record.store import RecordStore
 from harness.report.board.leaderboard import Board
 from harness.report.pictures.histories import Traced
+from harness.report.tables.rank_curves import IsLora
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,12 +27,18 @@ def no_singular_values(method: str, folder: Path) -> Mapping[str, np.ndarray]:
     return {}
 
 
+def no_lora(record: RunRecord) -> bool:
+    """Where nobody knows which runs train a LoRA."""
+    return False
+
+
 @dataclass(frozen=True)
 class PictureData:
     """What a picture is drawn of: one leaderboard and what lies behind it.
 
     board: its runs are those of its rows. trials: those of its searches, see `trials_frame`. records: of the whole
-    report, by run_id. histories: of its first rows and tasks. singular_values: of kept adapters.
+    report, by run_id. histories: of its first rows and tasks. singular_values: of kept adapters. is_lora: of a run,
+    whether it is the training of a LoRA at its ranks.
     """
 
     board: Board
@@ -40,6 +47,7 @@ class PictureData:
     records: Mapping[str, RunRecord]
     histories: Sequence[Traced] = ()
     singular_values: SingularValues = no_singular_values
+    is_lora: IsLora = no_lora
 
 
 @dataclass(frozen=True)

@@ -142,9 +142,9 @@ def differences_frame(found: Differences | None) -> pd.DataFrame:
         for column in found.board.columns:
             if column.title in against.row.cells:
                 place = {"task": column.title, "metric": column.headline}
-                lines.append(names | place | _numbers(against.on.get(column.title)))
+                lines.append(names | place | numbers_of(against.on.get(column.title)))
         if against.overall is not None:
-            lines.append(names | {"task": OVER_TASKS, "metric": ""} | _numbers(against.overall))
+            lines.append(names | {"task": OVER_TASKS, "metric": ""} | numbers_of(against.overall))
     return pd.DataFrame(lines, dtype=object)
 
 
@@ -156,16 +156,16 @@ def differences_json(found: Iterable[Differences]) -> dict[str, Any]:
         for label, against in each.rows.items():
             line: dict[str, Any] = {"label": label, "parameters_share": against.share}
             titles = [column.title for column in each.board.columns if column.title in against.row.cells]
-            line["cells"] = {title: _numbers(against.on.get(title)) for title in titles}
-            line["over_tasks"] = None if against.overall is None else _numbers(against.overall)
+            line["cells"] = {title: numbers_of(against.on.get(title)) for title in titles}
+            line["over_tasks"] = None if against.overall is None else numbers_of(against.overall)
             rows.append(line)
         names = {"key": each.board.key, "caption": each.board.caption, "baseline": each.baseline.label}
         settings.append({**names, "rows": rows})
     return {"settings": settings}
 
 
-def _numbers(each: Comparison | Overall | None) -> dict[str, Any]:
-    """What is known of one difference; None: the baseline has no run on the task."""
+def numbers_of(each: Comparison | Overall | None) -> dict[str, Any]:
+    """What is known of one difference, as `differences_frame` has it; None: the baseline has no run on the task."""
     seeds = len(each.seeds) if isinstance(each, Comparison) else None
     found = None if each is None else each.difference
     low, high = (None, None) if found is None else found.interval
@@ -200,7 +200,8 @@ def differences_table(found: Differences, board: Board | None = None) -> Table:
     """The table for people, its rows in the order of `board` (None: of the one that the differences are of)."""
     order = (board or found.board).sections
     rows = [found.rows[row.label] for section in order for row in section.rows if row.label in found.rows]
-    usual = {column.title: _usual(rows, column.title) for column in found.board.columns}
+    titles = [column.title for column in found.board.columns]
+    usual = {title: usual_seeds(each.on[title] for each in rows if title in each.on) for title in titles}
     headings = [("method", ""), ("parameters", "share")]
     headings += [(column.title, f"{column.metric}, n = {usual[column.title]}") for column in found.board.columns]
     headings += [(OVER_TASKS, "mean")] if found.has_overall else []
@@ -214,10 +215,10 @@ def differences_table(found: Differences, board: Board | None = None) -> Table:
     return Table(found.board.key, title, found.board.caption, tuple(headings), tuple(lines), _notes(found))
 
 
-def _usual(rows: Iterable[Against], title: str) -> int:
-    """The number of common seeds behind most differences on a task; of single ones a cell says so."""
-    found = [against.on[title].seeds for against in rows if title in against.on]
-    sizes = Counter(len(seeds) for seeds in found if len(seeds) > 1) or Counter(len(seeds) for seeds in found)
+def usual_seeds(found: Iterable[Comparison]) -> int:
+    """The number of common seeds behind most differences; of single ones a cell says so."""
+    counts = [len(each.seeds) for each in found]
+    sizes = Counter(n for n in counts if n > 1) or Counter(counts)
     return max(sizes, key=lambda n: (sizes[n], n)) if sizes else 0
 
 
@@ -228,10 +229,14 @@ def _share_entry(share: float | None) -> Entry:
 
 
 def _entry(against: Against, title: str, n: int) -> Entry:
-    each = against.on.get(title)
     if title not in against.row.cells:
         return Entry()
-    if each is None or not each.seeds:
+    return entry_of(against.on[title], n) if title in against.on else Entry(NO_SEEDS)
+
+
+def entry_of(each: Comparison, n: int) -> Entry:
+    """A difference in a column of which most are over `n` seeds."""
+    if not each.seeds:
         return Entry(NO_SEEDS)
     made = _with_interval(each, "one seed" if len(each.seeds) == 1 else "no spread")
     return made if len(each.seeds) in (n, 1) else made._replace(spread=f"{made.spread} (n={len(each.seeds)})")
