@@ -19,6 +19,7 @@ one failed. A checkout that is not installed will do.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -91,11 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default = SIZES[options.device]
         sizes = Sizes(*(getattr(options, name) or getattr(default, name) for name in Sizes._fields))
         started = time.perf_counter()
-        lines = all_lines(jobs_of(options.only, options.methods), options, sizes)
-        text = tables(lines, options.device, sizes, time.perf_counter() - started)
+        lines: list[Row | Cost] = []
+        text = ""
+        for line in all_lines(jobs_of(options.only, options.methods), options, sizes):
+            lines.append(line)
+            text = tables(lines, options.device, sizes, time.perf_counter() - started)
+            if options.output:  # at once: what is stopped half-way has been measured all the same
+                options.output.write_text(text)
     print(text)
-    if options.output:
-        options.output.write_text(text)
     return int(any(isinstance(line, Row) and line.result == "failed" for line in lines))
 
 
@@ -135,7 +139,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=list(SIZES), default="cuda")
     parser.add_argument("--only", type=choices(PARTS), default=list(PARTS), metavar=",".join(PARTS))
     parser.add_argument("--methods", type=choices(methods), default=methods, metavar="A,B", help="of the contracts")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the tables there too")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the tables there too, as they grow")
     parser.add_argument("--processes", type=int, metavar="N", help="checks of contracts at a time")
     for name in Sizes._fields:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help="of resume and steps")
@@ -171,19 +175,17 @@ def jobs_of(parts: Sequence[str], methods: Sequence[str]) -> list[Job]:
     return jobs
 
 
-def all_lines(jobs: Sequence[Job], options: argparse.Namespace, sizes: Sizes) -> list[Row | Cost]:
-    """The lines of all checks. Contracts and resumed runs go side by side, the others one at a time: they are timed, or
-    count memory."""
+def all_lines(jobs: Sequence[Job], options: argparse.Namespace, sizes: Sizes) -> Iterator[Row | Cost]:
+    """The lines of all checks, as they come. Contracts and resumed runs go side by side, the others one at a time: they
+    are timed, or count memory."""
     processes = options.processes or max(1, min(8, (os.cpu_count() or 1) // 2))
-    lines: list[Row | Cost] = []
     for alone in (False, True):
         chosen = [job for job in jobs if (job.part not in ("contracts", "resume")) == alone]
         with ThreadPoolExecutor(1 if alone else processes) as pool:
             for found in pool.map(lambda job: lines_of(job, options.device, sizes), chosen):
-                lines += found
                 for line in found:
                     print(*line[:4], file=sys.stderr, flush=True)
-    return lines
+                    yield line
 
 
 def lines_of(job: Job, device: str, sizes: Sizes) -> Sequence[Row | Cost]:
@@ -229,6 +231,7 @@ def tables(lines: Sequence[Row | Cost], device: str, sizes: Sizes, seconds: floa
     return "\n".join(text) + "\n"
 
 
+@functools.cache
 def machine(device: str) -> str:
     """The card and its driver, or that it is a CPU."""
     import torch
