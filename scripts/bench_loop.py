@@ -72,12 +72,14 @@ def make_training(options: argparse.Namespace) -> Training:
     return Training(adaptation, task, task.encode(splits.train, model), data, train, CPU, 10**6)
 
 
-def loop_updates(training: Training, updates: int) -> None:
-    """The harness's own updates, the history fetched as in a run."""
+def loop_updates(training: Training, updates: int) -> list[float]:
+    """The losses of the harness's own updates, the history fetched as in a run."""
     for _ in range(updates):
         training.update()
     training.fetch()
+    losses = [row["loss"] for row in training.history]
     training.history.clear()
+    return losses
 
 
 def bare_updates(training: Training, updates: int) -> None:
