@@ -17,7 +17,7 @@ from methods.shared.prepared_lora import PreparedLora
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from harness.spec import TrainSpec
 
@@ -135,18 +135,7 @@ class Eva(Method):
 class EvaAdaptation(PreparedLora):
     """One run: EVA's start, and LoRA at the ranks that it found."""
 
-    def __init__(
-        self,
-        method: Eva,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        backbone: Backbone,
-        targets: tuple[str, ...],
-        data: TrainData,
-    ) -> None:
-        super().__init__(model, optimizer, backbone, targets)
-        self.method = method
-        self.data = data
+    method: Eva
 
     def prepare(self, step: Step) -> None:
         """See `Adaptation.prepare`. A and the ranks come from the layers' inputs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -135,24 +135,9 @@ class Gora(Method):
 
 
 class GoraAdaptation(PreparedLora):
-    """One run: the ranks and B by the gradient, then LoRA.
+    """One run: the ranks and B by the gradient, then LoRA."""
 
-    importance: of each layer, in the order of `ranks`, as a share of all; empty until `prepare`.
-    """
-
-    def __init__(
-        self,
-        method: Gora,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        backbone: Backbone,
-        targets: tuple[str, ...],
-        data: TrainData,
-    ) -> None:
-        super().__init__(model, optimizer, backbone, targets)
-        self.method = method
-        self.data = data
-        self.importance: list[float] = []
+    method: Gora
 
     def prepare(self, step: Step) -> None:
         """See `Adaptation.prepare`."""
@@ -160,7 +145,7 @@ class GoraAdaptation(PreparedLora):
         shapes = {name: (len(gradient), gradient.shape[1]) for name, gradient in gradients.items()}
         importance = {name: self._importance(name, gradients[name]) for name in self.targets}
         total = sum(importance.values())
-        self.importance = [value / total if total else 0.0 for value in importance.values()]
+        self.found = {"importance": [value / total if total else 0.0 for value in importance.values()]}
         for name, rank in self.method.allocate(importance, shapes).items():
             self._resize(name, rank, step.rng)
             self._descend(name, gradients.pop(name))
@@ -173,19 +158,6 @@ class GoraAdaptation(PreparedLora):
         for name, rank in ranks.items():
             self._resize(name, rank, torch.Generator())
         self._scale()
-
-    def after_step(self, step: Step) -> dict[str, Any]:
-        """See `Adaptation.after_step`. The history of the first update has the importance too."""
-        return super().after_step(step) | ({"importance": self.importance} if step.index == 0 else {})
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Adaptation.state_dict`."""
-        return super().state_dict() | {"importance": self.importance}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Adaptation.load_state_dict`."""
-        super().load_state_dict(state)
-        self.importance = state["importance"]
 
     def _pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """(B, A) of a layer."""

@@ -147,19 +147,7 @@ class Plop(Method):
 class PlopAdaptation(PreparedLora):
     """One run: the choice of layers, and LoRA there."""
 
-    def __init__(
-        self,
-        method: Plop,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        backbone: Backbone,
-        targets: tuple[str, ...],
-        data: TrainData,
-    ) -> None:
-        super().__init__(model, optimizer, backbone, targets)
-        self.method = method
-        self.data = data
-        self.feature_norms: dict[str, float] = {}  # by layer, until the first update has told them to the history
+    method: Plop
 
     def prepare(self, step: Step) -> None:
         """See `Adaptation.prepare`. The layers that are not chosen are their base layers again."""
@@ -168,8 +156,9 @@ class PlopAdaptation(PreparedLora):
         bases = {name: layer.get_base_layer() for name, layer in self.layers.items()}
         batches = (self.data.draw("all") for _ in range(self.method.batches))
         with evaluation_mode(self.model):  # where B = 0: the backbone as it is
-            self.feature_norms = feature_norms(step, self.model, bases, batches)
-        chosen = self.method.chosen(self.feature_norms)
+            norms = feature_norms(step, self.model, bases, batches)
+        self.found = {"feature_norms": [norms[name] for name in self.targets]}
+        chosen = self.method.chosen(norms)
         self.build({name: self.method.rank if name in chosen else 0 for name in self.targets})
         self.follow()
 
@@ -181,11 +170,6 @@ class PlopAdaptation(PreparedLora):
             if ranks[name] == 0:
                 self.model.set_submodule(PREFIX + name, layer.get_base_layer())
         train_anew(self.optimizer, self.model, self.method.weight_decay)
-
-    def after_step(self, step: Step) -> dict[str, Any]:
-        """See `Adaptation.after_step`. The history of the first update has the `feature_norms` of all layers too."""
-        row = super().after_step(step)
-        return row | {"feature_norms": [self.feature_norms[name] for name in self.targets]} if row else row
 
 
 def module_type(layer: str) -> str:

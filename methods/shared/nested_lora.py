@@ -146,7 +146,7 @@ class NestedLoraAdaptation(LoraAdaptation):
 
     def _scale_as(self, config: Any, rank: int) -> None:
         """Give the layers, and the configuration that an export has, the scale of a rank."""
-        scale = self.method.scale(rank)
-        config.r, config.lora_alpha = rank, scale * rank
-        for layer in self.layers.values():
-            layer.r[ADAPTER], layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = rank, scale * rank, scale
+        alpha = self.method.scale(rank) * rank
+        config.r, config.lora_alpha = rank, alpha
+        for layer in self.layers.values():  # the scale as PEFT rounds it: at the full rank the very one of the start
+            layer.r[ADAPTER], layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = rank, alpha, alpha / rank
