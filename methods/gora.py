@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from harness.method import RANK, RANKS, Adaptation, Backbone, Method, PeftForm, Step, Trace, TrainData, as_matrix
+from harness.method import RANK, RANKS, Adaptation, Backbone, PeftForm, Step, Trace, TrainData, as_matrix
 from harness.optimizer import EQUAL, adamw
 from methods.shared.gradient_start import mean_gradients, shared_weight, spending
+from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 from methods.shared.peft_names import ADAPTER
 from methods.shared.prepared_lora import PreparedLora
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor, nn
 
     from harness.spec import TrainSpec
 
 
-class Gora(Method):
+class Gora(LoraMethod):
     """GoRA (He et al., 2025): a LoRA whose ranks and whose B come from the mean gradient before training.
 
     G is the mean gradient of a frozen weight W, (m, n), over `batches`. A layer's share a of the budget is that of its
@@ -89,13 +88,6 @@ class Gora(Method):
         ranks = {name: int(round(budget * known[name] / total) // cost) for name, cost in costs.items()}
         least, most = self.limits
         return {name: min(max(rank, least), most, *shapes[name]) for name, rank in ranks.items()}
-
-    @classmethod
-    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
-        """See `Method.singular_values`."""
-        from methods.shared.spectrum import spectrum
-
-        return spectrum(folder)
 
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
         """See `Method.peft_form`: LoRA with these ranks, from its own start, and with the scale of `rank` in every

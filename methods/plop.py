@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -15,7 +14,6 @@ from harness.method import (
     Adaptation,
     Backbone,
     Indices,
-    Method,
     PeftForm,
     Step,
     Trace,
@@ -23,12 +21,12 @@ from harness.method import (
     as_matrix,
 )
 from harness.optimizer import adamw
+from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 from methods.shared.peft_names import PREFIX
 from methods.shared.prepared_lora import PreparedLora
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
 RANDOM_ROWS = 1024  # of the random term: its relative error is 2.4 % at rank 1, and falls with the weight's rank
 
 
-class Plop(Method):
+class Plop(LoraMethod):
     """PLoP (Hayou et al., 2025): LoRA in the module types whose weights are least aligned with their inputs.
 
     Before the first update, `batches` go forward through the model. A layer's normalised feature norm is
@@ -80,13 +78,6 @@ class Plop(Method):
     target_modules: tuple[str, ...] | None = Field(
         None, min_length=1, description="ends of the names of the layers to choose among; all if unset"
     )
-
-    @classmethod
-    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
-        """See `Method.singular_values`."""
-        from methods.shared.spectrum import spectrum
-
-        return spectrum(folder)
 
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
         """See `Method.peft_form`: LoRA in the chosen layers."""
