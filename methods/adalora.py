@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import RANK, RANKS, Adaptation, Backbone, Method, PeftForm, Step, Trace, TrainData
+from harness.method import RANK, RANKS, Adaptation, Backbone, PeftForm, Step, Trace, TrainData
 from harness.optimizer import adamw
+from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, peft_model, shared_parameters
 from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SHARE = "below 1 a share of the run's updates, from 1 on that many updates"
 
 
-class AdaLora(Method):
+class AdaLora(LoraMethod):
     """AdaLoRA (Zhang et al., 2023): updates P diag(E) Q, ranks cut by importance down to a common budget.
 
     Every layer starts with init_rank triplets (a column of P, an entry of E, a row of Q). For tinit updates all of them
@@ -91,13 +91,6 @@ class AdaLora(Method):
                     f"{name} = {value:g} should be a share of the updates below 1, or a whole number of them"
                 )
         return self
-
-    @classmethod
-    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
-        """See `Method.singular_values`."""
-        from methods.shared.spectrum import spectrum
-
-        return spectrum(folder)
 
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
         """See `Method.peft_form`: LoRA with the triplets that stayed, E in one of its factors."""

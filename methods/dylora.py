@@ -28,7 +28,7 @@ class DyLora(NestedLora):
     by default with b = `rank`.
     """
 
-    provenance: ClassVar[str] = "from the authors' code"
+    provenance: ClassVar[str] = "from the authors' code; that frozen components do not move is ours"
     traces: ClassVar[tuple[Trace, ...]] = (Trace("drawn_rank", "rank drawn", drawing=None),)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from harness.errors import InputError
-from harness.method import RANK, RANKS, Adaptation, Backbone, Method, PeftForm, Step, Trace, TrainData
+from harness.method import RANK, RANKS, Adaptation, Backbone, PeftForm, Step, Trace, TrainData
 from harness.optimizer import adamw
+from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 from methods.shared.prepared_lora import PreparedLora
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from harness.spec import TrainSpec
 
 LEAST_BATCHES = 3  # one tells which layers have equal inputs; directions are compared between two
 
 
-class Eva(Method):
+class Eva(LoraMethod):
     """EVA (Paischer et al., 2024): LoRA whose A and ranks are taken from the inputs of its layers; PEFT's.
 
     Before the first update, batches go forward through the model, and an incremental principal component analysis of
@@ -62,13 +61,6 @@ class Eva(Method):
         True, description="every layer is scaled by alpha / rank; false: by alpha / its own rank"
     )
     target_modules: tuple[str, ...] | None = Field(None, min_length=1, description="ends of layer names; all if unset")
-
-    @classmethod
-    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
-        """See `Method.singular_values`."""
-        from methods.shared.spectrum import spectrum
-
-        return spectrum(folder)
 
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
         """See `Method.peft_form`: LoRA with these ranks; None where each layer has a scale of its own."""
@@ -135,18 +127,7 @@ class Eva(Method):
 class EvaAdaptation(PreparedLora):
     """One run: EVA's start, and LoRA at the ranks that it found."""
 
-    def __init__(
-        self,
-        method: Eva,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        backbone: Backbone,
-        targets: tuple[str, ...],
-        data: TrainData,
-    ) -> None:
-        super().__init__(model, optimizer, backbone, targets)
-        self.method = method
-        self.data = data
+    method: Eva
 
     def prepare(self, step: Step) -> None:
         """See `Adaptation.prepare`. A and the ranks come from the layers' inputs."""

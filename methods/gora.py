@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from harness.method import RANK, RANKS, Adaptation, Backbone, Method, PeftForm, Step, Trace, TrainData, as_matrix
+from harness.method import RANK, RANKS, Adaptation, Backbone, PeftForm, Step, Trace, TrainData, as_matrix
 from harness.optimizer import EQUAL, adamw
 from methods.shared.gradient_start import mean_gradients, shared_weight, spending
+from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 from methods.shared.peft_names import ADAPTER
 from methods.shared.prepared_lora import PreparedLora
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor, nn
 
     from harness.spec import TrainSpec
 
 
-class Gora(Method):
+class Gora(LoraMethod):
     """GoRA (He et al., 2025): a LoRA whose ranks and whose B come from the mean gradient before training.
 
     G is the mean gradient of a frozen weight W, (m, n), over `batches`. A layer's share a of the budget is that of its
@@ -90,13 +89,6 @@ class Gora(Method):
         least, most = self.limits
         return {name: min(max(rank, least), most, *shapes[name]) for name, rank in ranks.items()}
 
-    @classmethod
-    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
-        """See `Method.singular_values`."""
-        from methods.shared.spectrum import spectrum
-
-        return spectrum(folder)
-
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
         """See `Method.peft_form`: LoRA with these ranks, from its own start, and with the scale of `rank` in every
         layer, since a LoRA here has one."""
@@ -135,24 +127,9 @@ class Gora(Method):
 
 
 class GoraAdaptation(PreparedLora):
-    """One run: the ranks and B by the gradient, then LoRA.
+    """One run: the ranks and B by the gradient, then LoRA."""
 
-    importance: of each layer, in the order of `ranks`, as a share of all; empty until `prepare`.
-    """
-
-    def __init__(
-        self,
-        method: Gora,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        backbone: Backbone,
-        targets: tuple[str, ...],
-        data: TrainData,
-    ) -> None:
-        super().__init__(model, optimizer, backbone, targets)
-        self.method = method
-        self.data = data
-        self.importance: list[float] = []
+    method: Gora
 
     def prepare(self, step: Step) -> None:
         """See `Adaptation.prepare`."""
@@ -160,7 +137,7 @@ class GoraAdaptation(PreparedLora):
         shapes = {name: (len(gradient), gradient.shape[1]) for name, gradient in gradients.items()}
         importance = {name: self._importance(name, gradients[name]) for name in self.targets}
         total = sum(importance.values())
-        self.importance = [value / total if total else 0.0 for value in importance.values()]
+        self.found = {"importance": [value / total if total else 0.0 for value in importance.values()]}
         for name, rank in self.method.allocate(importance, shapes).items():
             self._resize(name, rank, step.rng)
             self._descend(name, gradients.pop(name))
@@ -173,19 +150,6 @@ class GoraAdaptation(PreparedLora):
         for name, rank in ranks.items():
             self._resize(name, rank, torch.Generator())
         self._scale()
-
-    def after_step(self, step: Step) -> dict[str, Any]:
-        """See `Adaptation.after_step`. The history of the first update has the importance too."""
-        return super().after_step(step) | ({"importance": self.importance} if step.index == 0 else {})
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Adaptation.state_dict`."""
-        return super().state_dict() | {"importance": self.importance}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Adaptation.load_state_dict`."""
-        super().load_state_dict(state)
-        self.importance = state["importance"]
 
     def _pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """(B, A) of a layer."""

@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from harness.errors import InputError, unknown
-from harness.method import Adaptation, Backbone, Finished, FinishedRun, Method, PeftForm, TrainData
+from harness.method import Adaptation, Backbone, Finished, FinishedRun, PeftForm, TrainData
 from harness.optimizer import adamw
+from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import OF_ALL_RANKS, lora_form, lora_model, nearest_rank, pattern_of, shuffled, unfit
 from methods.shared.placement import BY_DEPTH, Placement, Rule
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from harness.spec import TrainSpec
@@ -27,7 +26,7 @@ OWN_SCALE = "PEFT's rank_pattern would divide alpha by each layer's own rank"
 INITS = ("default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16")
 
 
-class Lora(Method):
+class Lora(LoraMethod):
     """LoRA (Hu et al., 2022): W + (alpha / rank) B A with one rank, or a rank for each layer.
 
     Hyperparameters may be given by PEFT's names: lora[r=4,lora_alpha=8] is lora[rank=4,alpha=8].
@@ -172,13 +171,6 @@ class Lora(Method):
         if self.init == "orthogonal":
             raise ValueError(f"init = orthogonal takes even ranks, and placement = {self.placement} odd ones, too")
         return self
-
-    @classmethod
-    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
-        """See `Method.singular_values`."""
-        from methods.shared.spectrum import spectrum
-
-        return spectrum(folder)
 
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
         """See `Method.peft_form`: itself. Of `parameters_of`, a run's rank is known by its ranks alone."""

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from harness.errors import InputError
-from harness.method import Adaptation, Backbone, Method, PeftForm, Step, TrainData, as_matrix, is_transposed
+from harness.method import Adaptation, Backbone, PeftForm, Step, TrainData, as_matrix, is_transposed
 from harness.optimizer import adamw
 from methods.shared.gradient_start import mean_gradients, shared_weight, spending
 from methods.shared.lora_adaptation import LoraAdaptation
+from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor, nn
 
     from harness.spec import TrainSpec
 
 
-class LoraGa(Method):
+class LoraGa(LoraMethod):
     """LoRA-GA (Wang et al., 2024): a LoRA that starts from singular vectors of the mean gradient before training.
 
     With G = U S V^T, (m, n), the mean gradient of a frozen weight W over `batches`, and s = alpha / rank, the official
@@ -68,13 +67,6 @@ class LoraGa(Method):
         0.0, ge=0, lt=1, description="dropout on the adapter's input", json_schema_extra={"peft": "lora_dropout"}
     )
     target_modules: tuple[str, ...] | None = Field(None, min_length=1, description="ends of layer names; all if unset")
-
-    @classmethod
-    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
-        """See `Method.singular_values`."""
-        from methods.shared.spectrum import spectrum
-
-        return spectrum(folder)
 
     @property
     def scaling(self) -> float:

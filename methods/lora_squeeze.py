@@ -5,28 +5,26 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import RANK, Adaptation, Backbone, Method, PeftForm, Step, Trace, TrainData
+from harness.method import RANK, Adaptation, Backbone, PeftForm, Step, Trace, TrainData
 from harness.optimizer import adamw
 from methods.shared.cut_lora import CutLoraAdaptation, among_largest
+from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from torch import nn
 
     from harness.spec import TrainSpec
 
 SHARE = 4  # ours: a quarter of the source rank is the target where none is given
 
 
-class LoraSqueeze(Method):
+class LoraSqueeze(LoraMethod):
     """LoRA-Squeeze (Vulic et al., 2026): LoRA at a high rank, cut to a low one by SVD after or during training.
 
     "post" trains at `rank` and cuts at the end. "continued" cuts after `squeeze_at` of the budget and trains on.
@@ -94,13 +92,6 @@ class LoraSqueeze(Method):
             if self.squeeze not in forms and (value := getattr(self, name)) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} = {value} is for squeeze = {' or '.join(forms)}, not for {self.squeeze}")
         return self
-
-    @classmethod
-    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
-        """See `Method.singular_values`."""
-        from methods.shared.spectrum import spectrum
-
-        return spectrum(folder)
 
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
         """See `Method.peft_form`: LoRA with the components that stayed."""
@@ -170,16 +161,7 @@ class LoraSqueeze(Method):
 class SqueezedAdaptation(CutLoraAdaptation):
     """One run: a LoRA that is cut once or more often."""
 
-    def __init__(
-        self,
-        method: LoraSqueeze,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        backbone: Backbone,
-        targets: tuple[str, ...],
-    ) -> None:
-        super().__init__(model, optimizer, backbone, targets)
-        self.method = method
+    method: LoraSqueeze
 
     def after_step(self, step: Step) -> dict[str, Any]:
         """See `Adaptation.after_step`. The history of an update that cuts has the `rank` of all layers together."""

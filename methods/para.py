@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import Adaptation, Backbone, Method, PeftForm, Step, TrainData
+from harness.method import Adaptation, Backbone, PeftForm, Step, TrainData
 from harness.optimizer import adamw
 from methods.shared.cut_lora import CutLoraAdaptation, among_largest
+from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from harness.spec import TrainSpec
 
 ENERGY = 0.9  # ours
 
 
-class Para(Method):
+class Para(LoraMethod):
     """PARA (Kumaravelu et al., 2026): LoRA, its singular values cut after training at one threshold for all layers.
 
     Every layer is brought to the SVD of its update, by QR of both factors and the SVD of the small core, and the
@@ -76,13 +75,6 @@ class Para(Method):
             raise ValueError(f"{said} are set together; give one of them")
         return self
 
-    @classmethod
-    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
-        """See `Method.singular_values`."""
-        from methods.shared.spectrum import spectrum
-
-        return spectrum(folder)
-
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
         """See `Method.peft_form`: LoRA with the components that stayed."""
         return lora_form(ranks, self.alpha / self.rank, shared_parameters(self, self.dropout))
@@ -132,16 +124,7 @@ class Para(Method):
 class ParaAdaptation(CutLoraAdaptation):
     """One run: a LoRA that is cut when it is trained."""
 
-    def __init__(
-        self,
-        method: Para,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        backbone: Backbone,
-        targets: tuple[str, ...],
-    ) -> None:
-        super().__init__(model, optimizer, backbone, targets)
-        self.method = method
+    method: Para
 
     def finish(self, step: Step) -> None:
         """See `Adaptation.finish`. Where all components stay, nothing is touched."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -15,7 +14,6 @@ from harness.method import (
     Adaptation,
     Backbone,
     Indices,
-    Method,
     PeftForm,
     Step,
     Trace,
@@ -23,12 +21,12 @@ from harness.method import (
     as_matrix,
 )
 from harness.optimizer import adamw
+from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 from methods.shared.peft_names import PREFIX
 from methods.shared.prepared_lora import PreparedLora
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
 RANDOM_ROWS = 1024  # of the random term: its relative error is 2.4 % at rank 1, and falls with the weight's rank
 
 
-class Plop(Method):
+class Plop(LoraMethod):
     """PLoP (Hayou et al., 2025): LoRA in the module types whose weights are least aligned with their inputs.
 
     Before the first update, `batches` go forward through the model. A layer's normalised feature norm is
@@ -80,13 +78,6 @@ class Plop(Method):
     target_modules: tuple[str, ...] | None = Field(
         None, min_length=1, description="ends of the names of the layers to choose among; all if unset"
     )
-
-    @classmethod
-    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
-        """See `Method.singular_values`."""
-        from methods.shared.spectrum import spectrum
-
-        return spectrum(folder)
 
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
         """See `Method.peft_form`: LoRA in the chosen layers."""
@@ -147,19 +138,7 @@ class Plop(Method):
 class PlopAdaptation(PreparedLora):
     """One run: the choice of layers, and LoRA there."""
 
-    def __init__(
-        self,
-        method: Plop,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        backbone: Backbone,
-        targets: tuple[str, ...],
-        data: TrainData,
-    ) -> None:
-        super().__init__(model, optimizer, backbone, targets)
-        self.method = method
-        self.data = data
-        self.feature_norms: dict[str, float] = {}  # by layer, until the first update has told them to the history
+    method: Plop
 
     def prepare(self, step: Step) -> None:
         """See `Adaptation.prepare`. The layers that are not chosen are their base layers again."""
@@ -168,8 +147,9 @@ class PlopAdaptation(PreparedLora):
         bases = {name: layer.get_base_layer() for name, layer in self.layers.items()}
         batches = (self.data.draw("all") for _ in range(self.method.batches))
         with evaluation_mode(self.model):  # where B = 0: the backbone as it is
-            self.feature_norms = feature_norms(step, self.model, bases, batches)
-        chosen = self.method.chosen(self.feature_norms)
+            norms = feature_norms(step, self.model, bases, batches)
+        self.found = {"feature_norms": [norms[name] for name in self.targets]}
+        chosen = self.method.chosen(norms)
         self.build({name: self.method.rank if name in chosen else 0 for name in self.targets})
         self.follow()
 
@@ -181,11 +161,6 @@ class PlopAdaptation(PreparedLora):
             if ranks[name] == 0:
                 self.model.set_submodule(PREFIX + name, layer.get_base_layer())
         train_anew(self.optimizer, self.model, self.method.weight_decay)
-
-    def after_step(self, step: Step) -> dict[str, Any]:
-        """See `Adaptation.after_step`. The history of the first update has the `feature_norms` of all layers too."""
-        row = super().after_step(step)
-        return row | {"feature_norms": [self.feature_norms[name] for name in self.targets]} if row else row
 
 
 def module_type(layer: str) -> str:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import RANK, Adaptation, Backbone, Finished, Method, PeftForm, Step, Trace, TrainData
+from harness.method import RANK, Adaptation, Backbone, Finished, PeftForm, Step, Trace, TrainData
 from harness.optimizer import adamw
 from methods.shared.cut_lora import CutLoraAdaptation
+from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 from methods.shared.peft_names import ADAPTER
 from methods.shared.placement import permutation
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 KEEP = 0.3  # about what dEBORA is reported to keep of a rank of 8 on GLUE
 
 
-class PrunedLora(Method):
+class PrunedLora(LoraMethod):
     """LoRA at one rank, pruned once over the whole network, at random, by magnitude or by sensitivity, and trained on.
 
     When `prune_at` of the budget is used, every layer is brought to the singular value decomposition of its update,
@@ -124,13 +123,6 @@ class PrunedLora(Method):
             return self
         return self.model_copy(update={"components": sum(parents["size_of"].own_ranks().values())})
 
-    @classmethod
-    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
-        """See `Method.singular_values`."""
-        from methods.shared.spectrum import spectrum
-
-        return spectrum(folder)
-
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
         """See `Method.peft_form`: LoRA with the components that stayed."""
         return lora_form(ranks, self.alpha / self.rank, shared_parameters(self, self.dropout))
@@ -196,6 +188,8 @@ class PrunedLoraAdaptation(CutLoraAdaptation):
     batch, one place would hold other components where singular values cross.
     """
 
+    method: PrunedLora
+
     def __init__(
         self,
         method: PrunedLora,
@@ -207,8 +201,7 @@ class PrunedLoraAdaptation(CutLoraAdaptation):
     ) -> None:
         import torch
 
-        super().__init__(model, optimizer, backbone, targets)
-        self.method = method
+        super().__init__(method, model, optimizer, backbone, targets)
         self.drawn = drawn
         self.pruned = method.prune_at == 0
         self.stream = "all" if self.pruned else method.first_rows

@@ -14,9 +14,7 @@ from methods.shared.peft_model import lora_form, shared_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
-    import numpy as np
     import torch
 
     from harness.spec import TrainSpec
@@ -71,13 +69,6 @@ class Debora(DeboraParameters):
     def in_todays_words(cls, parameters: dict[str, Any]) -> dict[str, Any]:
         """See `Method.in_todays_words`."""
         return in_todays_words(parameters)
-
-    @classmethod
-    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
-        """See `Method.singular_values`."""
-        from methods.shared.spectrum import spectrum
-
-        return spectrum(folder)
 
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
         """See `Method.peft_form`: LoRA with the components that stayed, each scaled by the share of tau that it starts

@@ -6,13 +6,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from harness.method import Method
 from harness.spec import TrainSpec
 from methods.debora.recipes import Recipe, defaults
 from methods.debora.schedule import Schedule, batches_a_step
+from methods.shared.lora_method import LoraMethod
 
 
-class DeboraParameters(Method):
+class DeboraParameters(LoraMethod):
     """dEBORA's hyperparameters. See docs/debora.md for the mathematics."""
 
     recipe: Recipe = Field(

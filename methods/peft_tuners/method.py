@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from harness.errors import InputError, unknown
-from harness.method import Adaptation, Backbone, Method, Trace, TrainData, in_modules
+from harness.method import Adaptation, Backbone, Trace, TrainData, in_modules
 from harness.optimizer import adamw
 from methods.peft_tuners.fields import fields_of
+from methods.shared.lora_method import LoraMethod
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    import numpy as np
     import torch
 
     from harness.spec import TrainSpec
@@ -78,7 +76,7 @@ TRIED = {
 }
 
 
-class PeftMethod(Method):
+class PeftMethod(LoraMethod):
     """Any tuner of the installed PEFT by its type, as peft[type=ia3] or peft[type=vera,r=64].
 
     Beside the parameters below, every field of the tuner's own configuration is a parameter, checked against PEFT's
@@ -145,13 +143,6 @@ class PeftMethod(Method):
         return ["", "types, as tried on a tiny BERT with PEFT 0.21:"] + [
             f"  {name:<{width}}  {_outcome(name)}" for name in sorted(tuner_types())
         ]
-
-    @classmethod
-    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
-        """See `Method.singular_values`."""
-        from methods.shared.spectrum import spectrum
-
-        return spectrum(folder)
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`. The tuner is put into a copy, on the meta device where PEFT can do that."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from harness.errors import Diverged
 from methods.shared.optimizer_state import change_basis
 
 
@@ -47,10 +48,15 @@ def singular_basis(U: Tensor, V: Tensor, s: Tensor, unit_columns: bool = False) 
 
     The gradient of U, dW V diag(s), sees the other factor alone. So its map is P^T = diag(1/s) V^+ V' diag(s'), and
     U's for V. It needs no inverse of a deficient factor: what V had no direction for begins without a past.
+
+    Raises Diverged where a number is not finite: a cut may come before the loop has seen the loss that would tell.
     """
     scale = s.double()
     (Q_U, R_U), (Q_V, R_V) = _triangle(U), _triangle(V)
-    X, sigma, Yh = torch.linalg.svd((R_U * scale) @ R_V.T)
+    core = (R_U * scale) @ R_V.T
+    if not core.isfinite().all():
+        raise Diverged("an adapter's factors are not finite")
+    X, sigma, Yh = torch.linalg.svd(core)
     s_new = sigma.to(s.dtype) if unit_columns else s.sort(descending=True).values
     found = sigma > torch.finfo(U.dtype).eps * sigma[:1]
     lengths = torch.ones_like(sigma) if unit_columns else torch.where(found, sigma / s_new, 0).sqrt()

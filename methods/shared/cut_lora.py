@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.method import Backbone, Method
 from methods.shared.lora_adaptation import LoraAdaptation
 from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from methods.shared.canonical import Basis
@@ -21,6 +23,17 @@ class CutLoraAdaptation(LoraAdaptation):
     Parameters keep their place in the optimizer at fewer columns, with what it holds of them, and the scale of the
     updates stays. A layer without components is left to its base layer.
     """
+
+    def __init__(
+        self,
+        method: Method,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        backbone: Backbone,
+        targets: tuple[str, ...],
+    ) -> None:
+        super().__init__(model, optimizer, backbone, targets)
+        self.method = method
 
     def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """(B, A) of every layer of `targets`, all of which have an adapter."""

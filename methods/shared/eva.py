@@ -27,15 +27,19 @@ def eva_directions(step: Step, model: nn.Module, data: TrainData) -> dict[str, T
     model in evaluation mode and in the precision of its weights; padding is left out. The first one only tells which
     layers have equal inputs.
 
-    Raises RuntimeError where no batch would be left to train with, or one has too few rows for PEFT's analysis.
+    With micro batches the analysis goes on from one of them to the next.
+
+    Raises RuntimeError where no batch would be left to train with, one has too few rows for PEFT's analysis, or the
+    model does not call a layer.
     """
     layers = _layers(model)
     latest: dict[str, Tensor] = {}  # the rows of the layer called last, for which PEFT asks when it returns
-    first, begun = step.used + 1, set[str]()
+    first, begun, called = step.used + 1, set[str](), set[str]()
 
     def see(name: str, rows: Tensor) -> None:
         latest.clear()
         latest[name] = rows
+        called.add(name)
 
     def forward(model: nn.Module, inputs: Any) -> None:
         if step.used + 1 >= step.budget:
@@ -44,6 +48,9 @@ def eva_directions(step: Step, model: nn.Module, data: TrainData) -> dict[str, T
                 "lower tau, or raise the batch size or the budget"
             )
         observe_inputs(step, model, layers, [data.draw("all")], see)
+        if idle := layers.keys() - called:
+            name = min(idle).removeprefix(PREFIX)
+            raise RuntimeError(f"the model does not call layer '{name}': leave it out of target_modules")
 
     def rows_of(layer_input: Any, model_input: Any, name: str) -> Tensor:
         rows, most = latest[name], _components(model, name)

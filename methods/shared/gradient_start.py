@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 
 def shared_weight(backbone: Backbone, targets: tuple[str, ...]) -> str | None:
-    """Why the gradients of the targets' weights cannot be told apart, or None: two of them share their weight."""
-    owners: dict[int, str] = {}
+    """Why a target's gradient is not its own, or None: another part of the model, target or not, has the same weight. A
+    start that takes something out of it would change that part as well."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in backbone.module.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.removesuffix(".weight"))
     for name in targets:
-        first = owners.setdefault(id(backbone.module.get_parameter(f"{name}.weight")), name)
-        if first != name:
-            return f"layers '{first}' and '{name}' share their weight, and so its gradient: give target_modules"
+        first, *others = owners[id(backbone.module.get_parameter(f"{name}.weight"))]
+        if others:
+            both = f"layers '{first}' and '{others[0]}' share their weight"
+            return f"{both}, and so its gradient: leave them out by target_modules"
     return None
 
 

@@ -10,25 +10,24 @@ import contextlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from harness.method import Backbone, Method, PeftForm
+from harness.method import Backbone, PeftForm
 from harness.optimizer import adamw
 from methods.shared.lora_adaptation import LoraAdaptation
+from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
     from typing import Self
 
-    import numpy as np
     from torch import Tensor, nn
 
 
-class NestedLora(Method, ABC):
+class NestedLora(LoraMethod, ABC):
     """What the methods share: at a rank b from 1 to `rank` the update is scale(b) B[:, :b] A[:b, :].
 
     The components above the last train rank would never move, so that has to be `rank`.
@@ -72,13 +71,6 @@ class NestedLora(Method, ABC):
     @abstractmethod
     def scale(self, rank: int) -> float:
         """What B A is multiplied by at this rank."""
-
-    @classmethod
-    def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:
-        """See `Method.singular_values`."""
-        from methods.shared.spectrum import spectrum
-
-        return spectrum(folder)
 
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
         """See `Method.peft_form`: LoRA with the scale at the full rank."""
@@ -146,7 +138,7 @@ class NestedLoraAdaptation(LoraAdaptation):
 
     def _scale_as(self, config: Any, rank: int) -> None:
         """Give the layers, and the configuration that an export has, the scale of a rank."""
-        scale = self.method.scale(rank)
-        config.r, config.lora_alpha = rank, scale * rank
-        for layer in self.layers.values():
-            layer.r[ADAPTER], layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = rank, scale * rank, scale
+        alpha = self.method.scale(rank) * rank
+        config.r, config.lora_alpha = rank, alpha
+        for layer in self.layers.values():  # the scale as PEFT rounds it: at the full rank the very one of the start
+            layer.r[ADAPTER], layer.lora_alpha[ADAPTER], layer.scaling[ADAPTER] = rank, alpha, alpha / rank

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from harness.errors import Diverged
 from methods.debora.math.manifolds import distance_to
 from methods.debora.tuner.config import DeboraConfig
 from methods.debora.tuner.convolution import DeboraConv2d
@@ -173,6 +174,16 @@ def test_a_lora_pair(shapes):
     torch.testing.assert_close(basis.sizes, torch.linalg.svdvals(before)[:4])
     torch.testing.assert_close(B.grad.flatten(1), G @ A.detach().flatten(1).T)
     torch.testing.assert_close(optimizer.state[A]["exp_avg"].flatten(1), 0.1 * B.detach().flatten(1).T @ G)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_factors_that_are_not_finite_are_a_divergence(value):
+    """LAPACK's own error would be a failed run, which is made again."""
+    B, A = nn.Parameter(random(5, 2)), nn.Parameter(random(2, 6))
+    with torch.no_grad():
+        B[3, 1] = value
+    with pytest.raises(Diverged, match="not finite"):
+        rotate_lora(B, A, None)
 
 
 class TestNormalised:

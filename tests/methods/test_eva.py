@@ -19,6 +19,7 @@ from harness.method import Backbone
 from harness.run.training import Training
 from harness.spec import TrainSpec
 from methods.eva import whiten_once
+from tests.support.network import KINDS, method_training
 
 LAYERS = 12  # of the synthetic task's BERT
 SHARED = [f"bert.encoder.layer.0.attention.self.{name}" for name in ("query", "key", "value")]  # equal inputs
@@ -248,6 +249,12 @@ def test_the_budget_of_the_start(tmp_path, capsys):
     assert main(["run", *options, "--executor", "serial"]) == 2
     assert "the budget is 3: give at least 4" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
+
+
+def test_a_layer_that_is_not_called_is_named():
+    method = method_of('eva[rank=1,tau=0.5,target_modules=["linear","unused"]]')
+    with pytest.raises(RuntimeError, match="does not call layer 'unused': leave it out of target_modules"):
+        method_training(method, (*KINDS, "unused")).prepare()
 
 
 def test_a_batch_of_too_few_rows_is_told():

@@ -226,8 +226,13 @@ def test_the_start_counts_and_so_do_its_sizes(tmp_path):
     assert [size.batches for size in run.training.sizes.trajectory] == [0, 3]
 
 
-def test_a_state_from_before_the_first_update_is_exact(tmp_path):
-    whole, resumed = (method_training(gora(rank=2, rank_max=4, rank_min=1, batches=2)) for _ in range(2))
+@pytest.mark.parametrize(
+    "limits", [{"rank": 2, "rank_max": 4, "rank_min": 1}, {"rank": 5, "rank_max": 5, "rank_min": 5}]
+)
+def test_a_state_from_before_the_first_update_is_exact(limits, tmp_path):
+    """Also where every layer has the rank of the start, at which PEFT's alpha / r has another last digit."""
+    layers = ("linear", "transposed")
+    whole, resumed = (method_training(gora(**limits, batches=2), layers) for _ in range(2))
     whole.prepare()
     checkpoint.save(tmp_path, 2, whole.state_dict())
     resumed.load_state_dict(checkpoint.load_newest(tmp_path).state)
@@ -235,6 +240,9 @@ def test_a_state_from_before_the_first_update_is_exact(tmp_path):
         training.run(lambda training: None)
     assert whole.history == resumed.history
     assert whole.adaptation.ranks() == resumed.adaptation.ranks()
+    assert [layer.scaling for layer in whole.adaptation.layers.values()] == [
+        layer.scaling for layer in resumed.adaptation.layers.values()
+    ]
     for name, (B, A) in whole.adaptation.scaled_pairs().items():
         other_B, other_A = resumed.adaptation.scaled_pairs()[name]
         assert torch.equal(B, other_B)
@@ -311,5 +319,7 @@ def test_layers_with_one_weight_are_a_reason():
     layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     layers[1].weight = layers[0].weight
     assert "layers '0' and '1' share their weight" in gora(rank=2).unsupported(Backbone(layers, (), ("0", "1")))
+    one = gora(rank=2).unsupported(Backbone(layers, (), ("1",)))  # the other, not to be adapted, has it all the same
+    assert one == "layers '0' and '1' share their weight, and so its gradient: leave them out by target_modules"
     grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
     assert "groups" in gora(rank=2).unsupported(Backbone(grouped, (), ("0",)))

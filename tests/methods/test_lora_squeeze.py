@@ -9,9 +9,11 @@ from torch import nn
 from harness import registry
 from harness.cli import main
 from harness.contracts import METHOD_CONTRACTS, Subject, start
-from harness.contracts.subject import method_of
+from harness.contracts.subject import method_of, spec_of
 from harness.errors import InputError
 from harness.method import Backbone
+from harness.record.store import RecordStore
+from harness.run.run import run_one
 from tests.support.small_lora import NETWORKS, FakeStep, adapted, outputs, singular_values, truncated, updates
 
 LAYERS = 12  # of the synthetic task, whose one component of each layer has 448 numbers
@@ -260,6 +262,15 @@ class TestStages:
         whole = updates(lora.adaptation)
         for name, update in updates(ours.adaptation).items():
             np.testing.assert_allclose(update, truncated(whole[name], 1), atol=1e-6)
+
+
+def test_a_cut_of_a_run_that_diverged_says_so(tmp_path):
+    """It comes before the loop has seen the loss."""
+    store = RecordStore(tmp_path)
+    store.make_ready()
+    name = "lora_squeeze[rank=4,squeeze=in_training,stages=5,learning_rate=1e38]"
+    record = run_one(spec_of(Subject(name, tmp_path, batches=10)), store)
+    assert (record.status, record.error) == ("diverged", "an adapter's factors are not finite")
 
 
 @pytest.mark.parametrize("size", ["target_rank=2", "components=5"])

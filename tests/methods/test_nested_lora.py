@@ -86,6 +86,17 @@ def test_a_cut_is_the_first_components_at_the_scale_of_their_number(variant, tmp
             assert live < 4 or torch.equal(found[name], evaluated[name])
 
 
+@pytest.mark.parametrize("name", ["matryoshka", "dylora"])
+@pytest.mark.parametrize("rank", [3, 5, 7])
+def test_after_a_cut_the_scale_is_what_it_was_to_the_last_digit(rank, name, tmp_path):
+    """At ranks where alpha / rank rounds otherwise than the scale itself."""
+    adaptation = start(Subject(f"{name}[rank={rank}]", tmp_path)).adaptation
+    before = {layer: own.scaling["default"] for layer, own in adaptation.layers.items()}
+    with adaptation.at_rank(2):
+        assert {own.scaling["default"] for own in adaptation.layers.values()} != set(before.values())
+    assert {layer: own.scaling["default"] for layer, own in adaptation.layers.items()} == before
+
+
 def test_a_cut_is_undone_after_an_error(tmp_path):
     started = trained(VARIANTS[0], tmp_path)
     before = logits(started)

@@ -318,6 +318,19 @@ def test_a_resumed_run_has_the_choice_from_its_state(tmp_path):
     assert other.training.used == 3
 
 
+def test_a_state_from_before_the_first_update_is_exact(tmp_path):
+    """The history has the norms all the same."""
+    whole = start(Subject(SMALL, Path(), batches=6))
+    whole.training.prepare()
+    checkpoint.save(tmp_path, 2, whole.training.state_dict())
+    whole.training.run(lambda training: None)
+    resumed = start(Subject(SMALL, Path(), batches=6))
+    resumed.training.load_state_dict(checkpoint.load_newest(tmp_path).state)
+    resumed.training.run(lambda training: None)
+    assert whole.training.history == resumed.training.history
+    assert len(resumed.training.history[0]["feature_norms"]) == len(whole.before.layers)
+
+
 @pytest.mark.parametrize("task", ["synthetic", CIFAR])
 def test_an_export_is_the_trained_model_in_stock_peft(task, tmp_path, images):
     place = images if task == CIFAR else Place()
