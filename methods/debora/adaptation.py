@@ -79,7 +79,10 @@ class DeboraAdaptation(Adaptation):
         self.free = FreeGradient() if hypergradient.kind == "free" else None
         factors = [factor for layer in layers.values() for factor in layer.factors(ADAPTER)]
         units = [unit for layer in layers.values() for unit in layer.units()]
-        self.penalty_on_factors = FactorPenalty(factors, units, method.factor_penalty, method.penalty_share)
+        strength = method.factor_penalty
+        if strength is None and any(len(layer.factors(ADAPTER)) > 2 for layer in layers.values()):
+            strength = 0.0  # 0 is a stable point of a kernel's component under any penalty; see `FactorPenalty`
+        self.penalty_on_factors = FactorPenalty(factors, units, strength, method.penalty_share)
         self.was_cut = False  # for the target's sake
         self._write_s(search.s)
         super().__init__(model, optimizer, backbone)

@@ -56,7 +56,8 @@ class DeboraParameters(LoraMethod):
         ge=0,
         le=1e30,
         description="lambda of lambda / 2 times the squared norms of the factors, in the lower level's loss while it "
-        "searches; unset: by penalty_share; 0 with recipe = paper and where geometry is not matrix",
+        "searches; unset: by penalty_share; 0 with recipe = paper, where geometry is not matrix, and where a kernel "
+        "has more than two factors",
     )
     penalty_share: float = Field(
         3.0,

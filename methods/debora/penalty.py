@@ -5,6 +5,10 @@ lambda / 2 sum_k ||U^(k)||^2 added to the lower level's loss, every column of co
 stationary point, and the least penalty of an update with component sizes sigma_i is d lambda / 2 sum_i
 (sigma_i / s_i)^(2/d). Minimised over the simplex as well it grows as (sum_i sigma_i^(2/(d+2)))^((d+2)/d): for matrices
 a Schatten-1/2 penalty, lambda / tau (sum_i sqrt(sigma_i))^2, which would rather have few components than many.
+
+For d > 2 the power 2/d is below 1: at sigma_i = 0 the penalty rises more steeply than any loss falls, so that 0 is a
+stable point whatever lambda is, and components that are still small go whether they are needed or not. So the rule for
+lambda is for matrices; kernels of more than two factors have no penalty unless its number is given.
 """
 
 from __future__ import annotations

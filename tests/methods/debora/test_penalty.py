@@ -7,7 +7,12 @@ import copy
 import pytest
 import torch
 
+from harness.method import Backbone
+from harness.registry import make_method
+from harness.run.streams import TrainingData
+from harness.spec import TrainSpec
 from tests.methods.debora.runs import adaptation_of, numbers, started
+from tests.support.network import Network
 
 # Six updates of warm-up, twelve batches of search.
 SETTINGS = "recipe=ours,rank=4,T_max=2,n0=0,warm_up=0.25,search_fraction=0.5"
@@ -109,3 +114,18 @@ def test_a_head_alone_has_none():
     run.training.run(lambda training: None)
     assert adaptation.stream == "all"
     assert not any(s.numel() for _, s, _ in numbers(adaptation).values())
+
+
+@pytest.mark.parametrize(
+    ("layers", "given", "expected"),
+    [
+        (("linear",), {}, None),  # by the rule, when the warm-up is over
+        (("convolution", "linear"), {}, 0.0),
+        (("convolution", "linear"), {"factor_penalty": 0.02}, 0.02),
+    ],
+)
+def test_kernels_of_more_than_two_factors_have_a_penalty_only_where_it_is_given(layers, given, expected):
+    backbone = Backbone(Network(), head=("head",), layers=layers)
+    method = make_method("debora", {"rank": 2} | given)
+    run = method.start(backbone, TrainSpec(batches=12), TrainingData(24, 8, 0), torch.Generator())
+    assert run.penalty_on_factors.strength == expected
