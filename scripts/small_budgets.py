@@ -103,12 +103,13 @@ def table(records: Iterable[RunRecord], case: Case) -> list[str]:
             ranks[label][record.spec.seed] = sum(record.ranks.values())
     lines = ["| components | method | n | score | less the random placement | left |", "|---|---|---|---|---|---|"]
     for size in case.sizes:
-        rows = {name: _mean(scores, own) for name, own in configurations(case, size).items()}
-        left = {name: _mean(ranks, own) for name, own in configurations(case, size).items()}
-        for name, own in rows.items():
+        rows = configurations(case, size)
+        random = _mean(scores, rows[RANDOM])
+        for name, labels in rows.items():
+            own = _mean(scores, labels)
             if own:
-                less = summarize(own[seed] - rows[RANDOM][seed] for seed in own if seed in rows[RANDOM])
-                mean, components = statistics.fmean(own.values()), statistics.fmean(left[name].values())
+                less = summarize(own[seed] - random[seed] for seed in own if seed in random)
+                mean, components = statistics.fmean(own.values()), statistics.fmean(_mean(ranks, labels).values())
                 difference = "" if name == RANDOM else interval(less)
                 lines.append(f"| {size} | {name} | {len(own)} | {mean:.3f} | {difference} | {components:g} |")
     return lines

@@ -10,7 +10,6 @@ from peft import PeftModel
 from torch import nn
 
 from harness import registry
-from harness.cli import main
 from harness.contracts import METHOD_CONTRACTS, Subject, start
 from harness.errors import Diverged
 from harness.method import Backbone
@@ -18,6 +17,7 @@ from harness.run import checkpoint
 from harness.spec import TrainSpec
 from methods.gora import compressed
 from tests.support.network import KINDS, Network, mean_gradients, method_training, weights_of
+from tests.support.refusals import assert_refused
 
 SETTINGS = "rank=4,rank_min=1,rank_max=12,cost=sum,dropout=0.1,gamma=2,learning_rate_ratio=1,batches=2"
 
@@ -306,13 +306,7 @@ def test_a_dry_run_tells_what_the_start_costs():
     ],
 )
 def test_bad_settings_are_one_line_and_nothing_is_written(settings, message, tmp_path, capsys):
-    results = tmp_path / "results"
-    options = ["--tasks", "synthetic", "--batches", "6", "--results", str(results)]
-    assert main(["run", "--methods", f"gora[{settings}]", *options]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
-    assert not results.exists()
+    assert_refused(f"gora[{settings}]", message, tmp_path, capsys, "--batches", "6")
 
 
 def test_layers_with_one_weight_are_a_reason():

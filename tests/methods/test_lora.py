@@ -17,6 +17,7 @@ from harness.method import Backbone
 from harness.parameters import Finished, ParameterCount
 from harness.record.store import RecordStore
 from harness.run import checkpoint
+from tests.support.refusals import assert_refused
 
 LAYERS = 12  # of the synthetic task's BERT
 PATTERN = 'rank_pattern={"query"=3,"value"=0,"bert.encoder.layer.1.output.dense"=2}'
@@ -187,12 +188,7 @@ class BadSettings:
 
 @pytest.mark.parametrize(("settings", "message"), BadSettings.ALONE + BadSettings.ON_A_BACKBONE)
 def test_bad_settings_are_one_line_and_nothing_is_written(settings, message, tmp_path, capsys):
-    results = tmp_path / "results"
-    assert main(["run", "--tasks", "synthetic", "--methods", f"lora[{settings}]", "--results", str(results)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
-    assert not results.exists()
+    assert_refused(f"lora[{settings}]", message, tmp_path, capsys)
 
 
 def convolution(**settings):

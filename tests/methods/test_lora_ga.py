@@ -11,12 +11,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from harness import registry
-from harness.cli import main
 from harness.contracts import METHOD_CONTRACTS, Subject, start
 from harness.method import Backbone
 from harness.run import checkpoint
 from harness.spec import TrainSpec
 from tests.support.network import KINDS, Network, mean_gradients, method_training, weights_of
+from tests.support.refusals import assert_refused
 
 SETTINGS = "rank=3,form=peft,rslora=true,dropout=0.1,direction=random,scale=weight_svd,batches=2"
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr")
@@ -275,13 +275,7 @@ def test_a_dry_run_tells_what_the_start_costs():
     ],
 )
 def test_bad_settings_are_one_line_and_nothing_is_written(settings, message, tmp_path, capsys):
-    results = tmp_path / "results"
-    options = ["--tasks", "synthetic", "--batches", "6", "--results", str(results)]
-    assert main(["run", "--methods", f"lora_ga[{settings}]", *options]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
-    assert not results.exists()
+    assert_refused(f"lora_ga[{settings}]", message, tmp_path, capsys, "--batches", "6")
 
 
 def test_what_does_not_fit_a_backbone_is_a_reason():

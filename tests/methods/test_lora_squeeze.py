@@ -3,18 +3,26 @@
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from torch import nn
 
 from harness import registry
-from harness.cli import main
 from harness.contracts import METHOD_CONTRACTS, Subject, start
 from harness.contracts.subject import method_of, spec_of
 from harness.errors import InputError
 from harness.method import Backbone
 from harness.record.store import RecordStore
 from harness.run.run import run_one
-from tests.support.small_lora import NETWORKS, FakeStep, adapted, outputs, singular_values, truncated, updates
+from tests.support.refusals import assert_refused
+from tests.support.small_lora import (
+    NETWORKS,
+    FakeStep,
+    adapted,
+    assert_export_is_stock_lora,
+    outputs,
+    singular_values,
+    truncated,
+    updates,
+)
 
 LAYERS = 12  # of the synthetic task, whose one component of each layer has 448 numbers
 FORMS = ["squeeze=post", "squeeze=continued,squeeze_at=0.5", "squeeze=in_training,stages=3"]
@@ -277,15 +285,7 @@ def test_a_cut_of_a_run_that_diverged_says_so(tmp_path):
 @pytest.mark.parametrize("form", FORMS)
 def test_an_export_is_a_stock_lora_at_these_ranks(form, size, tmp_path):
     started = trained(tmp_path, f"lora_squeeze[rank=4,{form},{size}]")
-    started.adaptation.export(tmp_path / "export")
-    loaded = PeftModel.from_pretrained(started.before.module, str(tmp_path / "export")).eval()
-    batch = started.task.collate(started.training.encoded, range(8), None)
-    with torch.no_grad():
-        found, wanted = loaded(**batch.inputs).logits, started.adaptation.model.eval()(**batch.inputs).logits
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
-    spectrum = type(started.method).singular_values(tmp_path / "export")
-    live = {name: rank for name, rank in started.adaptation.ranks().items() if rank}
-    assert {name: len(values) for name, values in spectrum.items()} == live
+    assert_export_is_stock_lora(started, tmp_path / "export")
 
 
 def test_stock_peft_trains_the_target_in_its_place():
@@ -315,13 +315,7 @@ def test_stock_peft_trains_the_target_in_its_place():
     ],
 )
 def test_bad_settings_are_one_line(settings, message, tmp_path, capsys):
-    results = tmp_path / "results"
-    options = ["--tasks", "synthetic", "--batches", "9", "--results", str(results)]
-    assert main(["run", "--methods", f"lora_squeeze[{settings}]", *options]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
-    assert not results.exists()
+    assert_refused(f"lora_squeeze[{settings}]", message, tmp_path, capsys, "--batches", "9")
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8, 0.99])

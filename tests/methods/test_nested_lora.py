@@ -13,6 +13,7 @@ from harness import registry
 from harness.cli import main
 from harness.contracts import METHOD_CONTRACTS, Subject, start
 from harness.method import Backbone
+from tests.support.refusals import assert_refused
 
 VARIANTS = [
     "matryoshka[rank=4,dropout=0.1]",
@@ -148,12 +149,7 @@ def test_exports_of_convolutions(name, tmp_path):
     ],
 )
 def test_bad_settings_are_one_line(name, settings, message, tmp_path, capsys):
-    results = tmp_path / "results"
-    assert main(["run", "--tasks", "synthetic", "--methods", f"{name}[{settings}]", "--results", str(results)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
-    assert not results.exists()
+    assert_refused(f"{name}[{settings}]", message, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(

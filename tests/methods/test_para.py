@@ -5,12 +5,21 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 
 from harness.cli import main
 from harness.contracts import METHOD_CONTRACTS, Subject, start
 from harness.contracts.subject import method_of
-from tests.support.small_lora import NETWORKS, FakeStep, adapted, outputs, singular_values, truncated, updates
+from tests.support.refusals import assert_refused
+from tests.support.small_lora import (
+    NETWORKS,
+    FakeStep,
+    adapted,
+    assert_export_is_stock_lora,
+    outputs,
+    singular_values,
+    truncated,
+    updates,
+)
 
 SIDES = {"linear": {"0": 9 + 5, "2": 5 + 4}, "convolution": {"0": 27 + 6, "2": 6 + 4}}  # what a component costs
 
@@ -144,15 +153,7 @@ def test_sizes_are_those_before_and_after(tmp_path):
 def test_an_export_is_a_stock_lora_at_these_ranks(settings, tmp_path):
     started = trained(tmp_path, f"para[rank=4,{settings}]")
     assert len(set(started.adaptation.ranks().values())) > 1
-    started.adaptation.export(tmp_path / "export")
-    loaded = PeftModel.from_pretrained(started.before.module, str(tmp_path / "export")).eval()
-    batch = started.task.collate(started.training.encoded, range(8), None)
-    with torch.no_grad():
-        found, wanted = loaded(**batch.inputs).logits, started.adaptation.model.eval()(**batch.inputs).logits
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
-    spectrum = type(started.method).singular_values(tmp_path / "export")
-    live = {name: rank for name, rank in started.adaptation.ranks().items() if rank}
-    assert {name: len(values) for name, values in spectrum.items()} == live
+    assert_export_is_stock_lora(started, tmp_path / "export")
 
 
 def test_stock_peft_trains_what_stayed_in_its_place():
@@ -178,12 +179,7 @@ def test_stock_peft_trains_what_stayed_in_its_place():
     ],
 )
 def test_bad_settings_are_one_line(settings, message, tmp_path, capsys):
-    results = tmp_path / "results"
-    assert main(["run", "--tasks", "synthetic", "--methods", f"para[{settings}]", "--results", str(results)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
-    assert not results.exists()
+    assert_refused(f"para[{settings}]", message, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from harness.errors import InputError
 from harness.method import Backbone
 from harness.record.store import RecordStore
 from methods.shared.placement import Placement
+from tests.support.refusals import assert_refused
 
 RULES = ("random", "first", "last", "attention", "feed_forward")
 DRAWN = ("random", "attention", "feed_forward")
@@ -275,12 +276,7 @@ BAD = [
 
 @pytest.mark.parametrize(("settings", "message"), BAD)
 def test_bad_settings_are_one_line_and_nothing_is_written(settings, message, tmp_path, capsys):
-    results = tmp_path / "results"
-    assert main(["run", "--tasks", "synthetic", "--methods", f"lora[{settings}]", "--results", str(results)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
-    assert not results.exists()
+    assert_refused(f"lora[{settings}]", message, tmp_path, capsys)
 
 
 def test_a_task_without_attention_is_a_reported_cell(tmp_path, capsys):

@@ -13,6 +13,7 @@ from harness.cli import main
 from harness.contracts import METHOD_CONTRACTS, Subject, start
 from harness.errors import InputError
 from harness.method import Backbone, Finished
+from tests.support.refusals import assert_refused
 
 COMPONENTS = 12 * 4  # of rank 4 on the synthetic task
 
@@ -325,14 +326,7 @@ def test_convolutions():
     ],
 )
 def test_bad_settings_are_one_line(settings, message, tmp_path, capsys):
-    results = tmp_path / "results"
-    assert (
-        main(["run", "--tasks", "synthetic", "--methods", f"pruned_lora[{settings}]", "--results", str(results)]) == 2
-    )
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
-    assert not results.exists()
+    assert_refused(f"pruned_lora[{settings}]", message, tmp_path, capsys)
 
 
 def test_a_dry_run_says_how_many_stay(tmp_path, capsys):

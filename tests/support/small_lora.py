@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from harness import registry
@@ -61,3 +63,16 @@ def truncated(update: np.ndarray, rank: int) -> np.ndarray:
     """The best approximation of this rank."""
     U, S, Vh = np.linalg.svd(update, full_matrices=False)
     return np.asarray((U[:, :rank] * S[:rank]) @ Vh[:rank])
+
+
+def assert_export_is_stock_lora(started: Any, folder: Path) -> None:
+    """What a run exports gives the run's own logits in stock PEFT, and holds its live ranks."""
+    started.adaptation.export(folder)
+    loaded = PeftModel.from_pretrained(started.before.module, str(folder)).eval()
+    batch = started.task.collate(started.training.encoded, range(8), None)
+    with torch.no_grad():
+        found, wanted = loaded(**batch.inputs).logits, started.adaptation.model.eval()(**batch.inputs).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    spectrum = type(started.method).singular_values(folder)
+    live = {name: rank for name, rank in started.adaptation.ranks().items() if rank}
+    assert {name: len(values) for name, values in spectrum.items()} == live
