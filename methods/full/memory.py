@@ -11,12 +11,10 @@ A linear layer's weight has m outputs and n inputs; b is its smaller side, a the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-if TYPE_CHECKING:
-    from harness.method import Backbone
-    from methods.full.method import Full
+from harness.method import Backbone
 
 COUNT, INDEX = 4, 8  # bytes of AdamW's count of steps, and of the place of a column
 
@@ -28,26 +26,25 @@ def adamw_bytes(backbone: Backbone, without: Iterable[str] = ()) -> int:
     return sum(2 * p.nbytes + COUNT for p in module.parameters() if id(p) not in left_out)
 
 
-def optimizer_bytes(method: Full, backbone: Backbone, targets: tuple[str, ...]) -> int:
-    """Bytes that the method's optimizer keeps, with `targets` for the layers that have a subspace. Not for adamw."""
+def optimizer_bytes(optimizer: str, settings: Mapping[str, Any], backbone: Backbone, targets: tuple[str, ...]) -> int:
+    """Bytes that an optimizer with these settings keeps; `targets`: the layers that have a subspace. Not for adamw."""
     weights = {name: backbone.module.get_parameter(f"{name}.weight") for name in backbone.layers}
     stateless = [name for name, weight in weights.items() if weight.dim() == 2]
-    total = adamw_bytes(backbone, stateless if method.optimizer == "frugal" else targets)
+    total = adamw_bytes(backbone, stateless if optimizer == "frugal" else targets)
     bases = {}
     for weight, name in {weights[name]: name for name in targets}.items():  # once, where layers share one
         shape, size = backbone.shape(name), weight.element_size()
-        total += _of_matrix(method, *shape, size)
+        total += _of_matrix(settings, *shape, size)
         bases[min(shape), weight.dtype] = min(shape) ** 2 * size
-    return total + (sum(bases.values()) if method.optimizer == "dct_adamw" else 0)
+    return total + (sum(bases.values()) if optimizer == "dct_adamw" else 0)
 
 
-def _of_matrix(method: Full, outputs: int, inputs: int, size: int) -> int:
+def _of_matrix(settings: Mapping[str, Any], outputs: int, inputs: int, size: int) -> int:
     smaller, larger = sorted((outputs, inputs))
-    if method.density is not None:
-        if method.subspace == "columns":
-            return (2 * outputs * size + INDEX) * round(method.density * inputs)
-        return (2 * larger + smaller) * round(method.density * smaller) * size
-    assert method.rank is not None
-    if method.optimizer == "galore":
-        return (2 * larger + smaller) * method.rank * size
-    return (2 * larger * size + INDEX) * method.rank + (outputs * inputs * size if method.error_feedback else 0)
+    if settings.get("subspace") == "columns":
+        return (2 * outputs * size + INDEX) * round(settings["density"] * inputs)
+    if "selection" in settings:
+        error = outputs * inputs * size if settings["error_feedback"] else 0
+        return (2 * larger * size + INDEX) * settings["rank"] + error
+    directions = settings["rank"] if "rank" in settings else round(settings["density"] * smaller)
+    return int((2 * larger + smaller) * directions * size)

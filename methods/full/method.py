@@ -47,7 +47,7 @@ class Full(Method):
     """
 
     version = 2
-    provenance = "common practice; galore, frugal and dct_adamw are from the authors' code"
+    provenance = "common practice; optimizers other than adamw are from the authors' code"
     group = "whole model"
     capabilities = ("any layer",)
     search_space = {"learning_rate": Range(1e-6, 1e-3, log=True)}
@@ -135,8 +135,8 @@ class Full(Method):
         """See `Method.notes`: the memory, which is these optimizers' point."""
         if self.optimizer == "adamw":
             return []
-        kept, whole = optimizer_bytes(self, backbone, self._targets(backbone)), adamw_bytes(backbone)
-        return [f"the optimizer keeps {kept:,} bytes, AdamW would keep {whole:,}"]
+        kept = optimizer_bytes(self.optimizer, self._settings, backbone, self._targets(backbone))
+        return [f"the optimizer keeps {kept:,} bytes, AdamW would keep {adamw_bytes(backbone):,}"]
 
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """See `Method.start`."""
@@ -145,6 +145,11 @@ class Full(Method):
             optimizer = adamw(backbone.module, self.learning_rate, self.weight_decay)
             return Adaptation(backbone.module, optimizer, backbone)
         return FullAdaptation(backbone.module, self._optimizer(backbone), backbone)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """The optimizer's own."""
+        return {name: getattr(self, name) for name in OPTIMIZERS[self.optimizer] if name != "target_modules"}
 
     def _targets(self, backbone: Backbone) -> tuple[str, ...]:
         """The linear layers whose weights have a subspace. Raises InputError for a named one that is not linear."""
@@ -163,8 +168,7 @@ class Full(Method):
         from methods.full.galore import GaLore
 
         classes: dict[str, type[MatrixAdamW]] = {"galore": GaLore, "frugal": Frugal, "dct_adamw": DctAdamW}
-        own = {name: getattr(self, name) for name in OPTIMIZERS[self.optimizer] if name != "target_modules"}
-        return classes[self.optimizer](self._groups(backbone), self.learning_rate, **own)
+        return classes[self.optimizer](self._groups(backbone), self.learning_rate, **self._settings)
 
     def _groups(self, backbone: Backbone) -> list[dict[str, Any]]:
         """Parameter groups: weights of linear layers, as they lie in memory and with or without moments, and all others
