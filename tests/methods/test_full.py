@@ -22,10 +22,10 @@ from harness.method import Backbone
 from harness.record.store import RecordStore
 from harness.run.run import run_one
 from harness.spec import TrainSpec
-from methods.full.dct_adamw import DctAdamW, carried, cosine_transform
-from methods.full.frugal import Frugal
-from methods.full.galore import GaLore
-from methods.full.matrix_adamw import leading_directions
+from methods.full_optimizers.dct_adamw import DctAdamW, carried, cosine_transform
+from methods.full_optimizers.frugal import Frugal
+from methods.full_optimizers.galore import GaLore
+from methods.full_optimizers.matrix_adamw import leading_directions
 from tests.support.network import Network
 from tests.support.refusals import assert_refused
 

@@ -118,7 +118,11 @@ class TestBudget:
         rows = {row["label"]: row["optimizer_bytes"] for row in structured([new])["settings"][0]["rows"]}
         assert rows == {"lora": 2_000_000, "head": None}
         lines = [[cell.strip() for cell in line.split("|")] for line in markdown([new]).splitlines() if "|" in line]
-        assert {line[1]: line[lines[0].index("optimizer state")] for line in lines[2:4]} == {"lora": "2.00MB", "head": "-"}
+        place = lines[0].index("optimizer state")
+        assert {line[1]: line[place] for line in lines[2:4]} == {
+            "lora": "2.00MB",
+            "head": "-",
+        }
         assert list(to_frame([record(), record("head", optimizer_bytes=3)])["optimizer_bytes"].fillna(0)) == [0, 3]
 
     def test_costs_count_the_search_once_for_each_task(self) -> None:

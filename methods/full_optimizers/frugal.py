@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from methods.full.matrix_adamw import MatrixAdamW, State, adam, leading_directions, tall
+from methods.full_optimizers.matrix_adamw import MatrixAdamW, State, adam, leading_directions, tall
 
 
 class Frugal(MatrixAdamW):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from methods.full.matrix_adamw import MatrixAdamW, State, adam, tall
+from methods.full_optimizers.matrix_adamw import MatrixAdamW, State, adam, tall
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -10,13 +10,13 @@ from harness.errors import InputError
 from harness.method import Adaptation, Backbone, Method, Step, TrainData, is_transposed
 from harness.optimizer import adamw, decay_groups
 from harness.parameters import Range
-from methods.full.memory import adamw_bytes, optimizer_bytes
+from methods.full_optimizers.memory import adamw_bytes, optimizer_bytes
 
 if TYPE_CHECKING:
     import torch
 
     from harness.spec import TrainSpec
-    from methods.full.matrix_adamw import MatrixAdamW
+    from methods.full_optimizers.matrix_adamw import MatrixAdamW
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {  # their settings with the defaults; None: what is not given stays open
     "adamw": {},
@@ -163,9 +163,9 @@ class Full(Method):
         return linear
 
     def _optimizer(self, backbone: Backbone) -> MatrixAdamW:
-        from methods.full.dct_adamw import DctAdamW
-        from methods.full.frugal import Frugal
-        from methods.full.galore import GaLore
+        from methods.full_optimizers.dct_adamw import DctAdamW
+        from methods.full_optimizers.frugal import Frugal
+        from methods.full_optimizers.galore import GaLore
 
         classes: dict[str, type[MatrixAdamW]] = {"galore": GaLore, "frugal": Frugal, "dct_adamw": DctAdamW}
         return classes[self.optimizer](self._groups(backbone), self.learning_rate, **self._settings)
