@@ -11,8 +11,9 @@ from pydantic import Field
 
 from harness.method import Adaptation, Backbone, Step, TrainData
 from harness.optimizer import adamw
+from methods.shared.cored_lora import GrowingLoraAdaptation, cored_model
 from methods.shared.gradient_start import shared_weight
-from methods.shared.growing_lora import SHARE, GrowingLora, GrowingLoraAdaptation, cored_model, most_ranks
+from methods.shared.growing_lora import SHARE, GrowingLora, most_ranks
 from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class IncreLoraAdaptation(GrowingLoraAdaptation):
         """See `Adaptation.before_step`: I and U move, and the lambda of the reserve does not."""
         import torch
 
+        super().before_step(step)
         for name in self.targets:
             entries = self.parts(name)[2]
             if entries.grad is not None:
@@ -134,25 +136,27 @@ class IncreLoraAdaptation(GrowingLoraAdaptation):
         """See `GrowingLoraAdaptation.scores`."""
         return self.sensitivity * self.uncertainty
 
-    def grow(self, name: str, gain: int, last: bool, rng: torch.Generator) -> None:
+    def grow(self, name: str, gain: int, last: bool, step: Step) -> None:
         """See `GrowingLoraAdaptation.grow`: the reserve is used first, and filled up again."""
-        entries = self.parts(name)[2].detach()
-        rank = self.live[name] + gain
+        entries, before = self.parts(name)[2], self.live[name]
+        rank = before + gain
         reserve = self.method.each(len(self.targets)) if self.method.advance and not last else 0
         new = min(rank + reserve, self.most[name]) - len(entries)
         if new > 0:
-            self.extend(name, entries.new_full((new,), RESERVED if self.method.advance else 0.0), new, rng)
+            values = entries.detach().new_full((new,), RESERVED if self.method.advance else 0.0)
+            self.extend(name, new, values, step)
+        self.young.released(entries, before, rank, step.index + 1)
 
     def after_step(self, step: Step) -> dict[str, Any]:
         """See `GrowingLoraAdaptation.after_step`. At the target the reserve goes."""
         row = super().after_step(step)
         if row and self.missing() <= 0:
-            self._drop_reserve()
+            self._drop_reserve(step)
         return row
 
     def finish(self, step: Step) -> None:
         """See `Adaptation.finish`: of a run that was too short for its target the reserve goes as well."""
-        self._drop_reserve()
+        self._drop_reserve(step)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Adaptation.state_dict`."""
@@ -179,7 +183,7 @@ class IncreLoraAdaptation(GrowingLoraAdaptation):
         update = self.layers[name].scaling[ADAPTER] * (B.flatten(1) * entries) @ A.flatten(1)
         return (update * gradient).abs().sum() / math.sqrt(update.numel())
 
-    def _drop_reserve(self) -> None:
+    def _drop_reserve(self, step: Step) -> None:
         import torch
 
         from methods.shared.optimizer_state import keep
@@ -190,3 +194,4 @@ class IncreLoraAdaptation(GrowingLoraAdaptation):
                 own = torch.arange(self.live[name], device=A.device)
                 for part, dim in ((B, 1), (A, 0), (entries, 0)):
                     keep(part, own, dim, self.optimizer)
+                    self.young.resized(part, step.index + 1)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from harness.method import Adaptation, Backbone, TrainData
+from harness.method import Adaptation, Backbone, Step, TrainData
 from harness.optimizer import adamw
-from methods.shared.growing_lora import GrowingLora, GrowingLoraAdaptation, cored_model, most_ranks
+from methods.shared.cored_lora import GrowingLoraAdaptation, cored_model
+from methods.shared.growing_lora import GrowingLora, most_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -97,12 +98,12 @@ class TriAdaptLoraAdaptation(GrowingLoraAdaptation):
         before, self.norms = self.norms, torch.stack(norms)
         return self.norms - before
 
-    def grow(self, name: str, gain: int, last: bool, rng: torch.Generator) -> None:
+    def grow(self, name: str, gain: int, last: bool, step: Step) -> None:
         """See `GrowingLoraAdaptation.grow`."""
         entries, rank = self.parts(name)[2], self.live[name] + gain
-        self.extend(name, entries.detach().new_zeros(num_entries(gain, rank)), gain, rng)
+        self.extend(name, gain, entries.detach().new_zeros(num_entries(gain, rank)), step)
         self.blocks[name].append(gain)
-        del self.places[name]
+        self.places.pop(name, None)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Adaptation.state_dict`."""
