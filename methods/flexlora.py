@@ -27,7 +27,9 @@ class FlexLora(ExchangeLora):
     entropy gain a new one: E = 0, with random directions.
     """
 
-    provenance = "from the authors' code; entropy at rank 1, choice by magnitude, kept moments and small new vectors are ours"
+    provenance = (
+        "from the authors' code; entropy at rank 1, choice by magnitude, kept moments and small new vectors are ours"
+    )
     traces: ClassVar[tuple[Trace, ...]] = (
         *ExchangeLora.traces,
         Trace("entropy", "entropy of the singular values", drawing="heat_map"),
