@@ -178,12 +178,14 @@ class TestExchange:
         assert len(seen) == 4
 
     def test_what_is_new_trains(self, name):
-        """In the update after its birth a component has a gradient: it moves."""
-        training, seen = watched(name, interval=4)
-        first = seen[0]
-        layer = next(layer for layer in KINDS if first[1][0][layer] > first[0][0][layer])
-        E = training.adaptation.layers[layer].lora_E["default"]
-        assert E[-1].abs() > 1e-4
+        """Two updates after its birth a component is in use: it had a gradient."""
+        training, seen = watched(name, interval=8)
+        ((ranks, *_), (ranks_after, *_), _) = seen[0]
+        grown = [layer for layer in KINDS if ranks_after[layer] > ranks[layer]]
+        assert len(seen) == 1
+        assert grown
+        for layer in grown:
+            assert training.adaptation.layers[layer].lora_E["default"][-1].abs() > 1e-4
 
     def test_every_layer_keeps_one_and_none_is_above_its_side(self, name):
         training, _ = watched(name, batches=40, exchanged=9, tinit=0, tfinal=0, interval=1)

@@ -89,6 +89,12 @@ class TestExchange:
         assert found == [[0.0, 0.0]] * 3
         assert row["exchanged"] == 0
 
+    def test_a_layer_at_its_smaller_side_gains_nothing(self):
+        """The convolution has 4 outputs; the next lower entropy gains instead."""
+        found, row = with_values([[1.0] * 4, [1.0, 0.5, 0.5], [2.0, 0.1, 0.2]])
+        assert found == [[1.0] * 4, [1.0, 0.5, 0.5, 0.0], [2.0, 0.2]]
+        assert row["exchanged"] == 1
+
     def test_a_last_component_stays(self):
         found, row = with_values([[1.0, 1.0], [0.2], [0.1]])
         assert found == [[1.0, 1.0], [0.2], [0.1]]
