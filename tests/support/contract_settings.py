@@ -6,6 +6,7 @@ PARAMETERS = {
     "pruned_lora": "pruned_lora[rank=4,keep=0.4]",
     "adalora": "adalora[init_rank=6,target_rank=3]",
     "adamss": "adamss[basis_rank=8,subspaces=4,components=20]",
+    "autolora": "autolora[rank=4,upper_learning_rate=0.1]",
     "eva": "eva[rank=2,tau=0.5]",
     "plop": "plop[rank=4,batches=2]",
     "gora": "gora[rank=4,batches=3]",
