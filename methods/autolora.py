@@ -9,12 +9,13 @@ from pydantic import Field
 
 from harness.method import RANK, Adaptation, Backbone, PeftForm, Step, Trace, TrainData
 from harness.optimizer import adamw
-from methods.shared.bilevel_lora import UPPER_LOSS, VALUES, BilevelLora, BilevelLoraAdaptation, with_values
+from methods.shared.bilevel_lora import UPPER_LOSS, BilevelLora, with_values
 from methods.shared.peft_model import lora_form, lora_model, shared_parameters
+from methods.shared.searched_lora import SearchedLora
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from harness.spec import TrainSpec
 
@@ -97,84 +98,17 @@ class AutoLora(BilevelLora):
         return AutoLoraAdaptation(self, model, optimizer, backbone, targets, data)
 
 
-class AutoLoraAdaptation(BilevelLoraAdaptation):
-    """One run: the search, then a LoRA.
-
-    initial: what the search started from, by parameter, for the LoRA to begin with; none once it has.
-    """
+class AutoLoraAdaptation(SearchedLora):
+    """One run: the search, then a LoRA."""
 
     method: AutoLora
 
-    def __init__(
-        self,
-        method: AutoLora,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        backbone: Backbone,
-        targets: tuple[str, ...],
-        data: TrainData,
-    ) -> None:
-        super().__init__(method, model, optimizer, backbone, targets, data)
-        self.initial = {name: value.detach().clone() for name, value in self._trained()}
+    def found_ranks(self) -> list[int]:
+        """See `SearchedLora.found_ranks`."""
+        return self.method.kept(self.values())
 
-    @property
-    def searching(self) -> bool:
-        """Whether the search goes on."""
-        return bool(self.initial)
-
-    def before_step(self, step: Step) -> None:
-        """See `BilevelLoraAdaptation.before_step`."""
-        if self.searching:
-            super().before_step(step)
-
-    def after_step(self, step: Step) -> dict[str, Any]:
-        """See `Adaptation.after_step`. The history of a step of the upper level has its loss and what the rule would
-        keep of each layer, that of the search's last update the `rank` of all layers."""
-        import torch
-
-        history: dict[str, Any] = {}
-        if not self.searching:
-            return history
-        end = self.method.end_of("search_fraction", step.budget)
-        if self.is_due(step, end):
-            history = self.upper_step(step)
-            history["found"] = self.method.kept(self.values())
-        if step.used >= end:
-            ranks = self.method.kept(self.values())
-            with torch.no_grad():
-                for name, value in self._trained():
-                    value.copy_(self.initial[name])
-            self._begin_anew(ranks)
-            step.restart_schedule()
-            history["rank"] = sum(ranks)
-        return history
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Adaptation.state_dict`."""
-        return super().state_dict() | {"initial": self.initial, "ranks": list(self.ranks().values())}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Adaptation.load_state_dict`."""
-        if not state["initial"]:
-            self._begin_anew(state["ranks"])
-        super().load_state_dict(state)
-        for name, value in self.initial.items():
-            value.copy_(state["initial"][name])
-
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad and VALUES not in name]
-
-    def _begin_anew(self, ranks: Sequence[int]) -> None:
-        """Make it a LoRA that has not been trained, with the first components of each layer."""
-        from methods.shared.optimizer_state import train_anew
-
-        for hook in self.hooks:
-            hook.remove()
-        for layer in self.layers.values():
-            delattr(layer, VALUES)
-        self.keep([range(rank) for rank in ranks])
-        self.upper.param_groups.clear()
-        for optimizer in (self.upper, self.optimizer):
-            optimizer.state.clear()
-        train_anew(self.optimizer, self.model, self.method.weight_decay)
-        self.initial, self.stream = {}, "all"
+    def search_step(self, step: Step, end: int) -> dict[str, Any]:
+        """See `SearchedLora.search_step`. The history of a step of the upper level has its loss and what the rule would
+        keep of each layer."""
+        history = super().search_step(step, end)
+        return history | {"found": self.found_ranks()} if history else history

@@ -81,7 +81,7 @@ class BilevelLora(LoraMethod, ABC):
 
     @abstractmethod
     def component_weights(self, values: Tensor) -> Tensor:
-        """w(a) of one layer, (rank,)."""
+        """w(a) of one layer, (rank,) or (1,)."""
 
     @property
     def batches_a_round(self) -> int:
@@ -154,7 +154,7 @@ class BilevelLoraAdaptation(CutLoraAdaptation):
         ]
 
     def values(self) -> list[nn.Parameter]:
-        """a of every layer of `targets`, (rank,) each."""
+        """a of every layer of `targets`, (rank,) each, or (1,) where its components have one weight."""
         return [getattr(self.layers[name], VALUES) for name in self.targets]
 
     def component_weights(self) -> list[Tensor]:
@@ -219,8 +219,8 @@ class BilevelLoraAdaptation(CutLoraAdaptation):
         return multiply
 
 
-def with_values(model: nn.Module, value: float) -> nn.Module:
-    """A PEFT LoRA model with values of its components, all the same at first."""
+def with_values(model: nn.Module, value: float, of_layers: bool = False) -> nn.Module:
+    """A PEFT LoRA model with values of its components, all the same at first; or one of each layer, (1,)."""
     import torch
     from peft.tuners.lora import LoraLayer
     from torch import nn
@@ -228,7 +228,7 @@ def with_values(model: nn.Module, value: float) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             A = layer.lora_A[ADAPTER].weight
-            values = torch.full((len(A),), value, dtype=A.dtype, device=A.device)
+            values = torch.full((1 if of_layers else len(A),), value, dtype=A.dtype, device=A.device)
             layer.register_parameter(VALUES, nn.Parameter(values))  # type: ignore[attr-defined]
     return model
 
