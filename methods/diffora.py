@@ -128,7 +128,7 @@ class DifforaAdaptation(SearchedLora):
         """See `SearchedLora.found_ranks`."""
         import torch
 
-        return self.method.kept(torch.cat(self.values()).tolist())
+        return self.method.kept(torch.cat([*self.values()]).tolist())
 
     def before_step(self, step: Step) -> None:
         """See `SearchedLora.before_step`. Of a joint training the gates' gradients are put aside for the same Adam."""

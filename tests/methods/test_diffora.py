@@ -104,7 +104,7 @@ class TestGates:
             update = layer(x) - layer.base_layer(x)
             torch.testing.assert_close(update, torch.sigmoid(value) * 8 * x @ A.T @ B.T, rtol=1e-9, atol=1e-12)
         assert value.shape == (1,)
-        assert float(value) != 0
+        assert value.item() != 0
         pair = adaptation.scaled_pairs()["linear"]
         torch.testing.assert_close(x @ (pair[0] @ pair[1]).T, update, rtol=1e-9, atol=1e-12)
 
