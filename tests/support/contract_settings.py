@@ -6,6 +6,7 @@ PARAMETERS = {
     "pruned_lora": "pruned_lora[rank=4,keep=0.4]",
     "adalora": "adalora[init_rank=6,target_rank=3]",
     "autolora": "autolora[rank=4,upper_learning_rate=0.1]",
+    "bilora": "bilora[rank=4,learning_rate=1e-2]",
     "eva": "eva[rank=2,tau=0.5]",
     "plop": "plop[rank=4,batches=2]",
     "gora": "gora[rank=4,batches=3]",
