@@ -229,7 +229,7 @@ def with_values(model: nn.Module, value: float, of_layers: bool = False) -> nn.M
         if isinstance(layer, LoraLayer):
             A = layer.lora_A[ADAPTER].weight
             values = torch.full((1 if of_layers else len(A),), value, dtype=A.dtype, device=A.device)
-            layer.register_parameter(VALUES, nn.Parameter(values))  # type: ignore[attr-defined]
+            layer.register_parameter(VALUES, nn.Parameter(values))
     return model
 
 

@@ -7,6 +7,7 @@ PARAMETERS = {
     "adalora": "adalora[init_rank=6,target_rank=3]",
     "adamss": "adamss[basis_rank=8,subspaces=4,components=20]",
     "autolora": "autolora[rank=4,upper_learning_rate=0.1]",
+    "bilora": "bilora[rank=4,learning_rate=1e-2]",
     "diffora": "diffora[rank=4,upper_learning_rate=0.1]",
     "eva": "eva[rank=2,tau=0.5]",
     "plop": "plop[rank=4,batches=2]",
