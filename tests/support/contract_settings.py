@@ -5,6 +5,8 @@ PARAMETERS = {
     "lora": "lora[rank=4]",
     "pruned_lora": "pruned_lora[rank=4,keep=0.4]",
     "adalora": "adalora[init_rank=6,target_rank=3]",
+    "sora": "sora[rank=4,threshold=0.05]",
+    "codyra": "codyra[rank=4,values=6,threshold=0.2]",
     "eva": "eva[rank=2,tau=0.5]",
     "plop": "plop[rank=4,batches=2]",
     "gora": "gora[rank=4,batches=3]",
