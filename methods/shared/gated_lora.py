@@ -57,8 +57,8 @@ class GatedLora(LoraMethod, ABC):
 class GatedLoraAdaptation(CutLoraAdaptation):
     """A PEFT LoRA model with gates in training. A live component is one whose gate is not 0."""
 
-    def gates(self) -> dict[str, Tensor]:
-        """The gates of every adapted layer, (r,)."""
+    def gates(self) -> dict[str, Any]:
+        """The gates of every adapted layer, (r,): a parameter, or a buffer where they are not trained."""
         return {name: getattr(layer.lora_A[ADAPTER], GATE) for name, layer in self.layers.items()}
 
     def live(self) -> Tensor:
@@ -78,10 +78,12 @@ class GatedLoraAdaptation(CutLoraAdaptation):
     def adapter_parameters(self) -> int:
         """See `Adaptation.adapter_parameters`: outputs + inputs for every component of `ranks`. Its gate is a part of A
         when it is stored."""
-        costs = {}
-        for name, (B, A) in zip(self.targets, self.pairs(), strict=True):
-            costs[name] = B.shape[0] + A.shape[1:].numel()
-        return sum(rank * costs[name] for name, rank in self.ranks().items())
+        return sum(rank * sum(self.sides(name)) for name, rank in self.ranks().items())
+
+    def sides(self, name: str) -> tuple[int, int]:
+        """(outputs, inputs) of a layer's update as a matrix."""
+        layer = self.layers[name]
+        return layer.lora_B[ADAPTER].weight.shape[0], layer.lora_A[ADAPTER].weight.shape[1:].numel()
 
     def at_rank(self, rank: int) -> AbstractContextManager[None]:
         """See `Adaptation.at_rank`: the components with the largest |g|."""

@@ -7,6 +7,7 @@ PARAMETERS = {
     "adalora": "adalora[init_rank=6,target_rank=3]",
     "sora": "sora[rank=4,threshold=0.05]",
     "codyra": "codyra[rank=4,values=6,threshold=0.2]",
+    "l1ra": "l1ra[rank=3,gate_learning_rate=0.3]",
     "eva": "eva[rank=2,tau=0.5]",
     "plop": "plop[rank=4,batches=2]",
     "gora": "gora[rank=4,batches=3]",
