@@ -190,6 +190,7 @@ def _add_run(commands: Any) -> None:
     )
     what.add_argument("--model", metavar="PATH|ID", help="model folder or Hub id, for the tasks that take one")
     what.add_argument("--limit", metavar="N", help="most training rows, and most rows of each evaluation split")
+    what.add_argument("--evaluation-limit", metavar="N", help="most rows of each evaluation split, instead of --limit")
     what.add_argument("--threads", "--cpus-per-run", metavar="N", help="CPUs of each run, a thread on each (default 1)")
     what.add_argument(
         "--tune", metavar="K", help="search each method's hyperparameters on each task with K trials, on the holdout"

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -126,6 +126,13 @@ class Selection(Strict):
 EVERYTHING = Selection()
 
 
+class Limits(NamedTuple):
+    """Most rows that a run takes of its data. None: all; for `evaluation`, as many as `train` says."""
+
+    train: int | None = None  # the holdout is cut from these
+    evaluation: int | None = None  # of each evaluation split
+
+
 class Search(Strict):
     """What a run has to do with a search for hyperparameters. A trial is scored on the holdout and never sees the
     evaluation splits; a run of the chosen setting names the trials that it was chosen by."""
@@ -153,6 +160,13 @@ class RunSpec(Strict):
     data_fingerprint: str
     model_fingerprint: str
     limit: int | None = Field(None, ge=2, le=MOST)
+    evaluation_limit: int | None = Field(
+        None,
+        ge=2,
+        le=MOST,
+        description="as Limits has it",
+        exclude_if=lambda value: value is None,  # younger than the first records: without it, their run_ids stay
+    )
     seed: int = Field(ge=0)
     threads: int = Field(1, ge=1, description="CPU threads: results are bit-identical only at the same number")
     train: TrainSpec = TrainSpec()
@@ -163,6 +177,11 @@ class RunSpec(Strict):
         exclude_if=lambda value: not value,  # younger than the first records: without it, their run_ids stay
     )
     place: Place = Place()
+
+    @property
+    def limits(self) -> Limits:
+        """How many rows of the data the run may take."""
+        return Limits(self.limit, self.evaluation_limit)
 
     @property
     def is_trial(self) -> bool:

@@ -6,19 +6,21 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from harness.errors import InputError
+from harness.spec import Limits
 from harness.task import Examples, Splits, Task
 
 if TYPE_CHECKING:
     import numpy as np
 
+NO_LIMITS = Limits()
 HOLDOUT_SHARE, HOLDOUT_ROWS = 0.1, 1000  # the holdout is the smaller of the two
 
 
-def make_splits(task: Task, data_root: str | None, limit: int | None) -> Splits:
-    """Load a task's data, cut the holdout, apply `limit`.
+def make_splits(task: Task, data_root: str | None, limits: Limits = NO_LIMITS) -> Splits:
+    """Load a task's data, cut the holdout, apply the limits.
 
-    `limit` keeps at most that many training rows (holdout included) and that many of each evaluation split: a
-    deterministic subset with the classes in their proportions. The fingerprint is that of all rows, before `limit`.
+    What a limit keeps (holdout included) is a deterministic subset with the classes in their proportions. The
+    fingerprint is that of all rows, before the limits.
     """
     import numpy as np
 
@@ -27,8 +29,9 @@ def make_splits(task: Task, data_root: str | None, limit: int | None) -> Splits:
         if len(examples) == 0:
             raise InputError(f"split '{name}' is empty: it needs at least one row")
     fingerprint = fingerprint_of(train=train, **evaluation)
-    train = limited(train, limit)
-    evaluation = {name: limited(examples, limit) for name, examples in evaluation.items()}
+    train = limited(train, limits.train)
+    of_each = limits.train if limits.evaluation is None else limits.evaluation
+    evaluation = {name: limited(examples, of_each) for name, examples in evaluation.items()}
     stratify = task.stratified and np.issubdtype(train.labels.dtype, np.integer)
     rest, held = stratified_rows(train, fewest=0) if stratify else holdout_rows(train)
     if len(rest) < 2:

@@ -52,7 +52,7 @@ def measure(case: str, options: argparse.Namespace) -> None:
     name, _, model = case.partition("@")
     task = registry.make_task(*parse_choice(name))
     model = model or task.default_model
-    splits = make_splits(task, options.data_root, None)
+    splits = make_splits(task, options.data_root)
     wall, cpu = time.perf_counter(), time.process_time()
     task.encode(splits.train, model)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

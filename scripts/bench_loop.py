@@ -63,7 +63,7 @@ def make_training(options: argparse.Namespace) -> Training:
     task = registry.make_task(*parse_choice(options.task))
     model = options.model or task.default_model
     train = TrainSpec(batches=10**6, batch_size=options.batch_size, schedule="constant", warmup=0.0)
-    splits = make_splits(task, options.data_root, None)
+    splits = make_splits(task, options.data_root)
     seed_everything(0)
     backbone: Backbone = task.backbone(model)
     data = TrainingData(len(splits.train), train.batch_size, 0)

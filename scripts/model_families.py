@@ -81,7 +81,7 @@ def row_of(family: str, folder: Path, batches: int, reasons: list[str]) -> str:
     model = str(families.write(family, folder / family))
     task_name = f"text:{write_texts(folder)}[max_length=48]"
     task = task_of(task_name)
-    encoded = task.encode(make_splits(task, None, None).train, model)
+    encoded = task.encode(make_splits(task, None).train, model)
     seed_everything(0)
     module = task.backbone(model).module
     try:

@@ -148,6 +148,7 @@ def _sweep(name: str, parameters: Mapping[str, Any], specs: Sequence[RunSpec], a
         "seeds": sorted({each.seed for each in specs}),
         "model": spec.place.model,
         "limit": spec.limit,
+        "evaluation_limit": spec.evaluation_limit,
         "threads": spec.threads,
     }
     train = spec.train.model_dump(mode="json")

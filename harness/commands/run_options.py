@@ -25,7 +25,7 @@ def sweep_of(options: argparse.Namespace) -> Sweep:
         if path is not None:
             _overlay(values, sweep_file.read(path))
     given = {name: getattr(options, name) for name in ("methods", "tasks", "model")}
-    given |= {name: _parsed(getattr(options, name)) for name in ("limit", "threads", "tune")}
+    given |= {name: _parsed(getattr(options, name)) for name in ("limit", "evaluation_limit", "threads", "tune")}
     if options.seeds is not None:
         given["seeds"] = _seeds(options.seeds)
     if options.grid:

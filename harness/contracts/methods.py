@@ -75,7 +75,7 @@ def counts_are_right(subject: Subject) -> None:
         assert count.adapter_final <= backbone - head
     place = subject.place
     model = place.model or started.task.default_model
-    rows = make_splits(started.task, place.data_root, None).train
+    rows = make_splits(started.task, place.data_root).train
     assert preview(started.method, started.task.backbone(model, meta=True), TrainSpec(), len(rows)) == count
     started.training.run(lambda training: None)
     count = started.training.sizes.parameters()

@@ -72,7 +72,7 @@ def start(subject: Subject, seed: int = 0, batches: int | None = None) -> Starte
     """Start the subject's method as `run_one` would, with one thread of the CPU."""
     torch.set_num_threads(1)
     method, task, device = method_of(subject.name), subject.made_task(), torch.device(subject.device)
-    splits = make_splits(task, subject.place.data_root, None)
+    splits = make_splits(task, subject.place.data_root)
     train = TrainSpec(
         batches=batches or subject.batches, batch_size=subject.batch_size, warmup=0.0, schedule="constant"
     )
@@ -101,7 +101,7 @@ def spec_of(subject: Subject, task: str | None = None, method: str | None = None
     sweep = Sweep(model=subject.place.model, train=TrainSpec(batches=subject.batches, batch_size=subject.batch_size))
     place = subject.place.model_copy(update={"device": subject.device})
     found = Fingerprints(
-        make_splits(problem, subject.place.data_root, None).fingerprint,
+        make_splits(problem, subject.place.data_root).fingerprint,
         problem.model_fingerprint(model_of(sweep, problem)),
     )
     return spec_of_cell(sweep, place, (method_name, chosen), (task_name, problem), found)

@@ -19,7 +19,7 @@ from harness.record.store import RecordStore
 from harness.run.run import run_one
 from harness.run.streams import seed_everything
 from harness.run.training import predict
-from harness.spec import TrainSpec
+from harness.spec import Limits, TrainSpec
 from harness.splits import make_splits
 from harness.task import Task
 
@@ -27,12 +27,12 @@ from harness.task import Task
 def splits_are_the_same_every_time(subject: Subject) -> None:
     """Loading twice gives the same rows; a limit takes a part of them; no split is empty."""
     task = task_of(subject.name)
-    first, second = (make_splits(task, subject.place.data_root, None) for _ in range(2))
+    first, second = (make_splits(task, subject.place.data_root) for _ in range(2))
     assert first.fingerprint == second.fingerprint
     for one, two in ((first.train, second.train), (first.holdout, second.holdout)):
         assert len(one) > 0
         np.testing.assert_array_equal(one.labels, two.labels)
-    limited = make_splits(task, subject.place.data_root, 20)
+    limited = make_splits(task, subject.place.data_root, Limits(20))
     assert len(limited.train) + len(limited.holdout) <= 20
     assert all(len(examples) <= 20 for examples in limited.evaluation.values())
     assert limited.fingerprint == first.fingerprint
@@ -40,7 +40,7 @@ def splits_are_the_same_every_time(subject: Subject) -> None:
 
 def train_and_holdout_share_no_group(subject: Subject) -> None:
     """Rows that belong together are on one side."""
-    splits = make_splits(task_of(subject.name), subject.place.data_root, None)
+    splits = make_splits(task_of(subject.name), subject.place.data_root)
     if splits.train.groups is not None and splits.holdout.groups is not None:
         assert not set(splits.train.groups.tolist()) & set(splits.holdout.groups.tolist())
 
@@ -92,7 +92,7 @@ def loss_and_predictions_fit_the_metrics(subject: Subject) -> None:
     loss.backward()
     trained = [p for _, p in backbone.head_parameters()] or list(backbone.module.parameters())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
-    splits = make_splits(task, subject.place.data_root, 20)
+    splits = make_splits(task, subject.place.data_root, Limits(20))
     adaptation = Adaptation(backbone.module, torch.optim.SGD(backbone.module.parameters()), backbone)
     encoded = task.encode(splits.train, model)
     references = task.gold(splits.train, encoded)
@@ -154,5 +154,5 @@ TASK_CONTRACTS = (
 
 def _encoded(subject: Subject) -> tuple[Task, Any]:
     task = task_of(subject.name)
-    splits = make_splits(task, subject.place.data_root, 20)
+    splits = make_splits(task, subject.place.data_root, Limits(20))
     return task, task.encode(splits.train, subject.place.model or task.default_model)

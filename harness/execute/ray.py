@@ -196,9 +196,9 @@ class _Session:
         from harness.run import data
 
         task = registry.task_of(spec)
-        key = data.key_of(task, absolute.place.data_root, spec.limit, absolute.place.model)
+        key = data.key_of(task, absolute.place.data_root, spec.limits, absolute.place.model)
         if key not in self.shared:
-            whole = data.data_of(task, spec.place.data_root, spec.limit, spec.place.model)
+            whole = data.data_of(task, spec.place.data_root, spec.limits, spec.place.model)
             self.shared[key] = ray.put(whole.without_texts())
 
     def _pass(self, specs: Sequence[RunSpec], store: RecordStore, view: View, driver: _Driver) -> list[RunSpec]:

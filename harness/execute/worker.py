@@ -89,7 +89,7 @@ class Worker(tune.Trainable):
         """The task's data from the object store, where this process does not have it."""
         place = self.spec.place
         task = registry.task_of(self.spec)
-        key = data.key_of(task, place.data_root, self.spec.limit, place.model)
+        key = data.key_of(task, place.data_root, self.spec.limits, place.model)
         if key in self.shared and not data.is_kept(key):
             data.keep(key, ray.get(self.shared[key]))
 

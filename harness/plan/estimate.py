@@ -80,7 +80,7 @@ def _kind(spec: RunSpec) -> Kind:
 def _batches(spec: RunSpec) -> int:
     task = registry.task_of(spec)
     place = spec.place
-    return spec.train.budget(len(data_of(task, place.data_root, spec.limit, place.model).splits.train))
+    return spec.train.budget(len(data_of(task, place.data_root, spec.limits, place.model).splits.train))
 
 
 def _timed(spec: RunSpec) -> tuple[float | None, str]:
@@ -95,7 +95,7 @@ def seconds_a_batch(spec: RunSpec) -> float:
     """Timed over a few updates of the run, on its device."""
     torch.set_num_threads(spec.threads)
     task, place, device = registry.task_of(spec), spec.place, device_of(spec.place)
-    data = data_of(task, place.data_root, spec.limit, place.model)
+    data = data_of(task, place.data_root, spec.limits, place.model)
     method = registry.make_method(spec.method, spec.method_parameters)
     backbone = task.backbone(place.model, trust_remote_code=place.trust_remote_code)
     backbone.module.to(device)

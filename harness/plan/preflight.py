@@ -47,7 +47,7 @@ def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
     for name, task in task_cells(sweep):
         model = model_of(sweep, task)
         try:
-            data = data_of(task, place.data_root, sweep.limit, model)
+            data = data_of(task, place.data_root, sweep.limits, model)
         except InputError as error:
             raise InputError(f"task '{name}': {error}", error.mention) from None
         of_model = task.model_fingerprint(model, trust_remote_code=place.trust_remote_code)

@@ -15,7 +15,7 @@ from harness.method import Method
 from harness.notation import parse_choice
 from harness.parameters import Strict, checked_path
 from harness.plan import references
-from harness.spec import EVERYTHING, MOST, Place, RunSpec, Selection, TrainSpec
+from harness.spec import EVERYTHING, MOST, Limits, Place, RunSpec, Selection, TrainSpec
 from harness.task import Task
 
 MOST_SEEDS = 100_000
@@ -41,12 +41,20 @@ class Sweep(Strict):
     limit: int | None = Field(
         None, ge=2, le=MOST, description="most training rows, and most rows of each evaluation split"
     )
+    evaluation_limit: int | None = Field(
+        None, ge=2, le=MOST, description="most rows of each evaluation split, where `limit` is for training rows alone"
+    )
     threads: int = Field(1, ge=1, description="CPU threads of each run")
     tune: int | None = Field(
         None, ge=1, le=MOST_TRIALS, description="trials of the search that each method gets on each task"
     )
     train: TrainSpec = TrainSpec()
     report: Selection = Field(EVERYTHING, description="what its report shows")
+
+    @property
+    def limits(self) -> Limits:
+        """How many rows of the data the runs may take."""
+        return Limits(self.limit, self.evaluation_limit)
 
     @field_validator("seeds")
     @classmethod
@@ -157,6 +165,7 @@ def spec_of(
         data_fingerprint=found.data,
         model_fingerprint=found.model,
         limit=sweep.limit,
+        evaluation_limit=sweep.evaluation_limit,
         threads=sweep.threads,
         train=sweep.train,
         seed=sweep.seeds[0],

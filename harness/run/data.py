@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from harness.errors import InputError
 from harness.run import summary
+from harness.spec import Limits
 from harness.splits import make_splits
 from harness.task import Examples, Splits, Task
 
@@ -18,7 +19,7 @@ class Key(NamedTuple):
     task: str
     parameters: str
     data_root: str | None
-    limit: int | None
+    limits: Limits
     model: str | None
 
 
@@ -73,16 +74,16 @@ class Data:
 _KEPT: dict[Key, Data] = {}
 
 
-def key_of(task: Task, data_root: str | None, limit: int | None, model: str | None) -> Key:
+def key_of(task: Task, data_root: str | None, limits: Limits, model: str | None) -> Key:
     """The key of a task's data; hashable, and the same in every process."""
-    return Key(f"{type(task).__module__}.{type(task).__qualname__}", task.model_dump_json(), data_root, limit, model)
+    return Key(f"{type(task).__module__}.{type(task).__qualname__}", task.model_dump_json(), data_root, limits, model)
 
 
-def data_of(task: Task, data_root: str | None, limit: int | None, model: str | None) -> Data:
+def data_of(task: Task, data_root: str | None, limits: Limits, model: str | None) -> Data:
     """The task's data, loaded at the first call of the process. Raises InputError as `make_splits` does."""
-    key = key_of(task, data_root, limit, model)
+    key = key_of(task, data_root, limits, model)
     if key not in _KEPT:
-        keep(key, Data(task, make_splits(task, data_root, limit), model))
+        keep(key, Data(task, make_splits(task, data_root, limits), model))
     return _KEPT[key]
 
 

@@ -154,7 +154,7 @@ class _Run:
         if found := lacking(spec, parents):
             self.error = found.error
             return found.status
-        data = data_of(task, place.data_root, spec.limit, place.model)
+        data = data_of(task, place.data_root, spec.limits, place.model)
         if data.splits.fingerprint != spec.data_fingerprint:
             raise InputError(f"the data of '{spec.task}' changed since the run was planned: plan again")
         method = registry.make_method(spec.method, spec.method_parameters)

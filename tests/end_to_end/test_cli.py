@@ -198,6 +198,7 @@ WRONG = [
     (["--batches", "0"], "--batches = 0 is not allowed: it should be greater than or equal to 1"),
     (["--precision", "fp8"], "--precision = 'fp8' is not allowed: it should be 'fp32' or 'bf16'"),
     (["--batches", "4", "--epochs", "1"], "batches = 4 and epochs = 1.0 are both set"),
+    (["--evaluation-limit", "1"], "--evaluation-limit = 1 is not allowed: it should be greater than or equal to 2"),
     (["--limit", "1"], "--limit = 1 is not allowed: it should be greater than or equal to 2"),
     (["--model", "somewhere"], "--model 'somewhere' has no use here: synthetic brings its own model"),
     (["--device", "cuda:9"], "--device 'cuda:9' is not on this machine; available: auto, cpu"),

@@ -21,7 +21,18 @@ DEEP = ["[" * 5000, "]" * 5000, "[" * 5000 + "]" * 5000, "{" * 5000, "{a=" * 500
 DEEP += ["{" + "a." * 5000 + "a=1}"]
 NO_NUMBER = ["", " ", "-1", "nan", "-inf", "1e400", "9" * 10_000, "0x" + "f" * 10_000, "1" + "0" * 30, "abc", "true"]
 NO_NUMBER += ["٣", "1,,x", "1\n2", "'1'", "1979-05-27", "{}", LONG, *DEEP, *STEERING]
-AT_LEAST_ONE = ["batches", "epochs", "batch-size", "micro-batches", "limit", "threads", "tune", "seeds", "rank-curve"]
+AT_LEAST_ONE = [
+    "batches",
+    "epochs",
+    "batch-size",
+    "micro-batches",
+    "limit",
+    "evaluation-limit",
+    "threads",
+    "tune",
+    "seeds",
+    "rank-curve",
+]
 NUMBERS = [*AT_LEAST_ONE, "warmup", "clip-norm", "holdout-points", "checkpoint-every", "max-retries"]
 OF_RAY = ["run-timeout", "gpus-per-run"]
 WORDS = ["methods", "tasks", "model", "grid", "device", "precision", "schedule", "executor", "preset", "config"]

@@ -96,7 +96,7 @@ def by_our_loop(task, backbone, splits, schedule):
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
 def test_losses_gradient_norms_and_weights_agree_with_those_of_the_trainer(schedule, tmp_path):
     task = task_of("synthetic")
-    splits = make_splits(task, None, None)
+    splits = make_splits(task, None)
     torch.manual_seed(0)
     backbone = task.backbone(None)
     data = TrainingData(len(splits.train), BATCH, seed=0)

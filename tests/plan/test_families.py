@@ -137,7 +137,7 @@ def same_everywhere(model: str, tmp_path: Path) -> None:
     if record.status == "unsupported":  # a family without linear layers
         record = run_one(spec_of(subject, method="full[learning_rate=1e-3]"), store)
     assert record.status == "done", record.traceback
-    name, examples = next(iter(make_splits(task_of(task), None, None).evaluation.items()))
+    name, examples = next(iter(make_splits(task_of(task), None).evaluation.items()))
     found = load_file(store.folder(record.run_id) / "predictions.safetensors")[f"{name}/predictions"].numpy()
     expected = stock_outputs(store.folder(record.run_id), model, examples.columns["text"])
     assert len({len(text.split()) for text in examples.columns["text"]}) > 3
@@ -225,7 +225,7 @@ def test_a_model_that_draws_random_numbers_in_evaluation_is_found(place, tmp_pat
     task = task_of(write_table(tmp_path / "texts.csv"))
     model = model_of(place, "BERT")
     monkeypatch.setattr(type(task), "outputs", lambda self, model, batch: torch.rand(len(batch.labels), 2))
-    encoded = task.encode(make_splits(task, None, None).train, model)
+    encoded = task.encode(make_splits(task, None).train, model)
     with pytest.raises(InputError, match="two passes over the same rows differ too"):
         check_rows(task, task.backbone(model).module, encoded, TrainSpec(), "model 'x'")
 

@@ -146,6 +146,7 @@ def test_identity_covers_what_changes_results_and_nothing_else():
         {"seeds": [1]},
         {"threads": 2},
         {"limit": 50},
+        {"evaluation_limit": 50},
         {"train": {"batches": 7}},
         {"train": {"precision": "bf16"}},
     ):

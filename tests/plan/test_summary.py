@@ -13,6 +13,7 @@ from harness.cli import main
 from harness.record.store import RecordStore
 from harness.run import summary
 from harness.run.data import Data
+from harness.spec import Limits
 from harness.splits import make_splits, stratified_rows
 from harness.task import Examples
 from tests.support import tiny
@@ -29,7 +30,7 @@ def payments(count: int, frauds: int) -> list[dict[str, str]]:
 
 
 def said(task, model: str | None = None, limit: int | None = None) -> list[str]:
-    return Data(task, make_splits(task, None, limit), model).summary("it")
+    return Data(task, make_splits(task, None, Limits(limit)), model).summary("it")
 
 
 @pytest.mark.parametrize("frauds", [2, 3, 5, 20])
@@ -38,7 +39,7 @@ def test_a_rare_class_is_in_training_and_in_evaluation(tmp_path, frauds):
     train, evaluation = both_splits(task)
     assert np.bincount(evaluation.labels)[0] == max(1, round(frauds / 5))
     assert len(train) + len(evaluation) == 100
-    assert 0 in make_splits(task, None, None).train.labels
+    assert 0 in make_splits(task, None).train.labels
 
 
 def test_whole_groups_are_cut_off_and_no_class_is_lost_on_the_way():
@@ -82,7 +83,7 @@ def test_f1_is_of_a_class_and_of_many_classes_the_rarest_are_shown(tmp_path, ber
     rows = [{"text": f"{n}", "label": f"c{n % 30:02d}"} for n in range(290)]
     task = task_of(f"text:{write_csv(tmp_path / 'y.csv', rows)}")
     assert "train 30 classes, the rarest c20 (" in "\n".join(said(task, bert))
-    found = summary.facts_of(task, make_splits(task, None, None), "train")
+    found = summary.facts_of(task, make_splits(task, None), "train")
     assert (found["num_classes"], len(found["classes"])) == (30, 20)
 
 
@@ -138,5 +139,5 @@ def test_the_rows_of_values_and_of_a_limit_keep_their_cut(tmp_path: Path):
     rows = [{"text": f"film {n}", "label": n / 2} for n in range(50)]
     train, evaluation = both_splits(task_of(f"text:{write_csv(tmp_path / 'x.csv', rows)}"))
     assert (len(train), len(evaluation)) == (40, 10)
-    limited = make_splits(task_of(f"text:{tmp_path / 'x.csv'}"), None, 8)
+    limited = make_splits(task_of(f"text:{tmp_path / 'x.csv'}"), None, Limits(8))
     assert {name: len(part) for name, part in limited.by_name.items()} == {"train": 7, "holdout": 1, "validation": 8}

@@ -201,6 +201,7 @@ class TestNothingIsMixed:
             {"model_fingerprint": "other"},
             {"train": TrainSpec(batches=100, schedule="constant")},
             {"limit": 50},
+            {"evaluation_limit": 50},
             {"threads": 2},
         ],
     )

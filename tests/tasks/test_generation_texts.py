@@ -19,7 +19,7 @@ from harness.record.store import RecordStore
 from harness.registry import make_task
 from harness.run.data import data_of
 from harness.run.training import predict
-from harness.spec import TrainSpec
+from harness.spec import Limits, TrainSpec
 from harness.task import Examples
 from tasks.generation import Generation
 from tasks.pairs import EncodedPairs, tokenized
@@ -125,7 +125,7 @@ def test_what_is_taken_off_and_read_as_text_is_said(model, tmp_path):
 
 def test_notes_of_reading_and_of_encoding_stand_together(model, tmp_path):
     path = write_pairs(tmp_path / "pairs.jsonl", [(f"ask {n}", "the task<|endoftext|>") for n in range(20)])
-    notes = data_of(task_of(path), None, None, model).facts("train")["notes"]
+    notes = data_of(task_of(path), None, Limits(), model).facts("train")["notes"]
     assert any("every response is the same" in note for note in notes)
     assert any("end token of their own" in note for note in notes)
 

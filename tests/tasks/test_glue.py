@@ -94,7 +94,7 @@ def test_batches_by_length_are_the_same_for_a_seed_and_in_random_order():
 
 def test_reserved_rows_are_neither_trained_on_nor_selected_by(place, tmp_path):
     root = str(place / "data")
-    whole, part = make_splits(glue("mnli"), root, None), make_splits(glue("mnli", reserved=10), root, None)
+    whole, part = make_splits(glue("mnli"), root), make_splits(glue("mnli", reserved=10), root)
     assert list(part.evaluation) == ["validation_matched", "validation_mismatched", "reserved"]
 
     def premises(*splits):
@@ -288,7 +288,7 @@ def test_a_sentencepiece_tokenizer_as_deberta_v3_has_it(tmp_path, place):
     )
     transformers.DebertaV2Model(config).save_pretrained(folder)
     task = glue("rte", max_length=32)
-    train = make_splits(task, str(place / "data"), None).train
+    train = make_splits(task, str(place / "data")).train
     encoded = task.encode(train, str(folder))
     tokenizer = pretrained.load_tokenizer(str(folder))
     rows = encoded.tokens["input_ids"][encoded.starts[0] : encoded.starts[1]]

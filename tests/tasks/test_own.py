@@ -50,7 +50,7 @@ def test_tables_of_every_kind_give_the_same_rows(tmp_path, kind):
         for text, label in zip(examples.columns["review"], examples.labels, strict=True):
             assert text.endswith(task.classes[label])
     reference = task_of(f"text:{write_table(tmp_path / 'other.csv', reviews(60))}[text=review,label=stars]")
-    assert make_splits(task, None, None).fingerprint == make_splits(reference, None, None).fingerprint
+    assert make_splits(task, None).fingerprint == make_splits(reference, None).fingerprint
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_images_named_in_a_table_or_kept_in_a_parquet(tmp_path):
     }
     tiny.write_parquet(tmp_path / "photos.parquet", stored)
     packed = task_of(f"image:{tmp_path / 'photos.parquet'}[label=kind,image_size=32]")
-    assert make_splits(table, None, None).fingerprint == make_splits(packed, None, None).fingerprint
+    assert make_splits(table, None).fingerprint == make_splits(packed, None).fingerprint
 
 
 def test_tables_in_a_folder_of_images_win_over_its_folders(tmp_path):
@@ -383,7 +383,7 @@ def test_unreadable_images_are_named_and_counted_up_to_one_per_cent(models, tmp_
     train, evaluation = both_splits(task)
     assert len(train) + len(evaluation) == 119
     assert train.left_out == ("7.png",)
-    found = summary.facts_of(task, make_splits(task, None, None), "train")
+    found = summary.facts_of(task, make_splits(task, None), "train")
     assert (found["num_left_out"], found["left_out"]) == (1, ["7.png"])
     (photos / "dog/3.png").write_bytes(b"")
     with told("2 of 120 images cannot be read", "1 %", "7.png, 3.png"):

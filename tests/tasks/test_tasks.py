@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from harness.method import in_modules
+from harness.spec import Limits
 from harness.splits import make_splits
 from harness.task import Task
 from tasks import pretrained, rotten_tomatoes
@@ -47,7 +48,7 @@ def head_of(task: Task, model: str | None, seed: int) -> dict[str, torch.Tensor]
 @pytest.mark.parametrize("number", range(len(TABLE) + 2), ids=[*TABLE, "cifar10", "digits"])
 def test_from_files_to_metrics(place, number):
     task, model = every_task(place)[number]
-    splits = make_splits(task, str(place / "data"), None)
+    splits = make_splits(task, str(place / "data"))
     torch.manual_seed(0)
     backbone = task.backbone(model)
     encoded = task.encode(splits.train, model)
@@ -87,13 +88,13 @@ def test_glue_headlines_and_metrics():
 
 
 def test_mnli_is_scored_on_the_matched_set(place):
-    splits = make_splits(glue("mnli"), str(place / "data"), None)
+    splits = make_splits(glue("mnli"), str(place / "data"))
     assert list(splits.evaluation) == ["validation_matched", "validation_mismatched"]
 
 
 @pytest.mark.parametrize("member", TABLE)
 def test_training_split_and_holdout_share_no_group_and_no_text(place, member):
-    splits = make_splits(glue(member), str(place / "data"), None)
+    splits = make_splits(glue(member), str(place / "data"))
     first = TABLE[member].columns[0]
     assert not set(splits.train.columns[first]) & set(splits.holdout.columns[first])
     assert not set(splits.train.groups) & set(splits.holdout.groups)
@@ -101,17 +102,26 @@ def test_training_split_and_holdout_share_no_group_and_no_text(place, member):
 
 
 def test_limit_is_deterministic_and_stratified(place):
-    one, two = (make_splits(glue("mnli"), str(place / "data"), 21) for _ in range(2))
+    one, two = (make_splits(glue("mnli"), str(place / "data"), Limits(21)) for _ in range(2))
     assert one.train.columns == two.train.columns
-    assert one.fingerprint == make_splits(glue("mnli"), str(place / "data"), None).fingerprint
+    assert one.fingerprint == make_splits(glue("mnli"), str(place / "data")).fingerprint
     labels = np.concatenate([one.train.labels, one.holdout.labels])
     assert np.bincount(labels).tolist() == [7, 7, 7]
     assert len(one.evaluation["validation_matched"]) == 21
 
 
+@pytest.mark.parametrize("train", [None, 21])
+def test_evaluation_has_a_limit_of_its_own(place, train):
+    whole = make_splits(glue("mnli"), str(place / "data"))
+    part = make_splits(glue("mnli"), str(place / "data"), Limits(train, 9))
+    assert len(part.train) + len(part.holdout) == (train or len(whole.train) + len(whole.holdout))
+    assert {name: len(rows) for name, rows in part.evaluation.items()} == dict.fromkeys(whole.evaluation, 9)
+    assert part.fingerprint == whole.fingerprint
+
+
 def test_collate_pads_to_the_longest_of_the_batch_as_the_tokenizer_does(place):
     task, model = glue("rte"), str(place / "bert")
-    examples = make_splits(task, str(place / "data"), None).train
+    examples = make_splits(task, str(place / "data")).train
     inputs = task.collate(task.encode(examples, model), (4, 0, 7), None).inputs
     texts = [[examples.columns[name][row] for row in (4, 0, 7)] for name in ("sentence1", "sentence2")]
     expected = pretrained.load_tokenizer(model)(*texts, padding=True, return_tensors="pt")
@@ -121,7 +131,7 @@ def test_collate_pads_to_the_longest_of_the_batch_as_the_tokenizer_does(place):
 
 
 def test_max_length_cuts(place):
-    examples = make_splits(glue("rte"), str(place / "data"), None).train
+    examples = make_splits(glue("rte"), str(place / "data")).train
     model = str(place / "bert")
     for length in (8, 64, 8):
         task = glue("rte", max_length=length)
@@ -133,7 +143,7 @@ def test_max_length_cuts(place):
 
 def test_regression_is_mean_squared_error(place):
     task, model = glue("stsb"), str(place / "bert")
-    examples = make_splits(task, str(place / "data"), None).train
+    examples = make_splits(task, str(place / "data")).train
     module = task.backbone(model).module.eval()
     batch = task.collate(task.encode(examples, model), (0, 1, 2), None)
     expected = ((module(**batch.inputs).logits[:, 0] - torch.tensor(examples.labels[:3]).float()) ** 2).mean()

@@ -23,7 +23,7 @@ def place(tmp_path_factory) -> Path:
 def test_cifar10_images(place):
     model = str(place / "resnet")
     plain = Cifar10(image_size=64, augment=False)
-    splits = make_splits(plain, str(place / "data"), None)
+    splits = make_splits(plain, str(place / "data"))
     encoded = plain.encode(splits.train, model)
     assert encoded.images.dtype == np.uint8
     batch = plain.collate(encoded, (0, 1), torch.Generator().manual_seed(0))
@@ -35,7 +35,7 @@ def test_cifar10_images(place):
 
 def test_cifar10_augmentation_follows_the_generator_and_is_off_in_evaluations(place):
     task, model = Cifar10(image_size=32), str(place / "resnet")
-    encoded = task.encode(make_splits(task, str(place / "data"), None).train, model)
+    encoded = task.encode(make_splits(task, str(place / "data")).train, model)
 
     def pixels(seed: int | None) -> torch.Tensor:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -62,7 +62,7 @@ def test_crops_are_windows_of_the_padded_image_mirrored_or_not():
 
 def test_batch_norm_statistics_are_frozen_in_training(place):
     task, model = Cifar10(image_size=32), str(place / "resnet")
-    encoded = task.encode(make_splits(task, str(place / "data"), None).train, model)
+    encoded = task.encode(make_splits(task, str(place / "data")).train, model)
     module = task.backbone(model).module
     task.set_training(module)
     before = {name: value.clone() for name, value in module.named_buffers()}

@@ -97,7 +97,7 @@ def test_the_hub_route_gives_the_rows_of_the_data_root(root, tmp_path, monkeypat
     (root / "nyu-mll/glue/README.md").write_text(f"{header}{files}---\n")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(root)
-    hub, local = (make_splits(glue("cola"), data_root, None) for data_root in (None, str(root)))
+    hub, local = (make_splits(glue("cola"), data_root) for data_root in (None, str(root)))
     assert hub.fingerprint == local.fingerprint
     with told("nyu-mll/glue", "on the Hub", "train"):
         read_split("nyu-mll/glue", "cola", "trian", ["sentence"], None)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from harness.method import in_modules
+from harness.spec import Limits
 from harness.splits import make_splits
 from harness.task import Task
 from tasks.cifar10 import Cifar10
@@ -54,7 +55,7 @@ def model_folder(name: str) -> str:
 @pytest.mark.parametrize("member", GLUE_ROWS)
 def test_glue_rows(member):
     task = glue(member)
-    splits = make_splits(task, ROOT, None)
+    splits = make_splits(task, ROOT)
     train, evaluation = GLUE_ROWS[member]
     assert len(splits.train) + len(splits.holdout) == train
     assert {name: len(examples) for name, examples in splits.evaluation.items()} == evaluation
@@ -69,7 +70,7 @@ def test_glue_rows(member):
 
 @needs_data
 def test_cifar10_rows():
-    splits = make_splits(Cifar10(), ROOT, None)
+    splits = make_splits(Cifar10(), ROOT)
     assert (len(splits.train) + len(splits.holdout), len(splits.evaluation["test"])) == (2000, 1000)
 
 
@@ -85,7 +86,7 @@ def test_deberta_v3_base_shapes():
 
 def one_step(task: Task, model: str | None) -> None:
     """Loss, gradient and predictions of the first rows are finite."""
-    splits = make_splits(task, ROOT, 40)
+    splits = make_splits(task, ROOT, Limits(40))
     torch.manual_seed(0)
     module = task.backbone(model).module
     task.set_training(module)
@@ -115,7 +116,7 @@ def test_resnet_takes_its_own_normalisation_and_a_new_head():
     backbone = task.backbone(model)
     assert (backbone.head, len(backbone.layers)) == (("classifier",), 53)
     assert backbone.module.get_parameter("classifier.1.weight").shape == (10, 1024)
-    encoded = task.encode(make_splits(task, ROOT, 40).train, model)
+    encoded = task.encode(make_splits(task, ROOT, Limits(40)).train, model)
     assert encoded.mean.tolist() == pytest.approx([0.4824, 0.4588, 0.4078], abs=1e-4)
 
 
@@ -131,7 +132,7 @@ def test_minilm_on_the_reviews():
 def test_reviews_are_counted_once_and_no_movie_or_text_is_in_two_splits():
     reviews = read_reviews(review_file(None))
     assert len(reviews) == 12_808
-    splits = make_splits(RottenTomatoes(), None, None)
+    splits = make_splits(RottenTomatoes(), None)
     evaluation = splits.evaluation["validation"]
     assert len(splits.train) + len(splits.holdout) + len(evaluation) == 12_752  # 56 rows repeat another
     assert len(evaluation) == 2437

@@ -45,6 +45,7 @@ def _row(run: Run) -> dict[str, Any]:
         "model_fingerprint": spec.model_fingerprint,
         "data_fingerprint": spec.data_fingerprint,
         "limit": spec.limit,
+        "evaluation_limit": spec.evaluation_limit,
         "seed": spec.seed,
         "status": record.status,
         "headline": record.headline,

@@ -18,7 +18,7 @@ from harness.notation import value_text
 from harness.record.record import RunRecord
 from harness.report.board.labels import Naming, columns_of, labels_of
 from harness.report.redact import error_text, model_name
-from harness.spec import NOT_SETTING, RunSpec, TrainSpec
+from harness.spec import NOT_SETTING, Limits, RunSpec, TrainSpec
 
 VERSIONED = ("torch", "peft", "transformers")  # packages whose versions the tables tell apart in a note
 
@@ -231,17 +231,24 @@ def _search_cost(spec: RunSpec, every: Mapping[str, RunRecord]) -> dict[str, Any
 
 def _setting_text(spec: RunSpec) -> str:
     """The setting in words, the model left out; every value that is not a default is named."""
-    train, limit, threads = spec.train, spec.limit, spec.threads
+    train, threads = spec.train, spec.threads
     words = [
         f"{train.batches} batches" if train.batches is not None else f"{train.epochs:g} epochs",
         f"batch size {train.batch_size}",
-        "all rows" if limit is None else f"at most {limit} rows of each split",
+        _limits_text(spec.limits),
         "1 thread" if threads == 1 else f"{threads} threads",
     ]
     for name, field in TrainSpec.model_fields.items():
         value = getattr(train, name)
         if name not in ("batches", "epochs", "batch_size") and value != field.default:
             words.append(f"{name} {value_text(value)}")
-    known = {"limit", "threads", "train", "model_fingerprint"}
+    known = {"limit", "evaluation_limit", "threads", "train", "model_fingerprint"}
     words += [f"{name} {value_text(value)}" for name, value in spec.setting.items() if name not in known]
     return ", ".join(words)
+
+
+def _limits_text(limits: Limits) -> str:
+    if limits.evaluation is None:
+        return "all rows" if limits.train is None else f"at most {limits.train} rows of each split"
+    training = "all training rows" if limits.train is None else f"at most {limits.train} training rows"
+    return f"{training}, at most {limits.evaluation} rows of each evaluation split"

@@ -15,7 +15,7 @@ from harness.method import Backbone
 from harness.record.store import RecordStore
 from harness.run.data import data_of
 from harness.run.run import run_one
-from harness.spec import Place, Search
+from harness.spec import Limits, Place, Search
 from tasks.dreambooth.task import DreamBooth, layers_of
 from tests.tasks.dreambooth.settings import PRIOR, SETTINGS, named
 
@@ -119,7 +119,7 @@ def test_a_trial_of_a_search_draws_no_samples(spec_with, tmp_path):
 
 def test_what_rays_workers_get_is_what_serial_runs_have(subject, model):
     task = DreamBooth(path=str(subject), **SETTINGS, **PRIOR)
-    data = data_of(task, None, None, model)
+    data = data_of(task, None, Limits(), model)
     sent = pickle.loads(pickle.dumps(data.without_texts()))  # noqa: S301 (as Ray does)
     for split in ("train", "holdout", "test", "class"):
         for generator in (None, torch.Generator().manual_seed(0)):

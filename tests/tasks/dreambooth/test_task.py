@@ -27,7 +27,7 @@ def made(path: Path, **settings) -> DreamBooth:
 @pytest.fixture(scope="module")
 def encoded(subject, model) -> encoding.Encoded:
     task = made(subject, **PRIOR)
-    return task.encode(make_splits(task, None, None).train, model)
+    return task.encode(make_splits(task, None).train, model)
 
 
 @pytest.mark.parametrize("contract", TASK_CONTRACTS, ids=lambda contract: contract.__name__)
@@ -112,7 +112,7 @@ def test_prior_preservation_adds_the_weighted_loss_of_class_pictures(encoded, su
         ]
         torch.testing.assert_close(task.loss(network, batch, None), errors[0] + 0.5 * errors[1])
     plain = made(subject)
-    alone = plain.encode(make_splits(plain, None, None).train, model)
+    alone = plain.encode(make_splits(plain, None).train, model)
     assert plain.collate(alone, (0, 3), torch.Generator().manual_seed(1)).labels.shape[1] == 1
 
 
