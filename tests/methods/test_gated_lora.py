@@ -85,11 +85,12 @@ class TestModel:
         assert all(torch.equal(gate, gates[name]) for name, gate in adaptation.gates().items())
 
     def test_a_live_component_counts_outputs_and_inputs(self, tmp_path):
-        """Layers that are not square tell it from twice their width."""
-        started = trained(FEW_LEFT["sora"], tmp_path)
+        """Of layers that are not square, where twice their width is another number."""
+        settings = 'rank=4,values=4,components=3,target_modules=["intermediate.dense"]'
+        started = trained(f"sora[{settings}]", tmp_path)
         count, ranks = started.training.sizes.parameters(), started.adaptation.ranks()
         shapes = {name: started.before.shape(name) for name in ranks}
-        assert any(outputs != inputs for outputs, inputs in shapes.values())
+        assert all(outputs != inputs for outputs, inputs in shapes.values())
         assert count.adapter_final == sum(rank * sum(shapes[name]) for name, rank in ranks.items())
         assert count.adapter_initial == count.adapter_peak == 4 * sum(map(sum, shapes.values()))
         assert count.stored_bytes == 4 * (count.adapter_final + count.head)
