@@ -41,6 +41,8 @@ METHODS = [
     'lora[rank=4,rank_pattern={"c_proj"=2},shuffle_ranks=true]',
     "pruned_lora[rank=4,keep=0.4]",
     "adalora[init_rank=6,target_rank=3]",
+    "increlora",
+    "triadaptlora[target_rank=3]",
     "debora[rank=4,T_max=2,n0=0,step_size=0.5]",
     "debora[rank=4,T_max=2,n0=0,step_size=0.5,geometry=oblique,hypergradient=implicit]",
     "debora[rank=4,T_max=2,n0=0,step_size=0.5,geometry=stiefel]",
