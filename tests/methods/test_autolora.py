@@ -105,10 +105,11 @@ class TestSearch:
             torch.testing.assert_close(own, first - 20 * second, rtol=2e-3, atol=1e-9)
             assert not torch.allclose(own, first, rtol=0.1)
 
-    def test_the_lower_level_leaves_the_values_alone_and_the_upper_one_the_factors(self, tmp_path):
-        training = start(Subject(f"autolora[{FOUND},upper_every=2]", tmp_path)).training
+    def test_the_lower_level_leaves_the_values_alone(self, tmp_path):
+        training = start(Subject(f"autolora[{FOUND},upper_every=3]", tmp_path)).training
         values = training.adaptation.values()
-        training.update()
+        for _ in range(2):  # of the first, whose B is 0, the values have no gradient
+            training.update()
         assert all(torch.equal(own, torch.zeros(4)) for own in values)
         training.update()
         assert all(own.abs().min() > 0 for own in values)

@@ -50,6 +50,8 @@ METHODS = [
     "gora[rank=4,batches=2]",
     "plop[rank=2,types=2,batches=2]",
     "lora_squeeze[rank=4,squeeze=in_training,components=7]",
+    "sora[rank=4,threshold=0.05]",
+    "l1ra[rank=3,gate_learning_rate=0.3,every=0.2]",
     "peft[type=ia3]",
     "peft[type=vera,r=4]",
     "bitfit",
