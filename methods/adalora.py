@@ -15,6 +15,7 @@ from harness.optimizer import adamw
 from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, peft_model, shared_parameters
 from methods.shared.peft_names import ADAPTER
+from methods.shared.svd_lora import lora_pair, orthogonality
 
 if TYPE_CHECKING:
     import torch
@@ -190,14 +191,8 @@ class AdaLoraAdaptation(Adaptation):
 
     def penalty(self) -> Tensor | None:
         """See `Adaptation.penalty`. Equation 4, averaged over the factors as PEFT does."""
-        import torch
-
-        if self.orthogonality == 0:
-            return None
-        factors = [f for layer in self.layers.values() for f in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER].T)]
-        identity = torch.eye(len(factors[0]), dtype=factors[0].dtype, device=factors[0].device)
-        distances = [torch.linalg.matrix_norm(f @ f.T - identity) for f in factors]
-        return self.orthogonality * torch.stack(distances).mean()
+        weight = self.orthogonality
+        return weight * orthogonality(self.layers.values()) if weight else None
 
     def after_step(self, step: Step) -> dict[str, Any]:
         """See `Adaptation.after_step`. After an allocation the history has `rank`, their sum, and `ranks`."""
@@ -259,28 +254,5 @@ class AdaLoraAdaptation(Adaptation):
         """
         from methods.shared.stock_lora import export_stock_lora
 
-        pairs = {name: _lora_pair(name, layer) for name, layer in self.layers.items()}
+        pairs = {name: lora_pair(name, layer) for name, layer in self.layers.items()}
         export_stock_lora(path, pairs, self.model, self.head)
-
-
-def _lora_pair(name: str, layer: Any) -> tuple[Tensor, Tensor]:
-    """(B, A) of a LoRA layer with the same update: P diag(E) times the scaling, and Q, without the masked triplets.
-
-    A linear layer's are (outputs, r) and (r, inputs), a convolution's (C_out, r, 1, 1) and (r, C_in, kH, kW).
-    """
-    from torch import nn
-
-    from methods.shared.stock_lora import unlike_stock
-
-    E = layer.lora_E[ADAPTER].detach()
-    kept = E[:, 0] != 0
-    A = layer.lora_A[ADAPTER].detach()[kept]
-    scaling = layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER] + 1e-5)  # PEFT's
-    B = layer.lora_B[ADAPTER].detach()[:, kept] * E[kept, 0] * scaling
-    base = layer.get_base_layer()
-    if not isinstance(base, nn.Conv2d):
-        return B, A
-    reason = unlike_stock(base)
-    if reason is not None:
-        raise ValueError(f"'{name}': {reason}")
-    return B[..., None, None], A.reshape(-1, *base.weight.shape[1:])

@@ -23,7 +23,8 @@ if [ "${1:-}" = --run ] && [ -d "${2:-}" ]; then
     run main "$@"
     run parts --model "$root/models/bert-tiny" "$@"
     run convolutions --model "$root/models/resnet50-half" "$@"
-    "$python" scripts/study/pack.py
+    cp results/study/parents.json results/study/main/
+    "$python" scripts/pack.py results/study
 elif [ $# -gt 0 ]; then
     echo "error: '$*' is not --run with a folder that is there" >&2
     sed -n '2,5s/^# \{0,1\}//p' "$0" >&2

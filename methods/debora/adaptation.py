@@ -150,10 +150,13 @@ class DeboraAdaptation(Adaptation):
 
     def remarks(self) -> list[str]:
         """See `Adaptation.remarks`."""
-        if not self.was_cut:
-            return []
-        by = "their singular values" if self.method.cut_by == "size" else "s"
-        return [f"the search's steps left more than the target; the rest was cut by {by}"]
+        search = self.search
+        if self.was_cut:
+            by = "their singular values" if self.method.cut_by == "size" else "s"
+            return [f"the search's steps left more than the target; the rest was cut by {by}"]
+        if search.frozen and search.target is not None and not search.interior and sum(search.costs) < search.target:
+            return ["the search ended below the target: from a vertex a step gives weight to one component at most"]
+        return []
 
     def at_rank(self, rank: int) -> AbstractContextManager[None]:
         """See `Adaptation.at_rank`: of two factors the best approximation, of a CP form the largest components."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ from torch import Tensor, nn
 
 from harness.method import Adaptation, Backbone, Step, TrainData, in_modules
 from harness.storage import os_errors
+from methods.shared.adamss import importance, load_importance
 from methods.shared.eva import eva_directions, no_directions, start_from
 from methods.shared.peft_names import ADAPTER, PREFIX
-
-IMPORTANCE = ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B")  # AdaMSS's averages of a layer
 
 
 class PeftAdaptation(Adaptation):
@@ -75,7 +73,7 @@ class PeftAdaptation(Adaptation):
         parameters = dict(self.model.named_parameters())
         return super().state_dict() | {
             "stopped": {name: parameters[name] for name in self.adapter if not parameters[name].requires_grad},
-            "importance": {name: self._importance(part) for name, part in self._allocating()},
+            "importance": importance(self.model),
             "awaits_eva": self.awaits_eva,
             "ranks": self.ranks(),
         }
@@ -88,10 +86,7 @@ class PeftAdaptation(Adaptation):
         parameters = dict(self.model.named_parameters())
         for name, value in state["stopped"].items():
             parameters[name].requires_grad_(False).copy_(value)
-        for name, part in self._allocating():
-            for attribute, values in state["importance"][name].items():
-                device = next(part.parameters()).device
-                getattr(part, attribute)[ADAPTER] = [None if v is None else v.to(device) for v in values]
+        load_importance(self.model, state["importance"])
 
     def export(self, path: Path) -> None:
         """The adapter and the head as `PeftModel.from_pretrained` reads them."""
@@ -102,14 +97,6 @@ class PeftAdaptation(Adaptation):
         """Names of the parameters outside the head that train now."""
         named = self.model.named_parameters()
         return tuple(name for name, p in named if p.requires_grad and not in_modules(name, self.head))
-
-    def _allocating(self) -> Iterator[tuple[str, Any]]:
-        """AdaMSS's layers."""
-        return ((name, part) for name, part in self.model.named_modules() if hasattr(part, IMPORTANCE[0]))
-
-    @staticmethod
-    def _importance(layer: Any) -> dict[str, list[Tensor | None]]:
-        return {name: getattr(layer, name).get(ADAPTER, []) for name in IMPORTANCE}
 
     def _apply_eva(self, directions: dict[str, Tensor]) -> None:
         """Give the layers these A and ranks, (rank, inputs) each; the optimizer gets their new parameters."""

@@ -146,8 +146,8 @@ class PeftMethod(LoraMethod):
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`. The tuner is put into a copy, on the meta device where PEFT can do that."""
-        from methods.peft_tuners.trial import failure, takes_tokens, trial_inputs, with_values, without_values
-        from methods.shared.peft_model import unfit
+        from methods.peft_tuners.trial import failure, takes_tokens, trial_inputs, without_values
+        from methods.shared.peft_model import unfit, with_values
 
         config = self._peft_config(backbone)
         self._check_tokens(backbone)
@@ -174,8 +174,8 @@ class PeftMethod(LoraMethod):
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """See `Method.start`."""
         from methods.peft_tuners.adaptation import PeftAdaptation
-        from methods.peft_tuners.trial import failure, with_values, without_values
-        from methods.shared.peft_model import peft_model
+        from methods.peft_tuners.trial import failure, without_values
+        from methods.shared.peft_model import peft_model, with_values
 
         config, module = self._peft_config(backbone), backbone.module
         if next(module.parameters()).is_meta and failure(without_values(module), config, None) is not None:

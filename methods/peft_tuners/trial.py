@@ -96,13 +96,3 @@ def without_values(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
     memo |= {id(buffer): buffer.to("meta") for buffer in module.buffers()}
     return copy.deepcopy(module, memo)
-
-
-def with_values(module: nn.Module) -> nn.Module:
-    """A copy with values: the module's own, or made-up ones where it is on the meta device."""
-    made_up, module = next(module.parameters()).is_meta, copy.deepcopy(module)
-    if made_up:
-        module.to_empty(device="cpu")
-        for tensor in (*module.parameters(), *module.buffers()):
-            nn.init.normal_(tensor, std=0.02) if tensor.is_floating_point() else tensor.zero_()
-    return module

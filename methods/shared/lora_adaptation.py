@@ -38,7 +38,8 @@ class LoraAdaptation(Adaptation):
             name.removeprefix(PREFIX): layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
         }
         # What the init took out of the layers' weights, as `scaled_pairs` gives it.
-        self.taken = {name: (B, A.clone()) for name, (B, A) in self.scaled_pairs().items() if changes_backbone}
+        pairs = self.scaled_pairs() if changes_backbone else {}
+        self.taken = {name: (B, A.clone()) for name, (B, A) in pairs.items()}
 
     def ranks(self) -> dict[str, int]:
         """See `Adaptation.ranks`."""

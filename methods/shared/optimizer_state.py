@@ -40,7 +40,7 @@ def append(parameter: nn.Parameter, values: Tensor, dim: int, optimizer: Optimiz
     """Grow a parameter by `values` at the end of dimension `dim`. The new entries' gradient and moments are 0.
 
     The optimizer counts steps by parameter, so AdamW corrects no bias of young entries: with its usual betas the first
-    step of one is (1 - beta1) / sqrt(1 - beta2), some 3 learning rates.
+    step of one is (1 - beta1) / sqrt(1 - beta2), some 3 learning rates. `methods.shared.young_entries` corrects it.
     """
     grown = torch.cat([parameter.detach(), values], dim)
     _replace(parameter, grown, optimizer, lambda name, value: torch.cat([value, torch.zeros_like(values)], dim))

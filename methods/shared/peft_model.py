@@ -121,3 +121,18 @@ def peft_model(module: nn.Module, config: Any) -> nn.Module:
         warnings.filterwarnings("ignore", "lora with eva initialization used with", UserWarning)
         model: nn.Module = get_peft_model(module, config)
     return model
+
+
+def with_values(module: nn.Module) -> nn.Module:
+    """A copy with values: the module's own, or made-up ones where it is on the meta device, for a tuner that computes
+    with weights when it is put into a model."""
+    import copy
+
+    from torch import nn
+
+    made_up, module = next(module.parameters()).is_meta, copy.deepcopy(module)
+    if made_up:
+        module.to_empty(device="cpu")
+        for tensor in (*module.parameters(), *module.buffers()):
+            nn.init.normal_(tensor, std=0.02) if tensor.is_floating_point() else tensor.zero_()
+    return module

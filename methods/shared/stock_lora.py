@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from peft import LoraConfig
@@ -30,13 +31,20 @@ def is_cut(B: Tensor, A: Tensor) -> Tensor:
     return ~(B.flatten(2).any(2) if B.dim() > 2 else B).any(0) & ~A.flatten(1).any(1)
 
 
-def export_stock_lora(path: Path, pairs: Mapping[str, tuple[Tensor, Tensor]], model: Any, head: Iterable[str]) -> None:
+def export_stock_lora(
+    path: Path,
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    model: Any,
+    head: Iterable[str],
+    biases: Mapping[str, Tensor] | None = None,
+) -> None:
     """`write_stock_lora` with the head, given by its modules' names, of a PEFT model with one adapter."""
     tuner = model.base_model
     trained = {name: tuner.model.get_submodule(f"{name}.modules_to_save.{ADAPTER}") for name in head}
     adapted = [tuner.model.get_submodule(name).get_base_layer() for name in pairs]
     base_model = tuner.peft_config[ADAPTER].base_model_name_or_path
-    write_stock_lora(path, pairs, trained, base_model, transposed=bool(adapted) and all(map(is_transposed, adapted)))
+    transposed = bool(adapted) and all(map(is_transposed, adapted))
+    write_stock_lora(path, pairs, trained, base_model, transposed, biases or {})
 
 
 def write_stock_lora(
@@ -45,13 +53,14 @@ def write_stock_lora(
     head: Mapping[str, nn.Module],
     base_model: str | None,
     transposed: bool = False,
+    biases: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into the folder `path`.
 
     pairs: layer name -> (B, A), (outputs, r) and (r, inputs), of a convolution with kernels; the update is B A.
     Components that are cut (`is_cut`) are not written. LoRA knows no rank 0, so layers of rank 0 are not among its
     targets. `head` goes into modules_to_save, by its name. `transposed`: the base layers keep their weights as (inputs,
-    outputs), which PEFT else finds out with a warning.
+    outputs), which PEFT else finds out with a warning. biases: layer name -> what is added to its outputs, (outputs,).
     """
     pairs = {name: (B[:, ~is_cut(B, A)], A[~is_cut(B, A)]) for name, (B, A) in pairs.items()}
     ranks = {name: A.shape[0] for name, (_, A) in pairs.items() if A.shape[0] > 0}
@@ -67,11 +76,15 @@ def write_stock_lora(
         modules_to_save=list(head) or None,
         base_model_name_or_path=base_model,
         fan_in_fan_out=transposed,
+        lora_bias=any(name in ranks for name in biases),
         inference_mode=True,
     )
     tensors = {}
     for name in ranks:
         tensors[f"{PREFIX}{name}.lora_B.weight"], tensors[f"{PREFIX}{name}.lora_A.weight"] = pairs[name]
+        if config.lora_bias:
+            B = pairs[name][0]
+            tensors[f"{PREFIX}{name}.lora_B.bias"] = biases[name] if name in biases else B.new_zeros(len(B))
     for name, module in head.items():
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in module.state_dict().items()}
     path.mkdir(parents=True, exist_ok=True)

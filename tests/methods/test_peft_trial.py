@@ -23,7 +23,8 @@ from harness.method import Backbone
 from harness.record.store import RecordStore
 from harness.run.sizes import Sizes
 from harness.spec import TrainSpec
-from methods.peft_tuners.trial import trial_inputs, with_values, without_values
+from methods.peft_tuners.trial import trial_inputs, without_values
+from methods.shared.peft_model import with_values
 from tasks.pretrained import head_and_layers
 from tests.support import tiny
 

@@ -8,7 +8,6 @@ import getpass
 import io
 import json
 import os
-import shutil
 import socket
 import struct
 import subprocess
@@ -313,13 +312,12 @@ class TestExport:
 
 def test_the_packed_study_tells_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "results" / "study"
-    (tmp_path / "scripts" / "study").mkdir(parents=True)
-    script = shutil.copy(ROOT / "scripts" / "study" / "pack.py", tmp_path / "scripts" / "study")
+    script = ROOT / "scripts" / "pack.py"
     stores = [stored(folder / part, telling()) for part in ("main", "parts", "convolutions")]
-    (folder / "parents.json").write_text("{}")
+    (folder / "main" / "parents.json").write_text("{}")
 
     def pack() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, script]
+        command = [sys.executable, script, str(folder)]
         return subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""})
 
     assert pack().returncode == 0

@@ -93,14 +93,19 @@ class Exact(Chance):
 
 
 def method_training(
-    method: Method, layers: tuple[str, ...] = KINDS, batches: int = 12, module: type[nn.Module] = Network
+    method: Method,
+    layers: tuple[str, ...] = KINDS,
+    batches: int = 12,
+    module: type[nn.Module] = Network,
+    micro_batches: int = 1,
 ) -> Training:
     """A run of a method on the network, or another `module`, in float64 and evaluation mode; what it starts from is
     always the same."""
     torch.manual_seed(0)
     backbone = Backbone(module().eval().double(), head=("head",), layers=layers)
     encoded = Batch({"images": torch.randn(24, 2, 6, 6).double()}, torch.from_numpy(np.arange(24) % 3))
-    spec, data = TrainSpec(batches=batches, batch_size=8, warmup=0.0, schedule="constant"), TrainingData(24, 8, 0)
+    spec = TrainSpec(batches=batches, batch_size=8, warmup=0.0, schedule="constant", micro_batches=micro_batches)
+    data = TrainingData(24, 8, 0)
     adaptation = method.start(backbone, spec, data, torch.Generator().manual_seed(0))
     task: Any = Exact()
     return Training(adaptation, task, encoded, data, spec, torch.device("cpu"), batches)

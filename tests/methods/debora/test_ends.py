@@ -196,3 +196,14 @@ def test_a_run_resumes_exactly_after_it(geometry):
     for each in (run, other):
         each.training.run(lambda training: None)
     assert torch.equal(logits(other), logits(run))
+
+
+def test_a_search_from_a_vertex_says_that_it_ended_below_its_target():
+    def remarks(settings):
+        run = started(f"recipe=ours,geometry=stiefel,rank=4,T_max=4,warm_up=0.1,{settings}", updates=24)
+        return adaptation_of(run), adaptation_of(run).remarks()
+
+    adaptation, said = remarks("components=10")
+    assert sum(adaptation.ranks().values()) < 10
+    assert said == ["the search ended below the target: from a vertex a step gives weight to one component at most"]
+    assert remarks("components=1")[1] != said
