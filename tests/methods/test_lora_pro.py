@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from scipy.linalg import solve_sylvester
 
 from harness import registry
@@ -12,9 +13,10 @@ from harness.contracts import METHOD_CONTRACTS, Subject, start
 from harness.errors import Diverged
 from harness.method import Backbone
 from harness.passes import taking_weight_gradients
+from harness.run import checkpoint
 from harness.spec import TrainSpec
 from methods.lora_pro import corrected
-from tests.support.network import KINDS, method_training
+from tests.support.network import KINDS, Network, method_training
 from tests.support.refusals import assert_refused
 from tests.support.small_lora import assert_export_is_stock_lora
 
@@ -317,6 +319,28 @@ def test_an_export_is_a_stock_lora(mode, tmp_path):
     run = start(Subject(f"lora_pro[rank=4,mode={mode}]", tmp_path))
     run.training.run(lambda training: None)
     assert_export_is_stock_lora(run, tmp_path / "export")
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")  # of layers of both kinds
+@pytest.mark.parametrize("mode", ["full", "efficient"])
+def test_every_kind_of_layer_resumes_and_is_exported(mode, tmp_path):
+    """Of a kernel, moments have the shape of neither factor."""
+    whole, resumed = (method_training(lora_pro(rank=2, mode=mode)) for _ in range(2))
+    for _ in range(5):
+        whole.update()
+    checkpoint.save(tmp_path / "checkpoint", 5, whole.state_dict())
+    resumed.load_state_dict(checkpoint.load_newest(tmp_path / "checkpoint").state)
+    for training in (whole, resumed):
+        training.run(lambda training: None)
+    assert whole.history == resumed.history
+    for name, pair in whole.adaptation.scaled_pairs().items():
+        assert all(map(torch.equal, pair, resumed.adaptation.scaled_pairs()[name]))
+    whole.adaptation.export(tmp_path / "export")
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Network().eval().double(), str(tmp_path / "export")).eval().double()
+    images = whole.encoded.inputs["images"]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), whole.adaptation.model(images), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("mode", ["full", "efficient"])
