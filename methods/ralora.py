@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 class RaLora(LoraMethod):
     """RaLoRA (ICLR 2026): a LoRA in blocks, as many as bring its rank to the effective rank of the gradient.
 
-    The update is s blockdiag(B_1 A_1, ..., B_n A_n) with s = alpha / rank: n times the rank of a LoRA of as many
-    parameters. With G the mean gradient of a frozen weight over `batches`, n is the largest power of 2 up to
-    erank(G) / r, where erank is the exponential of the entropy of G's singular values, over their sum. It divides
-    inputs and outputs. A layer's r is `rank`, or, with allocation=importance (RaLoRA-Pro), comes from GoRA's importance
+    The update is s blockdiag(B_1 A_1, ..., B_k A_k) with s = alpha / rank: k times the rank of a LoRA of as many
+    parameters. With G the mean gradient of a frozen weight over `batches`, k is the largest power of 2 up to
+    erank(G) / r that divides inputs and outputs, where erank is the exponential of the entropy of G's singular values
+    over their sum. A layer's r is `rank`, or, with allocation=importance (RaLoRA-Pro), comes from GoRA's importance
     mean|W o G| first.
     """
 
