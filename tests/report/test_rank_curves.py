@@ -296,11 +296,14 @@ class TestPicture:
         ]
         assert self.drawn(board(*runs))[1] == ["lora[rank=4]", rank_curves.TRAINED]
 
-    def test_rows_beyond_the_first_are_said_to_be_left_out(self) -> None:
+    def test_many_rows_share_a_few_panels_at_one_scale(self) -> None:
         runs = [record(f"m{place}", score=0.9 - place / 20, rank_curve={1: 0.1, 2: 0.2}) for place in range(8)]
         figure, labels = self.drawn(board(*runs))
-        assert labels == [f"m{place}" for place in range(6)]
-        assert "The first 6 rows" in figure.get_suptitle().replace("\n", " ")
+        assert labels == [f"m{place}" for place in range(8)]
+        panels = [panel for panel in figure.axes if panel.get_visible()]
+        assert [len(panel.containers) for panel in panels] == [6, 2]
+        assert [panel.get_title() for panel in panels] == ["digits (1 of 2)", "digits (2 of 2)"]
+        assert panels[0].get_ylim() == panels[1].get_ylim()
 
     def test_nothing_without_a_curve(self) -> None:
         assert lines.rank_curves(board(record()), is_lora) is None

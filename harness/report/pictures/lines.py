@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from harness.report.tables.rank_curves import TRAINED, Curves, IsLora, curves_of
 from harness.report.tables.trials import LEARNING_RATE
 
 ASIDE = 0.06  # octaves between the bars of two curves
-EXCERPT = f" The first {MOST_ROWS} rows and {MOST_COLUMNS} tasks that have any."
+EXCERPT = f" The first {MOST_COLUMNS} tasks that have any."
 LINE_TO_BEAT: dict[str, Any] = {"color": "#444444", "linestyle": "--", "linewidth": 1.1, "marker": "d", "markersize": 4}
 LINE_TO_BEAT |= {"markerfacecolor": "white"}
 
@@ -65,8 +66,9 @@ def _trials(panel: Axes, trials: pd.DataFrame, style: Style) -> None:
 
 
 def rank_curves(board: Board, is_lora: IsLora) -> Figure | None:
-    """Scores of trained adapters cut to several ranks, of the board's first rows that have any, a panel for each of its
-    first tasks, and those of LoRAs trained at these ranks as a line to beat; None where no run was cut.
+    """Scores of trained adapters cut to several ranks, of all rows that have any, and those of LoRAs trained at these
+    ranks as a line to beat; None where no run was cut. A panel for each of the board's first tasks and for every few
+    rows, the panels of a task at one scale.
 
     Of the rows on that line only the one of the highest rank has a curve: others are on it, and flat beyond.
     """
@@ -76,8 +78,9 @@ def rank_curves(board: Board, is_lora: IsLora) -> Figure | None:
     if not every:
         return None
     columns = [column for column in board.tasks if any(each.column == column for each in every)][:MOST_COLUMNS]
-    labels = [row.label for row in board.rows if any(each.label == row.label for each in every)][:MOST_ROWS]
-    found = [each for each in every if each.label in labels and each.column in columns]
+    found = [each for each in every if each.column in columns]
+    labels = [row.label for row in board.rows if any(each.label == row.label for each in found)]
+    groups = [labels[first : first + MOST_ROWS] for first in range(0, len(labels), MOST_ROWS)]
     names = styles(row.label for row in board.rows)
     handles = line_handles(names, labels)
     lines = {column: _between(trained[column], [each for each in found if each.column == column]) for column in columns}
@@ -88,15 +91,25 @@ def rank_curves(board: Board, is_lora: IsLora) -> Figure | None:
         f"seeds, bars: 95 % interval.{'' if len(found) == len(every) else EXCERPT}"
     )
     with rc_context(STYLE):
-        figure, axes = panels_for(len(columns), caption, handles)
-        for panel, column in zip(axes, columns, strict=True):
-            of_task = [each for each in found if each.column == column]
-            drawn = [({rank: each.at(rank) for rank in each.ranks}, _of(names[each.label])) for each in of_task]
+        figure, axes = panels_for(len(groups) * len(columns), caption, handles)
+        for panel, (group, column) in zip(axes, itertools.product(groups, columns), strict=True):
+            of_panel = [each for each in found if each.column == column and each.label in group]
+            drawn = [({rank: each.at(rank) for rank in each.ranks}, _of(names[each.label])) for each in of_panel]
             drawn += [(lines[column], LINE_TO_BEAT)] if lines[column] else []
             for place, (scores, look) in enumerate(drawn):
                 _curve(panel, scores, look, 2 ** (ASIDE * (place - (len(drawn) - 1) / 2)))
             _log(panel, sorted({rank for scores, _ in drawn for rank in scores}))
             _finish(panel, column, "rank kept in each layer", column.metric)
+        for place, column in enumerate(columns):
+            of_task = axes[place :: len(columns)]
+            lowest, highest = (
+                min(panel.get_ylim()[0] for panel in of_task),
+                max(panel.get_ylim()[1] for panel in of_task),
+            )
+            for number, panel in enumerate(of_task, 1):
+                panel.set_ylim(lowest, highest)
+                if len(groups) > 1:
+                    panel.set_title(f"{column.title} ({number} of {len(groups)})", fontsize=8)
     return figure
 
 
