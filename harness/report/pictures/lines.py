@@ -92,7 +92,7 @@ def rank_curves(board: Board, is_lora: IsLora) -> Figure | None:
     )
     with rc_context(STYLE):
         figure, axes = panels_for(len(groups) * len(columns), caption, handles)
-        for panel, (group, column) in zip(axes, itertools.product(groups, columns), strict=True):
+        for panel, (column, group) in zip(axes, itertools.product(columns, groups), strict=True):
             of_panel = [each for each in found if each.column == column and each.label in group]
             drawn = [({rank: each.at(rank) for rank in each.ranks}, _of(names[each.label])) for each in of_panel]
             drawn += [(lines[column], LINE_TO_BEAT)] if lines[column] else []
@@ -101,7 +101,7 @@ def rank_curves(board: Board, is_lora: IsLora) -> Figure | None:
             _log(panel, sorted({rank for scores, _ in drawn for rank in scores}))
             _finish(panel, column, "rank kept in each layer", column.metric)
         for place, column in enumerate(columns):
-            of_task = axes[place :: len(columns)]
+            of_task = axes[place * len(groups) : (place + 1) * len(groups)]
             lowest, highest = (
                 min(panel.get_ylim()[0] for panel in of_task),
                 max(panel.get_ylim()[1] for panel in of_task),
