@@ -47,7 +47,7 @@ class Gora(LoraMethod):
     traces: ClassVar[tuple[Trace, ...]] = (RANK, RANKS, Trace("importance", "share of the importance", drawing=None))
     identity_at_start: ClassVar[bool] = False  # it is the backbone until `prepare`, and then a step away from it
 
-    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate, of A and the head")
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate, of A and the head")
     learning_rate_ratio: float = Field(16.0, gt=0, description="B's learning rate over that of A")
     batches: int = Field(32, ge=1, description="batches before the first update, for the mean gradient")
     rank: int = Field(

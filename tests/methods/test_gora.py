@@ -19,7 +19,9 @@ from methods.gora import compressed
 from tests.support.network import KINDS, Network, mean_gradients, method_training, weights_of
 from tests.support.refusals import assert_refused
 
-SETTINGS = "rank=4,rank_min=1,rank_max=12,cost=sum,dropout=0.1,gamma=2,learning_rate_ratio=1,batches=2"
+SETTINGS = (
+    "learning_rate=1e-3,rank=4,rank_min=1,rank_max=12,cost=sum,dropout=0.1,gamma=2,learning_rate_ratio=1,batches=2"
+)
 
 
 @pytest.mark.parametrize("contract", METHOD_CONTRACTS, ids=lambda contract: contract.__name__)
@@ -192,7 +194,10 @@ class Wide(nn.Module):
 def test_without_a_step_at_one_rank_it_is_lora(tmp_path):
     """Bit for bit, on the batches that are left."""
     run = start(
-        Subject("gora[rank=4,rank_min=4,rank_max=4,gamma=0,learning_rate_ratio=1,batches=5]", tmp_path), batches=17
+        Subject(
+            "gora[rank=4,rank_min=4,rank_max=4,gamma=0,learning_rate=1e-3,learning_rate_ratio=1,batches=5]", tmp_path
+        ),
+        batches=17,
     )
     run.training.prepare()
     lora = start(Subject("lora[rank=4,rslora=true]", tmp_path), batches=12)

@@ -14,7 +14,7 @@ PARAMETERS = {
     "diffora": "diffora[rank=4,upper_learning_rate=0.1]",
     "eva": "eva[rank=2,tau=0.5]",
     "plop": "plop[rank=4,batches=2]",
-    "gora": "gora[rank=4,batches=3]",
+    "gora": "gora[rank=4,batches=3,learning_rate=1e-3]",
     "ralora": "ralora[rank=2,batches=3]",
     "lora_ga": "lora_ga[rank=4,batches=3]",
     "lora_pro": "lora_pro[rank=4]",
