@@ -5,7 +5,6 @@ What such methods share: the weights, when the upper level moves, what that take
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,6 +18,7 @@ from methods.shared.cut_lora import CutLoraAdaptation
 from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import unfit
 from methods.shared.peft_names import ADAPTER
+from methods.shared.shares import least_budget
 from methods.shared.unrolled import batches_a_step, check_halves
 
 if TYPE_CHECKING:
@@ -98,10 +98,9 @@ class BilevelLora(LoraMethod, ABC):
             return self.batches_a_round <= math.ceil(share * each) < each
 
         if not fits(budget):
-            least = next(each for each in itertools.count(max(2, budget)) if fits(each))
             raise InputError(
                 f"{setting} = {share:g} does not fit into {budget} batches, with {self.batches_a_round} before the end "
-                f"of that share and 1 after it: it takes at least {least}",
+                f"of that share and 1 after it: it takes at least {least_budget(fits)}",
                 setting,
             )
         return math.ceil(share * budget)
