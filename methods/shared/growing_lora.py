@@ -142,7 +142,7 @@ class GrowingLora(LoraMethod, ABC):
             return size + rounds * most >= target and max(self.sizes(layers, batches).values()) == target
 
         least = next((each for each in range(updates + 1, updates + SEARCHED) if fits(each)), None)
-        remedy = "lower deltaT or raise increment" if least is None else f"it takes at least {least} batches"
+        remedy = "lower tinit or deltaT, or raise increment" if least is None else f"it takes at least {least} batches"
         return InputError(
             f"{given}, and growth reaches {reached} of {target} components in {updates} batches: {remedy}", name
         )

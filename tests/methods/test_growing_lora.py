@@ -279,7 +279,10 @@ def test_stock_peft_trains_the_ranks_in_its_place(name):
         ("tinit=1.5", "tinit = 1.5 should be a share of the updates below 1, or a whole number of them"),
         ("scale=rank", "scale = 'rank' is not allowed"),
         ("components=24,tinit=7,deltaT=2", "growth reaches 12 of 24 components in 9 batches: it takes at least"),
-        ("components=99,increment=1,tinit=0.5,deltaT=0.5", "components in 9 batches: lower deltaT or raise increment"),
+        (
+            "components=99,increment=1,tinit=0.5,deltaT=0.5",
+            "components in 9 batches: lower tinit or deltaT, or raise increment",
+        ),
     ],
 )
 def test_bad_settings_are_one_line(name, settings, message, tmp_path, capsys):
