@@ -219,6 +219,14 @@ class Adaptation:
         itemsize = max((p.element_size() for p in self.model.parameters()), default=4)
         return (self.adapter_parameters() + self.head_parameters()) * itemsize
 
+    def optimizer_bytes(self) -> int:
+        """Bytes of the tensors that the optimizer keeps between updates now, as moments. A method that keeps more for
+        its optimization, as the bases of a projection, adds it."""
+        from torch import Tensor
+
+        values = (value for state in self.optimizer.state.values() for value in state.values())
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
     def at_rank(self, rank: int) -> AbstractContextManager[None] | None:
         """For `with`: every layer's update cut to its `rank` most important components, of fewer to what it has, and
         afterwards as it was, bit for bit. None where the method has no such cut."""

@@ -73,8 +73,30 @@ def task_names(name: str) -> list[str]:
 
 
 def make_method(name: str, parameters: dict[str, Any]) -> Method:
-    """The method with these hyperparameters. Raises InputError for a wrong one."""
-    return method_class(name).of(parameters, owner=name)
+    """The method with these hyperparameters. Raises InputError for a wrong one; for one that it lacks, with the methods
+    that have it."""
+    method = method_class(name)
+    try:
+        return method.of(parameters, owner=name)
+    except InputError as error:
+        lacking = next((key for key in parameters if key not in _names(method)), None)
+        having = [] if lacking is None else [other for other in registered(METHODS) if _has(other, lacking)]
+        if not having:
+            raise
+        raise InputError(f"{error} Methods with '{lacking}': {', '.join(having)}.", lacking) from None
+
+
+def _names(method: type[Method]) -> set[str]:
+    """The names of a method's parameters, PEFT's too."""
+    return {*method.model_fields, *method.peft_names()}
+
+
+def _has(name: str, parameter: str) -> bool:
+    """Whether the method registered as `name` has the parameter; one that cannot be loaded has none."""
+    try:
+        return parameter in _names(method_class(name))
+    except InputError:
+        return False
 
 
 def label_of(name: str, parameters: dict[str, Any]) -> str:

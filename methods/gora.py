@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from harness.method import RANK, RANKS, Adaptation, Backbone, PeftForm, Step, Trace, TrainData, as_matrix
+from harness.method import RANK, RANKS, Adaptation, Backbone, PeftForm, Step, Trace, TrainData
 from harness.optimizer import EQUAL, adamw
-from methods.shared.gradient_start import mean_gradients, shared_weight, spending
+from methods.shared.gradient_start import (
+    allocate,
+    mean_gradients,
+    resize,
+    shared_weight,
+    spending,
+    weight_importance,
+)
 from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 from methods.shared.peft_names import ADAPTER
@@ -82,12 +89,7 @@ class Gora(LoraMethod):
 
         Where nothing has an importance, as without a gradient, all layers have the rank of the budget.
         """
-        costs = {name: sum(shape) if self.cost == "sum" else math.sqrt(sum(shape)) for name, shape in shapes.items()}
-        known = importance if any(importance.values()) else costs
-        budget, total = self.rank * sum(costs.values()), sum(known.values())
-        ranks = {name: int(round(budget * known[name] / total) // cost) for name, cost in costs.items()}
-        least, most = self.limits
-        return {name: min(max(rank, least), most, *shapes[name]) for name, rank in ranks.items()}
+        return allocate(importance, shapes, self.rank, self.limits, self.cost)
 
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
         """See `Method.peft_form`: LoRA with these ranks, from its own start, and with the scale of `rank` in every
@@ -135,11 +137,11 @@ class GoraAdaptation(PreparedLora):
         """See `Adaptation.prepare`."""
         gradients = mean_gradients(self, step, self.data, self.method.batches)
         shapes = {name: (len(gradient), gradient.shape[1]) for name, gradient in gradients.items()}
-        importance = {name: self._importance(name, gradients[name]) for name in self.targets}
+        importance = {name: weight_importance(self.layers[name], gradients[name]) for name in self.targets}
         total = sum(importance.values())
         self.found = {"importance": [value / total if total else 0.0 for value in importance.values()]}
         for name, rank in self.method.allocate(importance, shapes).items():
-            self._resize(name, rank, step.rng)
+            resize(self.layers[name], rank, step.rng, self.optimizer)
             self._descend(name, gradients.pop(name))
         self._scale()
 
@@ -148,35 +150,13 @@ class GoraAdaptation(PreparedLora):
         import torch
 
         for name, rank in ranks.items():
-            self._resize(name, rank, torch.Generator())
+            resize(self.layers[name], rank, torch.Generator(), self.optimizer)
         self._scale()
 
     def _pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """(B, A) of a layer."""
         layer = self.layers[name]
         return layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
-
-    def _importance(self, name: str, gradient: Tensor) -> float:
-        """mean|W o G|."""
-        import torch
-
-        layer = self.layers[name].get_base_layer()
-        return float((as_matrix(layer, layer.weight.detach()) * gradient).abs().mean(dtype=torch.float64))
-
-    def _resize(self, name: str, rank: int, rng: torch.Generator) -> None:
-        """Give a layer this rank. A keeps its first rows, and new ones are drawn as those were: LoRA's uniform A does
-        not depend on the rank."""
-        import torch
-
-        from methods.shared.optimizer_state import append, keep
-
-        B, A = self._pair(name)
-        first = torch.arange(min(rank, len(A)), device=A.device)
-        new = rank - len(first)
-        rows = (2 * torch.rand(new, *A.shape[1:], generator=rng) - 1) / math.sqrt(A[0].numel())
-        for factor, dim, grown in ((A, 0, rows.to(A)), (B, 1, B.new_zeros(len(B), new, *B.shape[2:]))):
-            keep(factor, first, dim, self.optimizer)
-            append(factor, grown, dim, self.optimizer)
 
     def _descend(self, name: str, gradient: Tensor) -> None:
         """Set B so that the update is a step against the gradient, as far as A sees it."""

@@ -68,6 +68,11 @@ class RunRecord(Strict):
     )
     seconds: Seconds = Seconds()
     peak_bytes: int | None = Field(None, description="peak memory of the run: resident on a CPU, allocated on a GPU")
+    optimizer_bytes: int | None = Field(
+        None,
+        description="the most that the optimizer kept between updates, as moments; looked at after the first update, "
+        "then every ten and after the last one; None in records of older versions",
+    )
     environment: Environment
     started: str = Field(description="ISO 8601, UTC")
     notes: tuple[str, ...] = Field((), description="what a person should know of how the run went, a line each")

@@ -141,6 +141,7 @@ class _Run:
                 total=self.earlier_seconds + time.perf_counter() - self.started,
             ),
             peak_bytes=self.memory.bytes(),
+            optimizer_bytes=training.sizes.optimizer_bytes if training else None,
             environment=environment(str(self.device)),
             started=self.date,
             error=self.error,

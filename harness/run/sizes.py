@@ -14,6 +14,7 @@ class Sizes:
 
     others: parameters of the deployed model beside the adapter, once the method is ready to train.
     trajectory: the size at the start, and at every change.
+    optimizer_bytes: the most that the optimizer has kept between updates, where it was looked at.
     told: the method says that the size has changed since the last count.
     """
 
@@ -21,6 +22,7 @@ class Sizes:
         self.adaptation = adaptation
         self.others = adaptation.other_parameters()
         self.trajectory: list[Size] = []
+        self.optimizer_bytes = 0
         self.count_now(0)
 
     def count_prepared(self, batches: int) -> None:
@@ -42,6 +44,10 @@ class Sizes:
         if not self.trajectory or size[1:] != self.trajectory[-1][1:]:
             self.trajectory.append(size)
 
+    def count_optimizer(self) -> None:
+        """Look at what the optimizer keeps."""
+        self.optimizer_bytes = max(self.optimizer_bytes, self.adaptation.optimizer_bytes())
+
     def parameters(self) -> ParameterCount:
         """The counts so far."""
         sizes = [size.adapter_parameters for size in self.trajectory]
@@ -54,9 +60,9 @@ class Sizes:
             stored_bytes=self.adaptation.stored_bytes(),
         )
 
-    def load(self, others: int, trajectory: Iterable[Iterable[Any]]) -> None:
+    def load(self, others: int, trajectory: Iterable[Iterable[Any]], optimizer_bytes: int) -> None:
         """Go on from the counts of the same run, read from a checkpoint, once the adaptation is as it was."""
-        self.others = others
+        self.others, self.optimizer_bytes = others, optimizer_bytes
         self.trajectory = [Size(*size) for size in trajectory]
         self._seen = self._trained_sizes()
 

@@ -69,6 +69,7 @@ class Training:
             if len(self._waiting) >= FETCH_EVERY or self.used >= self.budget:
                 self.fetch()
             if self.used >= self.budget:
+                self.sizes.count_optimizer()
                 self.adaptation.finish(self)
                 self.sizes.count_now(self.used)
                 self._check_finite()
@@ -108,6 +109,8 @@ class Training:
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             row["gradient_norm"] = torch.nn.utils.clip_grad_norm_(trained, self.train.clip_norm)
         optimizer.step()
+        if self.index % COUNT_EVERY == 0:  # the first one makes the state
+            self.sizes.count_optimizer()
         row |= adaptation.after_step(self)
         optimizer.zero_grad(set_to_none=True)
         row["batches"] = self.used
@@ -225,6 +228,7 @@ class Training:
             "rewarm": self.rewarm,
             "others": self.sizes.others,
             "trajectory": self.sizes.trajectory,
+            "optimizer_bytes": self.sizes.optimizer_bytes,
             "history": self.history,
             "drawn": self.data.drawn,
             "adaptation": self.adaptation.state_dict(),
@@ -246,7 +250,7 @@ class Training:
         for name in ("index", "used", "prepared", "seconds", "schedule_start", "history"):
             setattr(self, name, state[name])
         self.rewarm = tuple(state["rewarm"])
-        self.sizes.load(state["others"], state["trajectory"])
+        self.sizes.load(state["others"], state["trajectory"], state["optimizer_bytes"])
         self.data.drawn = state["drawn"]
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))

@@ -1,14 +1,17 @@
-"""A LoRA that starts from the mean gradient of the frozen weights: what GoRA and LoRA-GA have in common."""
+"""A LoRA that starts from the mean gradient of the frozen weights: what GoRA, RaLoRA and LoRA-GA have in common."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from harness.errors import Diverged, InputError
-from harness.method import Backbone, Step, TrainData
+from harness.method import Backbone, Step, TrainData, as_matrix
+from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from harness.spec import TrainSpec
@@ -57,3 +60,48 @@ def mean_gradients(adaptation: LoraAdaptation, step: Step, data: TrainData, batc
         if not gradient.isfinite().all():
             raise Diverged(f"the gradient of layer '{name}' is not finite before the first update")
     return found
+
+
+def weight_importance(layer: Any, gradient: Tensor) -> float:
+    """mean|W o G| of a PEFT layer's frozen weight (GoRA, He et al., 2025). gradient: (outputs, inputs)."""
+    import torch
+
+    base = layer.get_base_layer()
+    return float((as_matrix(base, base.weight.detach()) * gradient).abs().mean(dtype=torch.float64))
+
+
+def allocate(
+    importance: Mapping[str, float],
+    shapes: Mapping[str, tuple[int, int]],
+    rank: int,
+    limits: tuple[int, int],
+    cost: Literal["root", "sum"],
+) -> dict[str, int]:
+    """The rank of each layer by its share of the importance (GoRA, He et al., 2025).
+
+    importance: at least 0. shapes: (outputs, inputs). rank: whose cost in all layers is the budget. limits: the least
+    and the largest rank. cost: of a rank of a layer, sqrt(outputs + inputs) or the sum itself. Where nothing has an
+    importance, as without a gradient, all layers have the rank of the budget.
+    """
+    costs = {name: sum(shape) if cost == "sum" else math.sqrt(sum(shape)) for name, shape in shapes.items()}
+    known = importance if any(importance.values()) else costs
+    budget, total = rank * sum(costs.values()), sum(known.values())
+    ranks = {name: int(round(budget * known[name] / total) // each) for name, each in costs.items()}
+    least, most = limits
+    return {name: min(max(found, least), most, *shapes[name]) for name, found in ranks.items()}
+
+
+def resize(layer: Any, rank: int, rng: torch.Generator, optimizer: torch.optim.Optimizer) -> None:
+    """Give a PEFT layer this rank. A keeps its first rows, and new ones are drawn as those were: LoRA's uniform A does
+    not depend on the rank."""
+    import torch
+
+    from methods.shared.optimizer_state import append, keep
+
+    B, A = layer.lora_B[ADAPTER].weight, layer.lora_A[ADAPTER].weight
+    first = torch.arange(min(rank, len(A)), device=A.device)
+    new = rank - len(first)
+    rows = (2 * torch.rand(new, *A.shape[1:], generator=rng) - 1) / math.sqrt(A[0].numel())
+    for factor, dim, grown in ((A, 0, rows.to(A)), (B, 1, B.new_zeros(len(B), new, *B.shape[2:]))):
+        keep(factor, first, dim, optimizer)
+        append(factor, grown, dim, optimizer)

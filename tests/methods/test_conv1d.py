@@ -48,6 +48,8 @@ METHODS = [
     "debora[rank=4,T_max=2,n0=0,step_size=0.5,geometry=stiefel]",
     "peft[type=lora,r=2,init_lora_weights=eva,eva_config={rho=2.0,tau=0.5}]",
     "gora[rank=4,batches=2]",
+    "ralora[rank=2,batches=2]",
+    "lora_pro[rank=4]",
     "plop[rank=2,types=2,batches=2]",
     "lora_squeeze[rank=4,squeeze=in_training,components=7]",
     "sora[rank=4,threshold=0.05]",

@@ -21,7 +21,7 @@ ADDING = {
     "flexlora[rank=3,tinit=6,interval=2]": "shared/exchange.py",
     "l1ra[rank=3,gate_learning_rate=0.3,every=0.1]": "l1ra.py",
 }
-BEFORE_TRAINING = {"gora.py"}  # it adds to parameters that have no past
+BEFORE_TRAINING = {"shared/gradient_start.py"}  # it adds to parameters that have no past
 
 
 def test_they_make_the_steps_of_a_parameter_of_their_own():

@@ -17,10 +17,12 @@ from matplotlib.figure import Figure
 from harness import cli
 from harness.record.record import HISTORY, SCHEMA, RunRecord
 from harness.record.store import RecordStore
+from harness.report.board.frame import to_frame
 from harness.report.board.leaderboard import leaderboards, sorted_by
 from harness.report.board.runs import runs_of
 from harness.report.build import build_report
 from harness.report.forms.data import structured
+from harness.report.forms.text import markdown
 from harness.report.pictures import critical, curves, layers, lines, scatter
 from harness.report.pictures.figures import COLOURS
 from harness.report.pictures.histories import History, mean_series, traced
@@ -105,6 +107,23 @@ class TestBudget:
         failed = record(seed=1, score=None, status="diverged", batches=40)
         (row,) = budget.costs(board(record(), failed)).to_dict("records")
         assert (row["runs"], row["batches"], row["seconds"], row["peak_bytes"]) == (2, 140, 120.0, 1.24e9)
+
+    def test_what_an_optimizer_keeps_is_a_column_where_records_have_it(self) -> None:
+        """Not of the runs of older versions, for which it is not known."""
+        old, new = board(record(), record("head")), board(record(optimizer_bytes=2_000_000), record("head"))
+        assert budget.costs(old)["optimizer_bytes"].isna().all()
+        assert "optimizer state" not in markdown([old])
+        largest = board(*(record(seed=seed, optimizer_bytes=size) for seed, size in enumerate((5, 9, 7))))
+        assert budget.costs(largest)["optimizer_bytes"].tolist() == [9]
+        rows = {row["label"]: row["optimizer_bytes"] for row in structured([new])["settings"][0]["rows"]}
+        assert rows == {"lora": 2_000_000, "head": None}
+        lines = [[cell.strip() for cell in line.split("|")] for line in markdown([new]).splitlines() if "|" in line]
+        place = lines[0].index("optimizer state")
+        assert {line[1]: line[place] for line in lines[2:4]} == {
+            "lora": "2.00MB",
+            "head": "-",
+        }
+        assert list(to_frame([record(), record("head", optimizer_bytes=3)])["optimizer_bytes"].fillna(0)) == [0, 3]
 
     def test_costs_count_the_search_once_for_each_task(self) -> None:
         trials = [trial(learning_rate=1e-3), trial(learning_rate=1e-2, holdout=None, batches=30, peak_bytes=2 * 10**9)]

@@ -15,7 +15,9 @@ PARAMETERS = {
     "eva": "eva[rank=2,tau=0.5]",
     "plop": "plop[rank=4,batches=2]",
     "gora": "gora[rank=4,batches=3]",
+    "ralora": "ralora[rank=2,batches=3]",
     "lora_ga": "lora_ga[rank=4,batches=3]",
+    "lora_pro": "lora_pro[rank=4]",
     "peft": "peft[type=ia3]",
     "debora": "debora[rank=4,T_max=2,n0=0,step_size=0.5]",
 }

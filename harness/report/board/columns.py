@@ -192,6 +192,15 @@ COLUMNS = (
         forms=["markdown", "page", "csv", "json"],
         keys={"csv": "peak_bytes", "json": "peak_bytes"},
     ),
+    TableColumn(
+        "optimizer_state",
+        lambda row: over(row.scored, "optimizer_bytes", max),
+        "what the optimizer keeps between updates, at most; a part of the memory",
+        lambda state: human(state, "B"),
+        forms=["markdown", "page", "csv", "json"],
+        shown=_any("optimizer_bytes"),
+        keys={"csv": "optimizer_bytes", "json": "optimizer_bytes"},
+    ),
 )
 
 

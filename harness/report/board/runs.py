@@ -95,6 +95,11 @@ class Run:
         return self.record.peak_bytes
 
     @property
+    def optimizer_bytes(self) -> int | None:
+        """The most that the optimizer kept between updates; None in records of older versions."""
+        return self.record.optimizer_bytes
+
+    @property
     def parameters_initial(self) -> int | None:
         """Of the adapter, at the start."""
         return self._count("adapter_initial")

@@ -82,8 +82,9 @@ def _curves(board: Board, column: Column) -> dict[str, list[Point]]:
 
 def costs(board: Board) -> pd.DataFrame:
     """What each row cost in all: columns method, settings, runs, batches, seconds (of training), search_batches,
-    search_seconds, peak_bytes. Sums over the row's runs, failed ones too; the search for hyperparameters apart, once
-    for each task (not a number where a trial's record is gone), and in the peak."""
+    search_seconds, peak_bytes, optimizer_bytes. Sums over the row's runs, failed ones too; the search for
+    hyperparameters apart, once for each task (not a number where a trial's record is gone), and in the peak.
+    optimizer_bytes is the largest of the runs, None where all their records are older than it."""
     rows = [_cost(row) for row in board.rows]
     return pd.DataFrame(rows)
 
@@ -100,6 +101,7 @@ def _cost(row: Row) -> dict[str, Any]:
         "search_batches": whole(math.fsum(_number(run.search_batches) for run in searched)),
         "search_seconds": math.fsum(_number(run.search_seconds) for run in searched),
         "peak_bytes": whole(peak_bytes(runs)),
+        "optimizer_bytes": whole(over(runs, "optimizer_bytes", max)),
     }
 
 
