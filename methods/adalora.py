@@ -15,6 +15,7 @@ from harness.optimizer import adamw
 from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, peft_model, shared_parameters
 from methods.shared.peft_names import ADAPTER
+from methods.shared.shares import SHARE, check_shares, in_updates
 from methods.shared.svd_lora import lora_pair, orthogonality
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from harness.spec import TrainSpec
-
-SHARE = "below 1 a share of the run's updates, from 1 on that many updates"
 
 
 class AdaLora(LoraMethod):
@@ -85,12 +84,7 @@ class AdaLora(LoraMethod):
     def _fits_together(self) -> AdaLora:
         if self.components is None and self.init_rank <= self.target_rank:
             raise ValueError(f"init_rank = {self.init_rank} should be above target_rank = {self.target_rank}")
-        for name in ("tinit", "tfinal", "deltaT"):
-            value = getattr(self, name)
-            if value >= 1 and value != int(value):
-                raise ValueError(
-                    f"{name} = {value:g} should be a share of the updates below 1, or a whole number of them"
-                )
+        check_shares(self, "tinit", "tfinal", "deltaT")
         return self
 
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
@@ -99,9 +93,7 @@ class AdaLora(LoraMethod):
 
     def schedule(self, updates: int) -> tuple[int, int, int]:
         """(tinit, tfinal, deltaT) in updates, for a run of `updates`. Raises InputError where they do not fit in."""
-        tinit, tfinal, interval = (
-            int(value) if value >= 1 else round(value * updates) for value in (self.tinit, self.tfinal, self.deltaT)
-        )
+        tinit, tfinal, interval = in_updates(updates, self.tinit, self.tfinal, self.deltaT)
         if max(tinit, 1) + tfinal >= updates:  # importance is known after an update
             raise InputError(
                 f"tinit = {self.tinit:g} and tfinal = {self.tfinal:g} are {tinit} and {tfinal} of {updates} updates: "

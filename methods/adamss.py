@@ -16,14 +16,13 @@ from methods.shared.adamss import as_lora, importance, largest_components, load_
 from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, peft_model, shared_parameters, with_values
 from methods.shared.peft_names import ADAPTER
+from methods.shared.shares import SHARE, check_shares, in_updates
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from harness.spec import TrainSpec
-
-SHARE = "below 1 a share of the run's updates, from 1 on that many updates"
 
 
 class AdaMss(LoraMethod):
@@ -83,10 +82,7 @@ class AdaMss(LoraMethod):
                 raise ValueError(f"{given} and target_subspaces = {self.target_subspaces} are both set; give one")
             if self.components % self.subspace_rank:
                 raise ValueError(f"{given} should be a multiple of subspace_rank = {self.subspace_rank}")
-        for name in ("init_warmup", "final_warmup", "mask_interval"):
-            value = getattr(self, name)
-            if value >= 1 and value != int(value):
-                raise ValueError(f"{name} = {value:g} should be below 1, a share of the updates, or a whole number")
+        check_shares(self, "init_warmup", "final_warmup", "mask_interval")
         if self.init_warmup > 0 and (self.init_warmup < 1) != (self.final_warmup < 1):
             raise ValueError("init_warmup and final_warmup should both be shares below 1, or both numbers of updates")
         if self.init_warmup >= self.final_warmup:
@@ -113,7 +109,8 @@ class AdaMss(LoraMethod):
         before, down to `first`. Raises InputError where that does not fit into so many updates."""
         first, last, interval = self._in_updates(updates)
         if not first < last < updates:
-            fitting = (n for n in range(2, 100_001) if self._in_updates(n)[0] < self._in_updates(n)[1] < n)
+            longer = range(updates + 1, updates + 100_000)
+            fitting = (n for n in longer if self._in_updates(n)[0] < self._in_updates(n)[1] < n)
             setting = f"init_warmup = {self.init_warmup:g} to final_warmup = {self.final_warmup:g}"
             raise InputError(
                 f"{setting} do not fit into {updates} updates: they take at least {next(fitting, 'far more')}",
@@ -122,8 +119,7 @@ class AdaMss(LoraMethod):
         return first, last, max(interval, 1)
 
     def _in_updates(self, updates: int) -> tuple[int, int, int]:
-        shares = self.init_warmup, self.final_warmup, self.mask_interval
-        first, last, interval = (int(value if value >= 1 else value * updates) for value in shares)
+        first, last, interval = in_updates(updates, self.init_warmup, self.final_warmup, self.mask_interval)
         return first, last, interval
 
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from harness.method import RANK, Adaptation, Backbone, PeftForm, Step, Trace, TrainData
+from harness.method import RANK, Adaptation, Backbone, Step, Trace, TrainData
 from harness.optimizer import adamw
 from methods.shared.bilevel_lora import UPPER_LOSS, BilevelLora, with_values
-from methods.shared.peft_model import lora_form, lora_model, shared_parameters
+from methods.shared.peft_model import lora_model
 from methods.shared.searched_lora import SearchedLora
 
 if TYPE_CHECKING:
@@ -74,10 +74,6 @@ class AutoLora(BilevelLora):
             return [int((own >= 0).sum()) for own in above]
         order = torch.cat(above).argsort(descending=True, stable=True)[: self.components]
         return torch.bincount(order // self.rank, minlength=len(values)).tolist()
-
-    def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
-        """See `Method.peft_form`: the LoRA that it ends with."""
-        return lora_form(ranks, self.alpha / self.rank, shared_parameters(self, self.dropout))
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
         """See `Method.notes`."""

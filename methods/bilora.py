@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import RANK, Adaptation, Backbone, PeftForm, Step, Trace, TrainData
+from harness.method import RANK, Adaptation, Backbone, Step, Trace, TrainData
 from harness.optimizer import adamw
-from methods.shared.bilevel_lora import UPPER_LOSS, VALUES, BilevelLora, BilevelLoraAdaptation, along, with_values
-from methods.shared.peft_model import lora_form, lora_model, shared_parameters
+from methods.shared.bilevel_lora import UPPER_LOSS, VALUES, BilevelLora, BilevelLoraAdaptation, with_values
+from methods.shared.cut_lora import along
+from methods.shared.peft_model import lora_model
 
 if TYPE_CHECKING:
     import torch
@@ -87,10 +87,6 @@ class BiLora(BilevelLora):
     def batches_a_round(self) -> int:
         """See `BilevelLora.batches_a_round`."""
         return 1 if self.levels == "joint" else super().batches_a_round
-
-    def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
-        """See `Method.peft_form`: LoRA with the components that stayed."""
-        return lora_form(ranks, self.alpha / self.rank, shared_parameters(self, self.dropout))
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
         """See `Method.notes`."""

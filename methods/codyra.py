@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -10,6 +9,7 @@ from pydantic import Field
 from harness.errors import InputError
 from harness.method import Adaptation, Backbone
 from methods.shared.gated_lora import ThresholdedLora, ThresholdedLoraAdaptation
+from methods.shared.shares import least_budget
 
 if TYPE_CHECKING:
     import torch
@@ -64,10 +64,9 @@ class Codyra(ThresholdedLora):
         """See `ThresholdedLora.misfit`."""
         if self._width(budget) > 0:
             return None
-        about = max(1, int(self.values / (1 - self.dense)) - 1)
-        least = next(batches for batches in itertools.count(about) if self._width(batches) > 0)
         given = f"values = {self.values} after dense = {self.dense:g} of the budget"
-        return InputError(f"{given} does not fit into {budget} batches: it takes at least {least}", "values")
+        needed = f"it takes at least {least_budget(lambda batches: self._width(batches) > 0)}"
+        return InputError(f"{given} does not fit into {budget} batches: {needed}", "values")
 
     def _width(self, budget: int) -> int:
         """How many updates a threshold holds."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from harness.method import RANK, Adaptation, Backbone, PeftForm, Step, Trace, TrainData
+from harness.method import RANK, Adaptation, Backbone, Step, Trace, TrainData
 from harness.optimizer import adamw
 from methods.shared.bilevel_lora import UPPER_LOSS, VALUES, BilevelLora, with_values
-from methods.shared.peft_model import lora_form, lora_model, shared_parameters
+from methods.shared.peft_model import lora_model
 from methods.shared.peft_names import ADAPTER
 from methods.shared.searched_lora import SearchedLora
 
@@ -91,10 +91,6 @@ class Diffora(BilevelLora):
         """The rank of each module by its gate's value: `rank` for the largest, the first of equals, and 0."""
         order = sorted(range(len(values)), key=lambda place: -values[place])[: self.num_kept(len(values))]
         return [self.rank if place in order else 0 for place in range(len(values))]
-
-    def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
-        """See `Method.peft_form`: the LoRA that it ends with."""
-        return lora_form(ranks, self.alpha / self.rank, shared_parameters(self, self.dropout))
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
         """See `Method.notes`."""

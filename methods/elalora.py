@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from harness.method import Adaptation, Backbone, Step, Trace, TrainData
+from harness.method import Adaptation, Backbone, Trace, TrainData
 from methods.shared.exchange import ExchangeAdaptation, ExchangeLora, Offer
 from methods.shared.peft_names import ADAPTER
 from methods.shared.svd_lora import FACTORS
@@ -60,9 +60,9 @@ class ElaLoraAdaptation(ExchangeAdaptation):
 
     method: ElaLora
 
-    def after_step(self, step: Step) -> dict[str, Any]:
-        """See `ExchangeAdaptation.after_step`; every update adds to the averages, as AdaLoRA does: the weights after
-        the optimizer's step, with the gradients before it."""
+    def observe(self) -> None:
+        """See `ExchangeAdaptation.observe`: an update adds to the averages, as in AdaLoRA: the weights after the
+        optimizer's step, with the gradients before it."""
         import torch
 
         for layer in self.layers.values():
@@ -75,7 +75,6 @@ class ElaLoraAdaptation(ExchangeAdaptation):
                     state.setdefault(average, torch.zeros_like(product))
                 state["sensitivity"].lerp_(product, 1 - self.method.beta1)
                 state["uncertainty"].lerp_((product - state["sensitivity"]).abs_(), 1 - self.method.beta2)
-        return super().after_step(step)
 
     def worth(self, layer: Any) -> Tensor:
         """See `ExchangeAdaptation.worth`: the importance; 0 where no gradient came."""

@@ -13,8 +13,9 @@ from harness.method import Adaptation, Backbone, Step, TrainData
 from harness.optimizer import adamw
 from methods.shared.cored_lora import GrowingLoraAdaptation, cored_model
 from methods.shared.gradient_start import shared_weight
-from methods.shared.growing_lora import SHARE, GrowingLora, most_ranks
+from methods.shared.growing_lora import GrowingLora, most_ranks
 from methods.shared.peft_names import ADAPTER
+from methods.shared.shares import SHARE
 
 if TYPE_CHECKING:
     import torch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +12,8 @@ from harness.method import RANK, RANKS, Adaptation, Backbone, Step, Trace, Train
 from harness.optimizer import adamw
 from methods.shared.gated_lora import GATE, GatedLora, GatedLoraAdaptation, add_gates, soft_threshold
 from methods.shared.peft_model import lora_model, unfit
+from methods.shared.placement import check_spread, spread
+from methods.shared.shares import least_budget
 
 if TYPE_CHECKING:
     import torch
@@ -65,17 +66,14 @@ class L1ra(GatedLora):
         return self.alpha / self.rank
 
     def first_ranks(self, targets: Sequence[str]) -> dict[str, int]:
-        """The rank of each layer at the start; where `components` is no multiple, the first layers have one more."""
-        if self.components is None:
-            return dict.fromkeys(targets, self.rank)
-        each, more = divmod(self.components, len(targets))
-        return {name: each + (place < more) for place, name in enumerate(targets)}
+        """The rank of each layer at the start."""
+        return dict.fromkeys(targets, self.rank) if self.components is None else spread(self.components, targets)
 
     def interval(self, budget: int) -> int:
         """Batches between two times that ranks are handed on. Raises InputError where it would be none."""
         if (found := int(self.every * budget)) > 0:
             return found
-        least = next(batches for batches in itertools.count(int(1 / self.every)) if int(self.every * batches) > 0)
+        least = least_budget(lambda batches: int(self.every * batches) > 0)
         raise InputError(
             f"every = {self.every:g} does not fit into {budget} batches: it takes at least {least}", "every"
         )
@@ -88,10 +86,7 @@ class L1ra(GatedLora):
         if self.components is None:
             backbone.check_rank(self.rank, targets)
         else:
-            most = len(targets) * min(min(backbone.shape(layer)) for layer in targets)
-            if not len(targets) <= self.components <= most:
-                given = f"components = {self.components} should be {len(targets)} to {most}"
-                raise InputError(f"{given}, at least one for each layer and at most its smaller side", "components")
+            check_spread(self.components, backbone, targets)
         return unfit(backbone, list(targets))
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
@@ -10,6 +9,7 @@ from pydantic import Field, model_validator
 from harness.errors import InputError
 from harness.method import Adaptation, Backbone
 from methods.shared.gated_lora import ThresholdedLora, ThresholdedLoraAdaptation
+from methods.shared.shares import least_budget
 
 if TYPE_CHECKING:
     import torch
@@ -83,10 +83,9 @@ class Sora(ThresholdedLora):
 
         if not self._staged or fits(budget):
             return None
-        about = max(1, int((self.values - 2) / (1 - self.dense)) - 1)
-        least = next(batches for batches in itertools.count(about) if fits(batches))
         given = f"values = {self.values} after dense = {self.dense:g} of the budget"
-        return InputError(f"{given} does not fit into {budget} batches: it takes at least {least}", "values")
+        needed = f"it takes at least {least_budget(fits)}"
+        return InputError(f"{given} does not fit into {budget} batches: {needed}", "values")
 
     def adaptation(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, backbone: Backbone, targets: tuple[str, ...]

@@ -5,20 +5,21 @@ What such methods share: the weights, when the upper level moves, what that take
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from harness.errors import InputError
-from harness.method import Backbone, Step, Trace, TrainData
+from harness.method import Backbone, PeftForm, Step, Trace, TrainData
 from harness.parameters import Range, SearchSpace
-from methods.shared.cut_lora import CutLoraAdaptation
+from methods.shared.cut_lora import CutLoraAdaptation, along, weighted
 from methods.shared.lora_method import LoraMethod
-from methods.shared.peft_model import unfit
+from methods.shared.peft_model import lora_form, shared_parameters, unfit
 from methods.shared.peft_names import ADAPTER
+from methods.shared.shares import least_budget
 from methods.shared.unrolled import batches_a_step, check_halves
 
 if TYPE_CHECKING:
@@ -98,10 +99,9 @@ class BilevelLora(LoraMethod, ABC):
             return self.batches_a_round <= math.ceil(share * each) < each
 
         if not fits(budget):
-            least = next(each for each in itertools.count(max(2, budget)) if fits(each))
             raise InputError(
                 f"{setting} = {share:g} does not fit into {budget} batches, with {self.batches_a_round} before the end "
-                f"of that share and 1 after it: it takes at least {least}",
+                f"of that share and 1 after it: it takes at least {least_budget(fits)}",
                 setting,
             )
         return math.ceil(share * budget)
@@ -116,6 +116,10 @@ class BilevelLora(LoraMethod, ABC):
         if self.components is not None and self.components > most:
             raise InputError(f"components = {self.components} is above the {most} that there are", "components")
         return unfit(backbone, list(targets))
+
+    def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
+        """See `Method.peft_form`: the LoRA that it ends with."""
+        return lora_form(ranks, self.alpha / self.rank, shared_parameters(self, self.dropout))
 
     def told(self, batches: int, train: TrainSpec, num_examples: int) -> str:
         """What the two levels do in the first so many batches. Raises InputError for too few rows."""
@@ -212,9 +216,7 @@ class BilevelLoraAdaptation(CutLoraAdaptation):
 
     def _weighting(self, layer: Any) -> Any:
         def multiply(factor: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            weights = self.method.component_weights(getattr(layer, VALUES))
-            places = (1,) * (factor.get_parameter("weight").dim() - 2)  # of a convolution: the output's last dimensions
-            return (output * weights.view(-1, *places)).to(output.dtype)
+            return weighted(factor, output, self.method.component_weights(getattr(layer, VALUES)))
 
         return multiply
 
@@ -231,10 +233,3 @@ def with_values(model: nn.Module, value: float, of_layers: bool = False) -> nn.M
             values = torch.full((1 if of_layers else len(A),), value, dtype=A.dtype, device=A.device)
             layer.register_parameter(VALUES, nn.Parameter(values))
     return model
-
-
-def along(weights: Tensor, factor: Tensor, dim: int) -> Tensor:
-    """The weights in the shape that multiplies a factor along its dimension `dim`."""
-    shape = [1] * factor.dim()
-    shape[dim] = len(weights)
-    return weights.view(shape)

@@ -92,3 +92,16 @@ def among_largest(values: Sequence[Tensor], number: int) -> list[int]:
     order = torch.cat([*values]).argsort(descending=True, stable=True)[:number].cpu()
     layers = torch.arange(len(values)).repeat_interleave(torch.tensor([len(own) for own in values]))
     return torch.bincount(layers[order], minlength=len(values)).tolist()
+
+
+def along(weights: Tensor, factor: Tensor, dim: int) -> Tensor:
+    """One weight for each component in the shape that multiplies a factor along its dimension `dim`."""
+    shape = [1] * factor.dim()
+    shape[dim] = len(weights)
+    return weights.view(shape)
+
+
+def weighted(factor: nn.Module, output: Tensor, weights: Tensor) -> Tensor:
+    """What A, the factor, computes, times one weight for each component."""
+    places = (1,) * (factor.get_parameter("weight").dim() - 2)  # of a convolution: the output's last dimensions
+    return (output * weights.view(-1, *places)).to(output.dtype)

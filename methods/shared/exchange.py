@@ -22,6 +22,8 @@ from harness.optimizer import adamw
 from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, shared_parameters, unfit
 from methods.shared.peft_names import ADAPTER
+from methods.shared.placement import check_spread, spread
+from methods.shared.shares import LARGEST, SHARE, check_shares, in_updates
 from methods.shared.svd_lora import FACTORS, lora_pair, orthogonality, svd_model
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
     from harness.spec import TrainSpec
 
-SHARE = "below 1 a share of the run's updates, from 1 on that many"
+TIMES = "tinit", "tfinal", "interval"
 MOST = 0.99  # of the updates, by shares: an exchange has to fit in
 
 
@@ -112,12 +114,8 @@ class ExchangeLora(LoraMethod, ABC):
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Self:
-        given = {name: getattr(self, name) for name in ("tinit", "tfinal", "interval")}
-        for name, value in given.items():
-            if value >= 1 and value != int(value):
-                raise ValueError(
-                    f"{name} = {value:g} should be a share of the updates below 1, or a whole number of them"
-                )
+        check_shares(self, *TIMES)
+        given = {name: getattr(self, name) for name in TIMES}
         shares = sum(value for value in given.values() if value < 1)
         if shares > MOST:
             said = ", ".join(f"{name} = {value:g}" for name, value in given.items() if value < 1)
@@ -132,9 +130,7 @@ class ExchangeLora(LoraMethod, ABC):
 
     def phase(self, updates: int) -> range:
         """After which of a run's `updates`, the first being 1, components are exchanged; empty where none is."""
-        tinit, tfinal, interval = (
-            int(value) if value >= 1 else round(value * updates) for value in (self.tinit, self.tfinal, self.interval)
-        )
+        tinit, tfinal, interval = in_updates(updates, self.tinit, self.tfinal, self.interval)
         interval = max(interval, 1)
         return range(tinit + interval, updates - max(tfinal, 1) + 1, interval)
 
@@ -150,10 +146,7 @@ class ExchangeLora(LoraMethod, ABC):
 
     def ranks_at_start(self, targets: Sequence[str]) -> dict[str, int]:
         """The rank of each layer: `components` spread evenly, the first layers having one more, or `rank`."""
-        if self.components is None:
-            return dict.fromkeys(targets, self.rank)
-        each, more = divmod(self.components, len(targets))
-        return {name: each + (place < more) for place, name in enumerate(targets)}
+        return dict.fromkeys(targets, self.rank) if self.components is None else spread(self.components, targets)
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
@@ -163,14 +156,7 @@ class ExchangeLora(LoraMethod, ABC):
         if self.components is None:
             backbone.check_rank(self.rank, targets)
         else:
-            smallest = min(targets, key=lambda name: min(backbone.shape(name)))
-            count, side = len(targets), min(backbone.shape(smallest))
-            if not count <= self.components <= count * side:
-                raise InputError(
-                    f"components = {self.components} should be {count} to {count * side}: one to {side} in each of "
-                    f"{count} layers, {side} being the smaller side of layer '{smallest}'",
-                    "components",
-                )
+            check_spread(self.components, backbone, targets)
         return unfit(backbone, list(targets))
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
@@ -190,9 +176,11 @@ class ExchangeLora(LoraMethod, ABC):
 
     def _no_exchange(self, updates: int) -> InputError:
         """With the least number of updates in which there is one."""
-        given = {name: getattr(self, name) for name in ("tinit", "tfinal", "interval")}
+        given = {name: getattr(self, name) for name in TIMES}
         whole, share = (sum(v for v in given.values() if (v < 1) == below) for below in (False, True))
-        least = next(n for n in itertools.count(max(1, math.floor((whole - 2) / (1 - share)))) if self.phase(n))
+        begin = math.floor(min((whole - 2) / (1 - share), LARGEST + 1))  # each share is rounded, so near there
+        longer = range(max(begin, updates + 1), LARGEST + 1)
+        least = next((n for n in longer if self.phase(n)), LARGEST + 1)
         said = ", ".join(f"{name} = {value:g}" for name, value in given.items())
         return InputError(
             f"{said} leave no exchange in {updates} updates: give at least {least} batches",
@@ -204,12 +192,14 @@ class ExchangeAdaptation(Adaptation, ABC):
     """One run: PEFT's AdaLoRA layers, whose parameters lose and gain components.
 
     A parameter keeps its place in the optimizer, and the components that stay keep their moments. A new component's
-    entry of E is 0, so that the update is what it was, and its moments are 0.
+    entry of E is 0, so that the update is what it was, its moments are 0, and AdamW's steps on it are of its own age.
     """
 
     method: ExchangeLora
 
     def __init__(self, method: ExchangeLora, backbone: Backbone) -> None:
+        from methods.shared.young_entries import YoungEntries
+
         targets = backbone.targets(method.target_modules)
         ranks = method.ranks_at_start(targets)
         model: Any = svd_model(backbone, ranks, method.alpha, method.rank, method.dropout)
@@ -217,6 +207,8 @@ class ExchangeAdaptation(Adaptation, ABC):
         self.method = method
         self.layers: dict[str, Any] = {name: model.base_model.model.get_submodule(name) for name in targets}
         self.sides = {name: min(backbone.shape(name)) for name in targets}
+        dims = {getattr(layer, name)[ADAPTER]: dim for layer in self.layers.values() for name, dim in FACTORS}
+        self.young = YoungEntries(self.optimizer, dims)
 
     @abstractmethod
     def worth(self, layer: Any) -> Tensor:
@@ -224,20 +216,29 @@ class ExchangeAdaptation(Adaptation, ABC):
 
     @abstractmethod
     def offers(self) -> tuple[list[Offer], dict[str, list[float]]]:
-        """The components that take part in an exchange, and what the history is to have, a number for each layer."""
+        """The components that take part in an exchange, and what the history gets of it, a number for each layer."""
 
     @abstractmethod
     def directions(self, factor: Tensor, number: int, rng: torch.Generator) -> Tensor:
         """New rows, (number, n), for a factor (r, n): Q, or P transposed."""
+
+    def observe(self) -> None:
+        """What the method does after every update, before an exchange."""
 
     def penalty(self) -> Tensor | None:
         """See `Adaptation.penalty`: that of AdaLoRA."""
         weight = self.method.orthogonality
         return weight * orthogonality(self.layers.values()) if weight else None
 
+    def before_step(self, step: Step) -> None:
+        """See `Adaptation.before_step`."""
+        self.young.before_step()
+
     def after_step(self, step: Step) -> dict[str, Any]:
         """See `Adaptation.after_step`. After an exchange the history has `rank`, their sum, `ranks`, how many
         components were `exchanged`, and what the choice was made by."""
+        self.young.after_step(step.index + 1)
+        self.observe()
         number = self.method.number_after(step.used, step.budget)
         if number == 0:
             return {}
@@ -246,7 +247,7 @@ class ExchangeAdaptation(Adaptation, ABC):
         made = trades(offers, number, room)
         for place, layer in enumerate(self.layers.values()):
             self._remove(layer, {offer.place for offer, _ in made if offer.layer == place})
-            self._add(layer, sum(gaining == place for _, gaining in made), step.rng)
+            self._add(layer, sum(gaining == place for _, gaining in made), step)
         ranks = list(self.ranks().values())
         return {"rank": sum(ranks), "ranks": ranks, "exchanged": len(made)} | seen
 
@@ -261,16 +262,19 @@ class ExchangeAdaptation(Adaptation, ABC):
             for name, dim in FACTORS:
                 parameter = getattr(layer, name)[ADAPTER]
                 keep(parameter, torch.tensor(stay, device=parameter.device), dim, self.optimizer)
+                self.young.kept(parameter, stay)
 
-    def _add(self, layer: Any, number: int, rng: torch.Generator) -> None:
+    def _add(self, layer: Any, number: int, step: Step) -> None:
         """Append components, with an E of 0."""
         from methods.shared.optimizer_state import append
 
         if number:
             E, A, B = (getattr(layer, name)[ADAPTER] for name, _ in FACTORS)
             append(E, E.new_zeros(number, 1), 0, self.optimizer)
-            append(A, self.directions(A.detach(), number, rng).to(A), 0, self.optimizer)
-            append(B, self.directions(B.detach().T, number, rng).T.to(B), 1, self.optimizer)
+            append(A, self.directions(A.detach(), number, step.rng).to(A), 0, self.optimizer)
+            append(B, self.directions(B.detach().T, number, step.rng).T.to(B), 1, self.optimizer)
+            for parameter in (E, A, B):
+                self.young.resized(parameter, step.index + 1)
 
     def ranks(self) -> dict[str, int]:
         """See `Adaptation.ranks`."""
@@ -295,13 +299,14 @@ class ExchangeAdaptation(Adaptation, ABC):
         """See `Adaptation.state_dict`."""
         from methods.shared.optimizer_state import shapes
 
-        return super().state_dict() | {"shapes": shapes(self.optimizer)}
+        return super().state_dict() | {"born": self.young.state(), "shapes": shapes(self.optimizer)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Adaptation.load_state_dict`. The layers get the saved ranks first."""
         from methods.shared.optimizer_state import match_shapes
 
         match_shapes(self.optimizer, state["shapes"])
+        self.young.load(state["born"])
         super().load_state_dict(state)
 
     def scaled_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:

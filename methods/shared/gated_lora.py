@@ -18,7 +18,7 @@ from harness.errors import InputError
 from harness.method import RANK, RANKS, Adaptation, Backbone, PeftForm, Step, Trace, TrainData
 from harness.optimizer import adamw
 from harness.parameters import Range, SearchSpace
-from methods.shared.cut_lora import CutLoraAdaptation
+from methods.shared.cut_lora import CutLoraAdaptation, along, weighted
 from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
 from methods.shared.peft_names import ADAPTER
@@ -96,7 +96,7 @@ class GatedLoraAdaptation(CutLoraAdaptation):
         gates, pairs = self.gates(), super().scaled_pairs()
         for name, (B, A) in pairs.items():
             live = gates[name].detach() != 0
-            pairs[name] = B[:, live], _by_component(A[live], 0, gates[name].detach()[live])
+            pairs[name] = B[:, live], A[live] * along(gates[name].detach()[live], A, 0)
         return pairs
 
 
@@ -244,10 +244,4 @@ class ThresholdedLoraAdaptation(GatedLoraAdaptation):
 
 def _multiply(factor: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """Hook of A: its outputs times the gates."""
-    places = factor.get_parameter("weight").dim() - 2  # of a convolution: the output's last dimensions
-    return (output * getattr(factor, GATE).view(-1, *places * (1,))).to(output.dtype)
-
-
-def _by_component(factor: Tensor, dim: int, values: Tensor) -> Tensor:
-    """A factor times one value for each component, which are along `dim`."""
-    return factor * values.view([-1 if each == dim else 1 for each in range(factor.dim())])
+    return weighted(factor, output, getattr(factor, GATE))

@@ -15,13 +15,13 @@ from harness.errors import InputError
 from harness.method import RANK, RANKS, Backbone, PeftForm, Trace
 from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, shared_parameters, unfit
+from methods.shared.shares import SHARE, check_shares, in_updates
 
 if TYPE_CHECKING:
     from typing import Self
 
     from harness.spec import TrainSpec
 
-SHARE = "below 1 a share of the run's updates, from 1 on that many updates"
 SEARCHED = 10_000  # batches above the budget among which the least that does is looked for
 
 
@@ -59,12 +59,7 @@ class GrowingLora(LoraMethod, ABC):
     def _fits_together(self) -> Self:
         if self.components is None and self.target_rank < self.init_rank:
             raise ValueError(f"target_rank = {self.target_rank} is below init_rank = {self.init_rank}")
-        for name in ("tinit", "deltaT"):
-            value = getattr(self, name)
-            if value >= 1 and value != int(value):
-                raise ValueError(
-                    f"{name} = {value:g} should be a share of the updates below 1, or a whole number of them"
-                )
+        check_shares(self, "tinit", "deltaT")
         return self
 
     @abstractmethod
@@ -138,9 +133,16 @@ class GrowingLora(LoraMethod, ABC):
     def _out_of_reach(self, layers: int, updates: int, reached: int) -> InputError:
         """The error for a target that the budget is too short for."""
         given, name = self._target()
-        target, longer = self.total(layers), range(updates + 1, updates + SEARCHED)
-        least = next((each for each in longer if max(self.sizes(layers, each).values()) == target), None)
-        remedy = "lower deltaT or raise increment" if least is None else f"it takes at least {least} batches"
+        target, size = self.total(layers), self.init_rank * layers
+        most = min(layers, self.layers_to_grow(target - size, 1.0)) * self.each(layers)  # that a round can give out
+
+        def fits(batches: int) -> bool:
+            first, interval = self._rhythm(batches)
+            rounds = len(range(first + interval, batches, interval))
+            return size + rounds * most >= target and max(self.sizes(layers, batches).values()) == target
+
+        least = next((each for each in range(updates + 1, updates + SEARCHED) if fits(each)), None)
+        remedy = "lower tinit or deltaT, or raise increment" if least is None else f"it takes at least {least} batches"
         return InputError(
             f"{given}, and growth reaches {reached} of {target} components in {updates} batches: {remedy}", name
         )
@@ -152,7 +154,7 @@ class GrowingLora(LoraMethod, ABC):
 
     def _rhythm(self, updates: int) -> tuple[int, int]:
         """(tinit, deltaT) in updates."""
-        first, interval = (int(v) if v >= 1 else round(v * updates) for v in (self.tinit, self.deltaT))
+        first, interval = in_updates(updates, self.tinit, self.deltaT)
         return first, max(interval, 1)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from harness.errors import InputError
@@ -88,6 +89,24 @@ class Placement(NamedTuple):
         listed = " and ".join(f"{number} in each of {layers}" for number, layers in shares.items() if layers)
         drawn = ", drawn for each seed" if left and self.rule in BY_KIND else ""
         return f"{size} components: {listed} layers{drawn}"
+
+
+def spread(components: int, targets: Sequence[str]) -> dict[str, int]:
+    """The rank of each layer: the same in all, and one more in the first ones where some are left."""
+    each, more = divmod(components, len(targets))
+    return {name: each + (place < more) for place, name in enumerate(targets)}
+
+
+def check_spread(components: int, backbone: Backbone, targets: Sequence[str]) -> None:
+    """Raises InputError where `spread` would give a layer none, or more than the smaller side of one."""
+    smallest = min(targets, key=lambda name: min(backbone.shape(name)))
+    count, side = len(targets), min(backbone.shape(smallest))
+    if not count <= components <= count * side:
+        raise InputError(
+            f"components = {components} should be {count} to {count * side}: one to {side} in each of {count} layers, "
+            f"{side} being the smaller side of layer '{smallest}'",
+            "components",
+        )
 
 
 def permutation(size: int, rng: torch.Generator, draw: int) -> Tensor:

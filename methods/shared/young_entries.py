@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 
 class YoungEntries:
-    """Parameters that grow at the end of one dimension, and when their entries there began to train.
+    """Parameters that grow at the end of one dimension, and may shrink, and when their entries there began to train.
 
     born: by parameter, how many updates had been made by then, (size of that dimension,) int64, 0 for the first ones.
     The correction is exact but for AdamW's epsilon; the weight decay of a young entry is multiplied as its step is.
@@ -33,6 +33,10 @@ class YoungEntries:
         born = self.born[parameter]
         more = parameter.shape[self.dims[parameter]] - len(born)
         self.born[parameter] = functional.pad(born, (0, more), value=updates)
+
+    def kept(self, parameter: nn.Parameter, places: Sequence[int]) -> None:
+        """The parameter has these places of its dimension left, in this order."""
+        self.born[parameter] = self.born[parameter][list(places)]
 
     def released(self, parameter: nn.Parameter, first: int, last: int, updates: int) -> None:
         """The entries from `first` to before `last`, which had no gradient until now, train after so many updates."""

@@ -295,11 +295,11 @@ class TestExport:
         ("components=3,target_subspaces=3", "components = 3 and target_subspaces = 3 are both set; give one"),
         ("components=3,subspace_rank=2", "components = 3 should be a multiple of subspace_rank = 2"),
         ("components=0", "adamss.components = 0 is not allowed"),
-        ("mask_interval=1.5", "mask_interval = 1.5 should be below 1, a share of the updates, or a whole number"),
+        ("mask_interval=1.5", "mask_interval = 1.5 should be a share of the updates below 1, or a whole number"),
         ("init_warmup=0.5", "init_warmup = 0.5 should be below final_warmup = 0.5"),
         ("init_warmup=0.5,final_warmup=9", "should both be shares below 1, or both numbers of updates"),
         ("components=3,init_warmup=1,final_warmup=9", "do not fit into 9 updates: they take at least 10"),
-        ("components=3,init_warmup=0.3,final_warmup=0.31", "do not fit into 9 updates: they take at least 13"),
+        ("components=3,init_warmup=0.3,final_warmup=0.31", "do not fit into 9 updates: they take at least 15"),
     ],
 )
 def test_bad_settings_are_one_line(settings, message, tmp_path, capsys):

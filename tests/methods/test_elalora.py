@@ -66,15 +66,14 @@ class TestImportance:
     def test_averages_follow_their_components_through_an_exchange(self):
         """A component that stays has what it would have had, and a new one has what it gathered since."""
         training = run_of()
-        adaptation, after_step = training.adaptation, training.adaptation.after_step
+        adaptation = training.adaptation
+        after_step, observe = adaptation.after_step, adaptation.observe
         history = {}  # of each layer's components, by the number of their birth: their (w, g) of every factor
         numbers = {name: list(range(3)) for name in adaptation.layers}
         born = dict.fromkeys(adaptation.layers, 3)
-        exchanges = 0
+        rows, exchanges = {}, 0
 
-        def watch(step):
-            nonlocal exchanges
-            rows = {}
+        def remember():
             for name, layer in adaptation.layers.items():
                 for place, number in enumerate(numbers[name]):
                     for factor, dim in FACTORS:
@@ -82,6 +81,10 @@ class TestImportance:
                         pair = tuple(v.detach().select(dim, place).clone() for v in (weight, weight.grad))
                         history.setdefault((name, number, factor), []).append(pair)
                 rows[name] = layer.lora_A[ADAPTER].detach().clone()
+            observe()
+
+        def watch(step):
+            nonlocal exchanges
             row = after_step(step)
             if row:
                 exchanges += row["exchanged"]
@@ -93,7 +96,7 @@ class TestImportance:
                     born[name] += new
             return row
 
-        adaptation.after_step = watch
+        adaptation.after_step, adaptation.observe = watch, remember
         training.run(lambda training: None)
         assert exchanges == 4
         assert any(max(own) > 2 for own in numbers.values())

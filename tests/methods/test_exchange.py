@@ -136,16 +136,20 @@ def watched(name, batches=12, **settings):
     exchange."""
     given = {"rank": 3, "learning_rate": 3e-2, "exchanged": 2, "tinit": 2, "tfinal": 2, "interval": 2}
     training = method_training(make_method(name, given | {"decay": "none"} | settings), batches=batches)
-    adaptation, after_step, seen = training.adaptation, training.adaptation.after_step, []
+    adaptation = training.adaptation
+    after_step, observe, before, seen = adaptation.after_step, adaptation.observe, [], []
+
+    def remember():
+        before[:] = adaptation.ranks(), terms(adaptation), held(adaptation)
+        observe()
 
     def watch(step):
-        before = adaptation.ranks(), terms(adaptation), held(adaptation)
         row = after_step(step)
         if row:
-            seen.append((before, (adaptation.ranks(), terms(adaptation), held(adaptation)), row))
+            seen.append((tuple(before), (adaptation.ranks(), terms(adaptation), held(adaptation)), row))
         return row
 
-    adaptation.after_step = watch
+    adaptation.after_step, adaptation.observe = watch, remember
     training.run(lambda training: None)
     return training, seen
 
@@ -262,7 +266,7 @@ class TestExchange:
         for used in range(1, 7):
             adaptation.model(images).sin().square().mean().backward()
             adaptation.optimizer.step()
-            step = SimpleNamespace(used=used, budget=6, rng=torch.Generator().manual_seed(used))
+            step = SimpleNamespace(index=used - 1, used=used, budget=6, rng=torch.Generator().manual_seed(used))
             exchanged += adaptation.after_step(step).get("exchanged", 0)
             adaptation.optimizer.zero_grad()
         assert exchanged > 0

@@ -55,7 +55,7 @@ def with_values(values, **settings):
     with torch.no_grad():
         for layer, own in zip(adaptation.layers.values(), values, strict=True):
             layer.lora_E[ADAPTER].copy_(torch.tensor(own, dtype=torch.float64)[:, None])
-    row = adaptation.after_step(SimpleNamespace(used=1, budget=9, rng=torch.Generator().manual_seed(0)))
+    row = adaptation.after_step(SimpleNamespace(index=0, used=1, budget=9, rng=torch.Generator().manual_seed(0)))
     return [layer.lora_E[ADAPTER][:, 0].tolist() for layer in adaptation.layers.values()], row
 
 

@@ -14,8 +14,6 @@ from harness.errors import InputError
 from harness.method import Backbone, as_matrix
 from harness.spec import TrainSpec
 from methods.shared.growing_lora import shared_out
-from methods.shared.optimizer_state import append
-from methods.shared.young_entries import YoungEntries
 from tests.support.network import KINDS, Network, method_training
 from tests.support.refusals import assert_refused
 from tests.support.small_lora import assert_export_is_stock_lora, truncated
@@ -239,47 +237,20 @@ def _wrapped(key, model):
     return next(name for name in names if name in model.state_dict())
 
 
-class TestYoungEntries:
-    def test_they_make_the_steps_of_a_parameter_of_their_own(self):
-        """Random gradients: one parameter that grows twice, against three that begin when it does."""
-        torch.manual_seed(0)
-        gradients = torch.randn(40, 3, 6, dtype=torch.float64)
-        ends, born = (2, 3, 6), (0, 7, 19)
-        whole = nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))
-        optimizer = torch.optim.AdamW([whole], lr=0.1, weight_decay=0.0)
-        young = YoungEntries(optimizer, {whole: 1})
-        alone = [nn.Parameter(torch.zeros(3, size, dtype=torch.float64)) for size in (2, 1, 3)]
-        others = [torch.optim.AdamW([each], lr=0.1, weight_decay=0.0) for each in alone]
-        for update, gradient in enumerate(gradients):
-            if update in born[1:]:
-                append(whole, torch.zeros(3, (0, 1, 3)[born.index(update)]).double(), 1, optimizer)
-                young.resized(whole, update)
-            whole.grad = gradient[:, : whole.shape[1]].clone()
-            young.before_step()
-            optimizer.step()
-            young.after_step(update + 1)
-            for each, other, first, end, since in zip(alone, others, (0, *ends), ends, born, strict=False):
-                if update >= since:
-                    each.grad = gradient[:, first:end].clone()
-                    other.step()
-        torch.testing.assert_close(
-            whole.detach(), torch.cat([each.detach() for each in alone], 1), rtol=1e-5, atol=1e-6
-        )
-
-    @pytest.mark.parametrize("name", NAMES)
-    def test_a_new_component_first_moves_by_the_learning_rate(self, name, tmp_path):
-        """As every entry does in its first step of AdamW, but for its epsilon. By the age of the parameter, here 10
-        updates, it would be less than half of that."""
-        more = ",advance=false" if name == "increlora" else ""
-        started = start(Subject(f"{name}[components=24,tinit=9,deltaT=1,learning_rate=1e-3{more}]", tmp_path))
-        while sum(started.adaptation.ranks().values()) == LAYERS:
-            started.training.update()
-        grown = [layer for layer, rank in started.adaptation.ranks().items() if rank > 1]
-        before = {layer: started.adaptation.parts(layer)[2].detach().clone() for layer in grown}
+@pytest.mark.parametrize("name", NAMES)
+def test_a_new_component_first_moves_by_the_learning_rate(self, name, tmp_path):
+    """As every entry does in its first step of AdamW, but for its epsilon. By the age of the parameter, here 10
+    updates, it would be less than half of that."""
+    more = ",advance=false" if name == "increlora" else ""
+    started = start(Subject(f"{name}[components=24,tinit=9,deltaT=1,learning_rate=1e-3{more}]", tmp_path))
+    while sum(started.adaptation.ranks().values()) == LAYERS:
         started.training.update()
-        for layer, entries in before.items():
-            moved = (started.adaptation.parts(layer)[2].detach()[: len(entries)] - entries)[1 if more else 2 :].abs()
-            torch.testing.assert_close(moved, torch.full_like(moved, 1e-3), rtol=0.4, atol=0)
+    grown = [layer for layer, rank in started.adaptation.ranks().items() if rank > 1]
+    before = {layer: started.adaptation.parts(layer)[2].detach().clone() for layer in grown}
+    started.training.update()
+    for layer, entries in before.items():
+        moved = (started.adaptation.parts(layer)[2].detach()[: len(entries)] - entries)[1 if more else 2 :].abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, 1e-3), rtol=0.4, atol=0)
 
 
 @pytest.mark.parametrize("settings", ["components=25", "target_rank=3,scale=fixed", "components=12"])
@@ -308,7 +279,10 @@ def test_stock_peft_trains_the_ranks_in_its_place(name):
         ("tinit=1.5", "tinit = 1.5 should be a share of the updates below 1, or a whole number of them"),
         ("scale=rank", "scale = 'rank' is not allowed"),
         ("components=24,tinit=7,deltaT=2", "growth reaches 12 of 24 components in 9 batches: it takes at least"),
-        ("components=99,increment=1,tinit=0.5,deltaT=0.5", "components in 9 batches: lower deltaT or raise increment"),
+        (
+            "components=99,increment=1,tinit=0.5,deltaT=0.5",
+            "components in 9 batches: lower tinit or deltaT, or raise increment",
+        ),
     ],
 )
 def test_bad_settings_are_one_line(name, settings, message, tmp_path, capsys):

@@ -248,8 +248,8 @@ def test_the_least_budget_that_is_named_does(every):
     ("settings", "message"),
     [
         ("rank=17", "rank = 17 is above the smaller side of layer"),
-        ("components=11", "components = 11 should be 12 to 192, at least one for each layer"),
-        ("components=193", "components = 193 should be 12 to 192, at least one for each layer"),
+        ("components=11", "components = 11 should be 12 to 192: one to 16 in each of 12 layers"),
+        ("components=193", "components = 193 should be 12 to 192: one to 16 in each of 12 layers"),
         ("every=1", "l1ra.every = 1 is not allowed"),
         ("l1=-1", "l1ra.l1 = -1 is not allowed"),
         ("prune_below=1.5", "l1ra.prune_below = 1.5 is not allowed"),
