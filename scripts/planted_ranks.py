@@ -117,7 +117,8 @@ class Run(NamedTuple):
         """What is to be trained. Raises InputError for parameters that are not allowed."""
         name, parameters = parse_choice(self.text)
         fields, own_names = method_class(name).model_fields, method_class(name).peft_names()
-        values = {key: value for key, value in COMMON.items() if key in fields} | GIVEN.get(name, {})
+        common = {key: value for key, value in COMMON.items() if key in fields and fields[key].default is not None}
+        values = common | GIVEN.get(name, {})
         values |= {own_names.get(key, key): value for key, value in (parameters | self.given).items()}
         return make_method(name, {key: problem.told(value) for key, value in values.items()})
 

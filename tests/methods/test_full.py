@@ -383,7 +383,7 @@ class TestNames:
             ),
             ('full[optimizer=galore,target_modules=["quer"]]', "Did you mean 'query'?"),
             ("lora[optimizer=galore]", "Methods with 'optimizer': full."),
-            ("head[rank_min=4]", "Methods with 'rank_min': gora."),
+            ("head[rank_min=4]", "Methods with 'rank_min': gora"),
         ],
     )
     def test_bad_settings_are_one_line(self, method, message, tmp_path, capsys):

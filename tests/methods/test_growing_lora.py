@@ -238,7 +238,7 @@ def _wrapped(key, model):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_new_component_first_moves_by_the_learning_rate(self, name, tmp_path):
+def test_a_new_component_first_moves_by_the_learning_rate(name, tmp_path):
     """As every entry does in its first step of AdamW, but for its epsilon. By the age of the parameter, here 10
     updates, it would be less than half of that."""
     more = ",advance=false" if name == "increlora" else ""
