@@ -107,20 +107,20 @@ class AdaMss(LoraMethod):
     def schedule(self, updates: int) -> tuple[int, int, int]:
         """(first, last, interval) of the allocation, by updates before it: it is made at `last` and every `interval`
         before, down to `first`. Raises InputError where that does not fit into so many updates."""
-        first, last, interval = self._in_updates(updates)
-        if not first < last < updates:
-            longer = range(updates + 1, updates + 100_000)
-            fitting = (n for n in longer if self._in_updates(n)[0] < self._in_updates(n)[1] < n)
+
+        def fits(number: int) -> bool:
+            first, last = in_updates(number, self.init_warmup, self.final_warmup)
+            return first < last < number
+
+        if not fits(updates):
+            fitting = filter(fits, range(updates + 1, updates + 100_000))
             setting = f"init_warmup = {self.init_warmup:g} to final_warmup = {self.final_warmup:g}"
             raise InputError(
                 f"{setting} do not fit into {updates} updates: they take at least {next(fitting, 'far more')}",
                 "final_warmup",
             )
-        return first, last, max(interval, 1)
-
-    def _in_updates(self, updates: int) -> tuple[int, int, int]:
         first, last, interval = in_updates(updates, self.init_warmup, self.final_warmup, self.mask_interval)
-        return first, last, interval
+        return first, last, max(interval, 1)
 
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
         """See `Method.peft_form`: LoRA with these ranks, from its own start."""

@@ -69,9 +69,8 @@ class BiLora(BilevelLora):
         return self
 
     def _only(self, with_what: str, *names: str) -> None:
-        for name in names:
-            if (value := getattr(self, name)) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} = {value:g} needs {with_what}")
+        for name, value in self.changed(*names).items():
+            raise ValueError(f"{name} = {value:g} needs {with_what}")
 
     def first_value(self) -> float:
         """See `BilevelLora.first_value`: with all P 0, L is 1 of "real", 1 / rank of softmax and 1 / 2 of "binary"."""

@@ -62,9 +62,8 @@ class Diffora(BilevelLora):
                 raise ValueError(f"{given} and keep = {self.keep:g} are both set; give one of them")
             if self.components % self.rank:
                 raise ValueError(f"{given} should be a multiple of rank = {self.rank}: whole modules stay")
-        for name in ("held_out", "upper_every", "unrolled_step"):
-            value = getattr(self, name)
-            if self.gates == "joint" and value != type(self).model_fields[name].default:
+        if self.gates == "joint":
+            for name, value in self.changed("held_out", "upper_every", "unrolled_step").items():
                 raise ValueError(f"{name} = {value:g} is for gates = upper, not for joint")
         return self
 

@@ -19,7 +19,7 @@ from methods.shared.gradient_start import (
     weight_importance,
 )
 from methods.shared.lora_method import LoraMethod
-from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
+from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit_at_rank
 from methods.shared.peft_names import ADAPTER
 from methods.shared.prepared_lora import PreparedLora
 
@@ -98,11 +98,8 @@ class Gora(LoraMethod):
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
-        if not backbone.layers:
-            return backbone.without_layers()
-        targets = backbone.targets(self.target_modules)
-        backbone.check_rank(self.rank, targets)
-        return unfit(backbone, list(targets)) or shared_weight(backbone, targets)
+        reason = unfit_at_rank(backbone, self.target_modules, self.rank)
+        return reason or shared_weight(backbone, backbone.targets(self.target_modules))
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
         """See `Method.notes`: what the start costs, and the ranks that can come out."""

@@ -11,6 +11,7 @@ from harness.errors import InputError
 from harness.method import RANK, RANKS, Adaptation, Backbone, Step, Trace, TrainData
 from harness.optimizer import adamw
 from methods.shared.gated_lora import GATE, GatedLora, GatedLoraAdaptation, add_gates, soft_threshold
+from methods.shared.growing_lora import shared_out
 from methods.shared.peft_model import lora_model, unfit
 from methods.shared.placement import check_spread, spread
 from methods.shared.shares import least_budget
@@ -65,10 +66,6 @@ class L1ra(GatedLora):
         """See `GatedLora.scale`."""
         return self.alpha / self.rank
 
-    def first_ranks(self, targets: Sequence[str]) -> dict[str, int]:
-        """The rank of each layer at the start."""
-        return dict.fromkeys(targets, self.rank) if self.components is None else spread(self.components, targets)
-
     def interval(self, budget: int) -> int:
         """Batches between two times that ranks are handed on. Raises InputError where it would be none."""
         if (found := int(self.every * budget)) > 0:
@@ -83,17 +80,14 @@ class L1ra(GatedLora):
         if not backbone.layers:
             return backbone.without_layers()
         targets = backbone.targets(self.target_modules)
-        if self.components is None:
-            backbone.check_rank(self.rank, targets)
-        else:
-            check_spread(self.components, backbone, targets)
+        check_spread(self.components, self.rank, backbone, targets)
         return unfit(backbone, list(targets))
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
         """See `Method.notes`."""
         budget = train.budget(num_examples)
         interval, targets = self.interval(budget), backbone.targets(self.target_modules)
-        total, events = sum(self.first_ranks(targets).values()), (budget - 1) // interval
+        total, events = sum(spread(self.components, self.rank, targets).values()), (budget - 1) // interval
         when = f"every {interval} of {budget} batches, {events} times"
         what = f"those whose gate is 0 are {'handed on' if self.reassign else 'removed'} {when}"
         return [f"{total} components in {len(targets)} layers; {what}"]
@@ -103,7 +97,7 @@ class L1ra(GatedLora):
         import torch
 
         targets = backbone.targets(self.target_modules)
-        ranks = self.first_ranks(targets)
+        ranks = spread(self.components, self.rank, targets)
         on_meta = next(backbone.module.parameters()).is_meta  # there, shapes alone: the init needs values
         init = True if on_meta else "gaussian"  # A of deviation 1 / (the layer's rank)
         model = lora_model(backbone, ranks, self.scale, self.dropout, init_lora_weights=init)
@@ -202,8 +196,8 @@ def handed_out(number: int, takers: Sequence[Sequence[str]], room: Mapping[str, 
     these are full. room: how many a layer can take, by its name."""
     given = dict.fromkeys(room, 0)
     for names in takers:
-        while number and (open_ := [name for name in names if given[name] < room[name]]):
-            for name in open_[:number]:
-                given[name] += 1
-            number -= len(open_[:number])
+        gains = shared_out(range(len(names)), [room[name] - given[name] for name in names], 1, number)
+        number -= sum(gains)
+        for name, gain in zip(names, gains, strict=True):
+            given[name] += gain
     return given

@@ -142,8 +142,8 @@ class Lora(LoraMethod):
     def _fits_together(self) -> Lora:
         size = "parameters" if self.parameters is not None else "parameters_of"
         if (value := getattr(self, size)) is not None:
-            for name in ("ranks", "ranks_of", "rank_pattern", "shuffle_ranks", "rank", "parameters_of"):
-                if name != size and getattr(self, name) != type(self).model_fields[name].default:
+            for name in self.changed("ranks", "ranks_of", "rank_pattern", "shuffle_ranks", "rank", "parameters_of"):
+                if name != size:
                     raise ValueError(f"{size} = {value} sets the rank, and so does {name}: give one")
         if self.shuffle_ranks and self.ranks is None and self.ranks_of is None and not self.rank_pattern:
             raise ValueError("shuffle_ranks = true has nothing to shuffle: give ranks_of, ranks or rank_pattern")
@@ -163,9 +163,8 @@ class Lora(LoraMethod):
             return self
         if self.components is None:
             raise ValueError(f"placement = {self.placement} needs components: how many in all layers together")
-        for name in ("ranks", "ranks_of", "rank_pattern", "parameters", "parameters_of"):
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"placement = {self.placement} sets the ranks, and so does {name}: give one")
+        for name in self.changed("ranks", "ranks_of", "rank_pattern", "parameters", "parameters_of"):
+            raise ValueError(f"placement = {self.placement} sets the ranks, and so does {name}: give one")
         if self.draw and self.placement in BY_DEPTH:
             raise ValueError(f"draw = {self.draw} with placement = {self.placement}: nothing is drawn there")
         if self.init == "orthogonal":

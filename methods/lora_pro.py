@@ -13,7 +13,7 @@ from harness.method import Adaptation, Backbone, PeftForm, TrainData
 from harness.optimizer import adamw
 from methods.shared.lora_adaptation import LoraAdaptation
 from methods.shared.lora_method import LoraMethod
-from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
+from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit_at_rank
 from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
@@ -74,11 +74,7 @@ class LoraPro(LoraMethod):
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
-        if not backbone.layers:
-            return backbone.without_layers()
-        targets = backbone.targets(self.target_modules)
-        backbone.check_rank(self.rank, targets)
-        return unfit(backbone, list(targets))
+        return unfit_at_rank(backbone, self.target_modules, self.rank)
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
         """See `Method.notes`: the memory of the whole moments."""

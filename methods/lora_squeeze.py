@@ -14,7 +14,7 @@ from harness.method import RANK, Adaptation, Backbone, PeftForm, Step, Trace, Tr
 from harness.optimizer import adamw
 from methods.shared.cut_lora import CutLoraAdaptation, among_largest
 from methods.shared.lora_method import LoraMethod
-from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
+from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit_at_rank
 
 if TYPE_CHECKING:
     import torch
@@ -88,8 +88,8 @@ class LoraSqueeze(LoraMethod):
         if self.target_rank is not None and self.target_rank > self.rank:
             raise ValueError(f"target_rank = {self.target_rank} is above rank = {self.rank}: it should be 1 to that")
         owners = {"squeeze_at": ("continued",), "stages": ("in_training",), "moments": ("continued", "in_training")}
-        for name, forms in owners.items():
-            if self.squeeze not in forms and (value := getattr(self, name)) != type(self).model_fields[name].default:
+        for name, value in self.changed(*owners).items():
+            if self.squeeze not in (forms := owners[name]):
                 raise ValueError(f"{name} = {value} is for squeeze = {' or '.join(forms)}, not for {self.squeeze}")
         return self
 
@@ -118,14 +118,7 @@ class LoraSqueeze(LoraMethod):
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
-        if not backbone.layers:
-            return backbone.without_layers()
-        targets = backbone.targets(self.target_modules)
-        backbone.check_rank(self.rank, targets)
-        most = self.rank * len(targets)
-        if self.components is not None and self.components > most:
-            raise InputError(f"components = {self.components} is above the {most} that there are", "components")
-        return unfit(backbone, list(targets))
+        return unfit_at_rank(backbone, self.target_modules, self.rank, self.components)
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
         """See `Method.notes`."""

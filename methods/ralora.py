@@ -20,7 +20,7 @@ from methods.shared.gradient_start import (
     weight_importance,
 )
 from methods.shared.lora_method import LoraMethod
-from methods.shared.peft_model import lora_model, unfit
+from methods.shared.peft_model import lora_model, unfit_at_rank
 from methods.shared.peft_names import ADAPTER
 from methods.shared.prepared_lora import PreparedLora
 
@@ -71,9 +71,8 @@ class RaLora(LoraMethod):
     @model_validator(mode="after")
     def _fits_together(self) -> RaLora:
         if self.allocation == "equal":
-            for name in ("rank_min", "rank_max"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} = {getattr(self, name)} needs allocation = importance")
+            for name, value in self.changed("rank_min", "rank_max").items():
+                raise ValueError(f"{name} = {value} needs allocation = importance")
         if self.rank < self.rank_min:
             raise ValueError(f"rank = {self.rank} is below rank_min = {self.rank_min}")
         if self.rank_max is not None and self.rank > self.rank_max:
@@ -91,11 +90,8 @@ class RaLora(LoraMethod):
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
-        if not backbone.layers:
-            return backbone.without_layers()
-        targets = backbone.targets(self.target_modules)
-        backbone.check_rank(self.rank, targets)
-        return unfit(backbone, list(targets), "ralora") or shared_weight(backbone, targets)
+        reason = unfit_at_rank(backbone, self.target_modules, self.rank, linear_only="ralora")
+        return reason or shared_weight(backbone, backbone.targets(self.target_modules))
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
         """See `Method.notes`: what the start costs, and the ranks that can come out."""

@@ -52,9 +52,8 @@ class Sora(ThresholdedLora):
         if self.penalty and not self.gate_ratio:
             raise ValueError(f"penalty = {self.penalty:g} is for gates that train, and gate_ratio = 0 stops them")
         if not self._staged:
-            for name in ("dense", "values"):
-                if (value := getattr(self, name)) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} = {value:g} is for schedule = linear or components, and neither is given")
+            for name, value in self.changed("dense", "values").items():
+                raise ValueError(f"{name} = {value:g} is for schedule = linear or components, and neither is given")
         return self
 
     @property

@@ -17,7 +17,7 @@ from harness.method import Backbone, PeftForm, Step, Trace, TrainData
 from harness.parameters import Range, SearchSpace
 from methods.shared.cut_lora import CutLoraAdaptation, along, weighted
 from methods.shared.lora_method import LoraMethod
-from methods.shared.peft_model import lora_form, shared_parameters, unfit
+from methods.shared.peft_model import lora_form, shared_parameters, unfit_at_rank
 from methods.shared.peft_names import ADAPTER
 from methods.shared.shares import least_budget
 from methods.shared.unrolled import batches_a_step, check_halves
@@ -108,14 +108,7 @@ class BilevelLora(LoraMethod, ABC):
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
-        if not backbone.layers:
-            return backbone.without_layers()
-        targets = backbone.targets(self.target_modules)
-        backbone.check_rank(self.rank, targets)
-        most = self.rank * len(targets)
-        if self.components is not None and self.components > most:
-            raise InputError(f"components = {self.components} is above the {most} that there are", "components")
-        return unfit(backbone, list(targets))
+        return unfit_at_rank(backbone, self.target_modules, self.rank, self.components)
 
     def peft_form(self, ranks: Mapping[str, int]) -> PeftForm | None:
         """See `Method.peft_form`: the LoRA that it ends with."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.method import Backbone, Step
@@ -16,6 +15,7 @@ from methods.shared.growing_lora import GrowingLora, shared_out
 from methods.shared.lora_adaptation import LoraAdaptation
 from methods.shared.peft_model import lora_model
 from methods.shared.peft_names import ADAPTER, PREFIX
+from methods.shared.svd_lora import distance_from_orthogonal
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,8 @@ class GrowingLoraAdaptation(LoraAdaptation, ABC):
 
     young: the entries that came later, on which AdamW makes the steps of a parameter of their own.
     """
+
+    written_by_peft = False
 
     def __init__(
         self,
@@ -122,13 +124,10 @@ class GrowingLoraAdaptation(LoraAdaptation, ABC):
 
     def penalty(self) -> Tensor | None:
         """See `Adaptation.penalty`: of each layer's whole factors, the mean over the factors."""
-        import torch
-
         if self.method.orthogonality == 0:
             return None
         factors = [f for B, A, _ in map(self.parts, self.layers) for f in (A.flatten(1), B.flatten(1).T)]
-        distances = [torch.linalg.matrix_norm(f @ f.T - torch.eye(len(f)).to(f)) for f in factors]
-        return self.method.orthogonality * torch.stack(distances).mean()
+        return self.method.orthogonality * distance_from_orthogonal(factors)
 
     def before_step(self, step: Step) -> None:
         """See `Adaptation.before_step`."""
@@ -193,12 +192,6 @@ class GrowingLoraAdaptation(LoraAdaptation, ABC):
         self.young.load(state["born"])
         self._rescale()
         super().load_state_dict(state)
-
-    def export(self, path: Path) -> None:
-        """A stock LoRA adapter with the head, at these ranks: its A is C A, and its B is scaled."""
-        from methods.shared.stock_lora import export_stock_lora
-
-        export_stock_lora(path, self.scaled_pairs(), self.model, self.head)
 
     def _rescale(self) -> None:
         """Each layer's scale at its rank."""

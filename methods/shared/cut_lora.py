@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.method import Backbone, Method
@@ -23,6 +22,8 @@ class CutLoraAdaptation(LoraAdaptation):
     Parameters keep their place in the optimizer at fewer columns, with what it holds of them, and the scale of the
     updates stays. A layer without components is left to its base layer.
     """
+
+    written_by_peft = False
 
     def __init__(
         self,
@@ -72,12 +73,6 @@ class CutLoraAdaptation(LoraAdaptation):
         match_shapes(self.optimizer, state["shapes"])
         self._leave_empty_layers()
         super().load_state_dict(state)
-
-    def export(self, path: Path) -> None:
-        """A stock LoRA adapter with the head, at these ranks."""
-        from methods.shared.stock_lora import export_stock_lora
-
-        export_stock_lora(path, self.scaled_pairs(), self.model, self.head)
 
     def _leave_empty_layers(self) -> None:
         for layer in self.layers.values():

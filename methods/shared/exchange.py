@@ -146,17 +146,14 @@ class ExchangeLora(LoraMethod, ABC):
 
     def ranks_at_start(self, targets: Sequence[str]) -> dict[str, int]:
         """The rank of each layer: `components` spread evenly, the first layers having one more, or `rank`."""
-        return dict.fromkeys(targets, self.rank) if self.components is None else spread(self.components, targets)
+        return spread(self.components, self.rank, targets)
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
         if not backbone.layers:
             return backbone.without_layers()
         targets = backbone.targets(self.target_modules)
-        if self.components is None:
-            backbone.check_rank(self.rank, targets)
-        else:
-            check_spread(self.components, backbone, targets)
+        check_spread(self.components, self.rank, backbone, targets)
         return unfit(backbone, list(targets))
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:

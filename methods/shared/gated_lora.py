@@ -20,7 +20,7 @@ from harness.optimizer import adamw
 from harness.parameters import Range, SearchSpace
 from methods.shared.cut_lora import CutLoraAdaptation, along, weighted
 from methods.shared.lora_method import LoraMethod
-from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
+from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit_at_rank
 from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
@@ -173,13 +173,7 @@ class ThresholdedLora(GatedLora, ABC):
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
-        if not backbone.layers:
-            return backbone.without_layers()
-        targets = backbone.targets(self.target_modules)
-        backbone.check_rank(self.rank, targets)
-        if self.components is not None and self.components > (most := self.rank * len(targets)):
-            raise InputError(f"components = {self.components} is above the {most} that there are", "components")
-        return unfit(backbone, list(targets))
+        return unfit_at_rank(backbone, self.target_modules, self.rank, self.components)
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
         """See `Method.notes`: how far the threshold reaches, which depends on the number of updates."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from harness.method import Adaptation, Backbone
 from harness.storage import os_errors
@@ -20,7 +20,10 @@ class LoraAdaptation(Adaptation):
 
     targets: the layers that `ranks` tells of; of those without an adapter the rank is 0.
     changes_backbone: the init took (alpha / rank) B A out of the frozen weights.
+    written_by_peft: PEFT can write the adapter, as its configuration has the ranks and scales of all layers.
     """
+
+    written_by_peft: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -77,14 +80,14 @@ class LoraAdaptation(Adaptation):
                 own.copy_(value)
 
     def export(self, path: Path) -> None:
-        """The adapter and the head as `PeftModel.from_pretrained` reads them, for the backbone as it was. Within
-        `at_rank` at the ranks that are left."""
+        """A stock LoRA adapter with the head, as `PeftModel.from_pretrained` reads it, for the backbone as it was, at
+        the ranks that it has now, within `at_rank` too."""
         import torch
 
         from methods.shared.stock_lora import export_stock_lora, is_cut
 
         pairs = self.scaled_pairs()
-        if not self.taken and not any(is_cut(*pair).any() for pair in pairs.values()):
+        if self.written_by_peft and not self.taken and not any(is_cut(*pair).any() for pair in pairs.values()):
             model: Any = self.model
             with os_errors():
                 model.save_pretrained(str(path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.method import Method
 
@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 class LoraMethod(Method, ABC):
     """A method whose export is, at least for some of its settings, a LoRA adapter as PEFT keeps it."""
+
+    def changed(self, *names: str) -> dict[str, Any]:
+        """Those of these settings that are not at their defaults, with their values."""
+        fields = type(self).model_fields
+        return {name: value for name in names if (value := getattr(self, name)) != fields[name].default}
 
     @classmethod
     def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:

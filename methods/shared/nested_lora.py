@@ -16,9 +16,10 @@ from pydantic import Field, model_validator
 
 from harness.method import Backbone, PeftForm
 from harness.optimizer import adamw
+from methods.shared.cut_lora import weighted
 from methods.shared.lora_adaptation import LoraAdaptation
 from methods.shared.lora_method import LoraMethod
-from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit
+from methods.shared.peft_model import lora_form, lora_model, shared_parameters, unfit_at_rank
 from methods.shared.peft_names import ADAPTER
 
 if TYPE_CHECKING:
@@ -78,11 +79,7 @@ class NestedLora(LoraMethod, ABC):
 
     def unsupported(self, backbone: Backbone) -> str | None:
         """See `Method.unsupported`."""
-        if not backbone.layers:
-            return backbone.without_layers()
-        targets = backbone.targets(self.target_modules)
-        backbone.check_rank(self.rank, targets)
-        return unfit(backbone, list(targets))
+        return unfit_at_rank(backbone, self.target_modules, self.rank)
 
     def adapted(self, backbone: Backbone) -> nn.Module:
         """The backbone with PEFT's LoRA of the full rank, at its scale."""
@@ -110,8 +107,7 @@ class NestedLoraAdaptation(LoraAdaptation):
         """Within it every layer's update is scale(rank) B diag(weights) A. weights: (rank,)."""
 
         def multiply(factor: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            places = (1,) * (factor.get_parameter("weight").dim() - 2)  # of a convolution: the output's last dimensions
-            return (output * weights.view(-1, *places)).to(output.dtype)
+            return weighted(factor, output, weights)
 
         with contextlib.ExitStack() as hooks:
             for layer in self.layers.values():

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import InputError
 from harness.method import Backbone, Method, PeftForm, is_transposed
 
 if TYPE_CHECKING:
@@ -32,6 +33,25 @@ def unfit(backbone: Backbone, layers: list[str], linear_only: str | None = None)
         if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
             return f"layer '{name}' is a convolution with groups, dilation or padding that PEFT's LoRA does not follow"
     return None
+
+
+def unfit_at_rank(
+    backbone: Backbone,
+    target_modules: tuple[str, ...] | None,
+    rank: int,
+    components: int | None = None,
+    linear_only: str | None = None,
+) -> str | None:
+    """`Method.unsupported` of a LoRA that starts with one rank in all layers, and ends with so many components.
+
+    Raises InputError for a rank above a layer's smaller side, and for more components than there are."""
+    if not backbone.layers:
+        return backbone.without_layers()
+    targets = backbone.targets(target_modules)
+    backbone.check_rank(rank, targets)
+    if components is not None and components > (most := rank * len(targets)):
+        raise InputError(f"components = {components} is above the {most} that there are", "components")
+    return unfit(backbone, list(targets), linear_only)
 
 
 def nearest_rank(backbone: Backbone, targets: tuple[str, ...], parameters: int, dora: bool) -> int:

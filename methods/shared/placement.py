@@ -91,14 +91,19 @@ class Placement(NamedTuple):
         return f"{size} components: {listed} layers{drawn}"
 
 
-def spread(components: int, targets: Sequence[str]) -> dict[str, int]:
-    """The rank of each layer: the same in all, and one more in the first ones where some are left."""
+def spread(components: int | None, rank: int, targets: Sequence[str]) -> dict[str, int]:
+    """The rank of each layer: the same in all, and one more in the first ones where some are left; `rank` without a
+    number of components."""
+    if components is None:
+        return dict.fromkeys(targets, rank)
     each, more = divmod(components, len(targets))
     return {name: each + (place < more) for place, name in enumerate(targets)}
 
 
-def check_spread(components: int, backbone: Backbone, targets: Sequence[str]) -> None:
+def check_spread(components: int | None, rank: int, backbone: Backbone, targets: Layers) -> None:
     """Raises InputError where `spread` would give a layer none, or more than the smaller side of one."""
+    if components is None:
+        return backbone.check_rank(rank, targets)
     smallest = min(targets, key=lambda name: min(backbone.shape(name)))
     count, side = len(targets), min(backbone.shape(smallest))
     if not count <= components <= count * side:

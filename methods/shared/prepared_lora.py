@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.method import Backbone, Method, Step, TrainData
@@ -22,6 +21,8 @@ class PreparedLora(LoraAdaptation):
 
     found: what `prepare` found out, a number for each layer by the name of its trace, for the first update's history.
     """
+
+    written_by_peft = False
 
     def __init__(
         self,
@@ -62,9 +63,3 @@ class PreparedLora(LoraAdaptation):
         self.follow()
         super().load_state_dict(state)
         self.found = state["found"]
-
-    def export(self, path: Path) -> None:
-        """A stock LoRA adapter with the head, at these ranks."""
-        from methods.shared.stock_lora import export_stock_lora
-
-        export_stock_lora(path, self.scaled_pairs(), self.model, self.head)

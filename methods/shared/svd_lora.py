@@ -6,7 +6,7 @@ convolution (r, C kH kW). The forward takes r from these shapes. The scale, alph
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from methods.shared.peft_names import ADAPTER
@@ -49,9 +49,13 @@ def svd_model(backbone: Backbone, ranks: Mapping[str, int], alpha: float, rank: 
 def orthogonality(layers: Iterable[Any]) -> Tensor:
     """||P^T P - I||_F and ||Q Q^T - I||_F, equation 4 of AdaLoRA (Zhang et al., 2023), averaged over the factors as in
     PEFT."""
+    return distance_from_orthogonal([f for layer in layers for f in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER].T)])
+
+
+def distance_from_orthogonal(factors: Sequence[Tensor]) -> Tensor:
+    """||F F^T - I||_F, averaged over the factors F, whose rows are to be orthonormal."""
     import torch
 
-    factors = [f for layer in layers for f in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER].T)]
     identities = {len(f): torch.eye(len(f), dtype=f.dtype, device=f.device) for f in factors}
     return torch.stack([torch.linalg.matrix_norm(f @ f.T - identities[len(f)]) for f in factors]).mean()
 

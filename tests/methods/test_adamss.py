@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from harness import registry
-from harness.contracts import METHOD_CONTRACTS, Subject, start
+from harness.contracts import METHOD_CONTRACTS, Subject
 from harness.contracts.methods import a_run_interrupted_after_every_update_equals_the_uninterrupted_one
 from harness.contracts.subject import method_of
 from harness.errors import InputError
@@ -20,6 +20,7 @@ from harness.method import Backbone
 from harness.spec import TrainSpec
 from tests.support.refusals import assert_refused
 from tests.support.small_lora import FakeStep, assert_export_is_stock_lora, truncated
+from tests.support.trained import trained
 
 TINY = "basis_rank=8,subspaces=4"  # of the synthetic task's 12 layers: 48 subspaces
 SCHEDULE = "init_warmup=1,final_warmup=13,mask_interval=4"
@@ -36,12 +37,6 @@ def test_a_resume_between_two_allocations_has_their_averages(tmp_path):
     """Ours, in a few updates more; layers without components are among them."""
     name = f"adamss[{TINY},components=7,init_warmup=1,final_warmup=4,mask_interval=3]"
     a_run_interrupted_after_every_update_equals_the_uninterrupted_one(Subject(name, tmp_path, batches=7))
-
-
-def trained(tmp_path, name, batches=24):
-    started = start(Subject(name, tmp_path), batches=batches)
-    started.training.run(lambda training: None)
-    return started
 
 
 def network(bias=True):
@@ -189,7 +184,7 @@ class TestAllocation:
     @pytest.mark.parametrize("components", [1, 9, 47, 48])
     def test_exactly_so_many_components_stay(self, components, tmp_path):
         """PEFT could not stop one alone. Numbers between fall along the schedule's power."""
-        run = trained(tmp_path, f"adamss[{TINY},components={components},{SCHEDULE},exponent=2,learning_rate=1e-2]")
+        run = trained(f"adamss[{TINY},components={components},{SCHEDULE},exponent=2,learning_rate=1e-2]", tmp_path)
         assert sum(run.adaptation.ranks().values()) == components
         falls = {t: int(components + (48 - components) * ((13 - t) / 12) ** 2) for t in (1, 5, 9, 13)}
         changes, now = {}, 48
@@ -213,7 +208,7 @@ class TestAllocation:
     )
     def test_of_peft_s_target_one_less_trains_on_or_that_many(self, schedule, target, left, tmp_path):
         """What it stops stays in effect, and counts."""
-        run = trained(tmp_path, f"adamss[{TINY},target_subspaces={target},{schedule},learning_rate=1e-2]", 14)
+        run = trained(f"adamss[{TINY},target_subspaces={target},{schedule},learning_rate=1e-2]", tmp_path, batches=14)
         adaptation = run.adaptation
         training = [p for n, p in adaptation.model.named_parameters() if ".adamss_B." in n and p.requires_grad]
         stopped = [p for n, p in adaptation.model.named_parameters() if ".adamss_B." in n and not p.requires_grad]
@@ -229,7 +224,7 @@ class TestAllocation:
         ours = f"{SCHEDULE.split(',')[0]},final_warmup=15,mask_interval={interval},learning_rate=1e-2"
         shared = f"asa_target_subspaces=10,{ours}"
         one, two = (
-            trained(tmp_path, name)
+            trained(name, tmp_path)
             for name in (f"adamss[{TINY},{shared}]", f"peft[type=adamss,r=8,num_subspaces=4,use_asa=true,{shared}]")
         )
         assert [row["loss"] for row in one.training.history] == [row["loss"] for row in two.training.history]
@@ -238,7 +233,7 @@ class TestAllocation:
         assert one.training.sizes.parameters().adapter_final == two.training.sizes.parameters().adapter_final
 
     def test_all_of_them_are_no_allocation(self, tmp_path):
-        plain, kept = (trained(tmp_path, f"adamss[{TINY}{more}]") for more in ("", ",components=48"))
+        plain, kept = (trained(f"adamss[{TINY}{more}]", tmp_path) for more in ("", ",components=48"))
         assert [row["loss"] for row in plain.training.history] == [row["loss"] for row in kept.training.history]
 
 
@@ -251,7 +246,7 @@ class TestExport:
     @pytest.mark.parametrize("settings", ["", ",components=1", ",components=9", ",target_subspaces=9"])
     def test_it_is_a_stock_lora_with_the_biases(self, settings, tmp_path):
         """Layers without components are no target; the file is as large as `stored_bytes` says."""
-        run = trained(tmp_path, f"adamss[{TINY}{settings},learning_rate=1e-2]")
+        run = trained(f"adamss[{TINY}{settings},learning_rate=1e-2]", tmp_path)
         assert_export_is_stock_lora(run, tmp_path / "export")
         tensors = load_file(tmp_path / "export" / "adapter_model.safetensors")
         assert sum(t.numel() * t.element_size() for t in tensors.values()) == run.adaptation.stored_bytes()
@@ -269,7 +264,7 @@ class TestExport:
             assert bias is False or layer.lora_B["default"].bias.abs().max() > 1e-3
 
     def test_within_a_cut(self, tmp_path):
-        run = trained(tmp_path, f"adamss[{TINY},learning_rate=1e-2]")
+        run = trained(f"adamss[{TINY},learning_rate=1e-2]", tmp_path)
         with run.adaptation.at_rank(2):
             run.adaptation.export(tmp_path / "cut")
             inputs = run.task.collate(run.training.encoded, range(8), None).inputs

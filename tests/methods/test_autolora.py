@@ -16,6 +16,7 @@ from harness.spec import TrainSpec
 from tests.support.network import KINDS, method_training
 from tests.support.refusals import assert_refused
 from tests.support.small_lora import assert_export_is_stock_lora
+from tests.support.trained import trained
 
 LAYERS, EACH = 12, 448  # of the synthetic task, whose one component of each layer has 448 numbers
 ROWS = tuple(range(8))
@@ -26,12 +27,6 @@ FOUND = "rank=4,upper_learning_rate=0.1"  # a few steps bring the weights apart
 def test_contracts(contract, tmp_path):
     """Some layers have no components left. The default form is tried with the other methods."""
     contract(Subject(f"autolora[{FOUND},search_fraction=0.4,components=5,rule=sum,upper_every=2]", tmp_path))
-
-
-def trained(tmp_path, name, batches=24):
-    started = start(Subject(name, tmp_path), batches=batches)
-    started.training.run(lambda training: None)
-    return started
 
 
 def update_until(training, batches):
@@ -193,7 +188,7 @@ class TestEnd:
         assert factors[3:] == pytest.approx([left / 12 for left in range(12, 0, -1)])
 
     def test_sizes_over_the_run(self, tmp_path):
-        started = trained(tmp_path, f"autolora[{FOUND}]")
+        started = trained(f"autolora[{FOUND}]", tmp_path)
         ranks, shapes = started.adaptation.ranks(), started.before.shape
         final = sum(rank * sum(shapes(name)) for name, rank in ranks.items())
         sizes = [(size.batches, size.adapter_parameters, size.rank) for size in started.training.sizes.trajectory]
@@ -203,7 +198,7 @@ class TestEnd:
 
     @pytest.mark.parametrize("settings", ["", ",components=5"])
     def test_an_export_is_a_stock_lora_at_these_ranks(self, settings, tmp_path):
-        assert_export_is_stock_lora(trained(tmp_path, f"autolora[{FOUND}{settings}]"), tmp_path / "export")
+        assert_export_is_stock_lora(trained(f"autolora[{FOUND}{settings}]", tmp_path), tmp_path / "export")
 
     def test_a_threshold_that_leaves_one_component_trains_and_resumes(self, tmp_path):
         """On a convolution, a linear and a transposed layer, two of which are left without."""

@@ -16,6 +16,7 @@ from harness.task import Batch
 from tests.support.network import method_training
 from tests.support.refusals import assert_refused
 from tests.support.small_lora import assert_export_is_stock_lora
+from tests.support.trained import trained
 
 LAYERS, EACH = 12, 448  # of the synthetic task, whose one component of each layer has 448 numbers
 ROWS = tuple(range(8))
@@ -32,12 +33,6 @@ ROWS = tuple(range(8))
 def test_contracts(settings, contract, tmp_path):
     """Some layers have no components left. The default form is tried with the other methods."""
     contract(Subject(f"bilora[rank=4,learning_rate=1e-2,{settings}]", tmp_path))
-
-
-def trained(tmp_path, name, batches=24):
-    started = start(Subject(name, tmp_path), batches=batches)
-    started.training.run(lambda training: None)
-    return started
 
 
 class Two(nn.Module):
@@ -96,10 +91,10 @@ class TestTwoLevels:
         assert abs(plain[1] - unrolled[1]) > 0.05
 
     def test_joint_training_takes_all_rows_and_no_other_batch(self, tmp_path):
-        joint = trained(tmp_path, "bilora[rank=4,levels=joint]").training
+        joint = trained("bilora[rank=4,levels=joint]", tmp_path).training
         assert joint.data.drawn == {"all": 24, "lower": 0, "upper": 0}
         assert joint.index == 24
-        bilevel = trained(tmp_path, "bilora[rank=4]").training
+        bilevel = trained("bilora[rank=4]", tmp_path).training
         assert bilevel.data.drawn == {"all": 0, "lower": 12, "upper": 6}
         assert bilevel.index == 6
         first, second = (training.adaptation.values()[0] for training in (joint, bilevel))
@@ -126,7 +121,7 @@ class TestTwoLevels:
 
 class TestValues:
     def test_a_softmax_sums_to_one_in_every_layer(self, tmp_path):
-        adaptation = trained(tmp_path, "bilora[rank=4,upper_learning_rate=0.1]").adaptation
+        adaptation = trained("bilora[rank=4,upper_learning_rate=0.1]", tmp_path).adaptation
         weights = torch.stack(adaptation.component_weights()).detach()
         assert weights.min() > 0
         torch.testing.assert_close(weights.sum(1), torch.ones(LAYERS))
@@ -156,7 +151,7 @@ class TestValues:
         found = []
         for weight in (0, 50):
             name = f"bilora[rank=4,values=binary,binary_weight={weight},upper_learning_rate=0.3]"
-            L = torch.cat(trained(tmp_path, name).adaptation.component_weights()).detach()
+            L = torch.cat(trained(name, tmp_path).adaptation.component_weights()).detach()
             found.append(float((L * (1 - L)).mean()))
         assert found[1] < 0.8 * found[0]
 
@@ -198,7 +193,7 @@ class TestCut:
             np.testing.assert_allclose(own, np.array(expected).reshape(np.shape(own)), atol=1e-12)
 
     def test_sizes_over_the_run(self, tmp_path):
-        started = trained(tmp_path, "bilora[rank=4,components=6]")
+        started = trained("bilora[rank=4,components=6]", tmp_path)
         ranks, shapes = started.adaptation.ranks(), started.before.shape
         final = sum(rank * (sum(shapes(name)) + 1) for name, rank in ranks.items())
         sizes = [(size.batches, size.adapter_parameters, size.rank) for size in started.training.sizes.trajectory]
@@ -233,7 +228,7 @@ def components(adaptation):
 @pytest.mark.parametrize("settings", ["", ",values=binary", ",values=real,start_from=values", ",components=5"])
 def test_an_export_is_a_stock_lora_with_the_values_in_it(settings, tmp_path):
     name = f"bilora[rank=4,learning_rate=1e-2,upper_learning_rate=0.1{settings}]"
-    assert_export_is_stock_lora(trained(tmp_path, name), tmp_path / "export")
+    assert_export_is_stock_lora(trained(name, tmp_path), tmp_path / "export")
 
 
 def test_an_export_at_a_rank_has_the_largest_components(tmp_path):

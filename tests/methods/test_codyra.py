@@ -5,18 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from harness.contracts import Subject, start
 from harness.contracts.subject import method_of
-from harness.errors import InputError
 from harness.method import Backbone
 from harness.spec import TrainSpec
-from tests.support.refusals import assert_refused
-
-
-def trained(name, folder, batches=24):
-    started = start(Subject(name, folder), batches=batches)
-    started.training.run(lambda training: None)
-    return started
+from tests.support.refusals import assert_refused, least_that_does
+from tests.support.trained import trained
 
 
 def test_without_a_threshold_and_with_gates_of_1_it_is_lora_bit_for_bit(tmp_path):
@@ -89,12 +82,7 @@ def notes(method, batches):
 def test_the_least_budget_that_is_named_does(dense):
     """Below it the authors' loop never has a threshold."""
     method = method_of(f"codyra[values=6,dense={dense}]")
-    with pytest.raises(InputError, match="takes at least") as raised:
-        notes(method, 1)
-    least = int(str(raised.value).split()[-1])
-    notes(method, least)
-    with pytest.raises(InputError):
-        notes(method, least - 1)
+    least = least_that_does(lambda batches: notes(method, batches))
     assert not any(authors_thresholds(least - 1, dense, 6, 1.0))
 
 

@@ -20,6 +20,7 @@ from harness.run.training import Training
 from harness.spec import TrainSpec
 from methods.eva import whiten_once
 from tests.support.network import KINDS, method_training
+from tests.support.trained import trained
 
 LAYERS = 12  # of the synthetic task's BERT
 SHARED = [f"bert.encoder.layer.0.attention.self.{name}" for name in ("query", "key", "value")]  # equal inputs
@@ -28,12 +29,6 @@ SHARED = [f"bert.encoder.layer.0.attention.self.{name}" for name in ("query", "k
 def prepared(settings: str, batches: int = 24, seed: int = 0):
     run = start(Subject(f"eva[{settings}]", Path(), batches=batches), seed=seed)
     run.training.prepare()
-    return run
-
-
-def trained(name: str, batches: int = 24):
-    run = start(Subject(name, Path(), batches=batches))
-    run.training.run(lambda training: None)
     return run
 
 

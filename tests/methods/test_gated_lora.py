@@ -7,7 +7,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
-from harness.contracts import METHOD_CONTRACTS, Subject, start
+from harness.contracts import METHOD_CONTRACTS, Subject
 from harness.contracts.methods import (
     a_cut_to_a_rank_has_it_and_is_undone,
     a_run_interrupted_after_every_update_equals_the_uninterrupted_one,
@@ -20,6 +20,7 @@ from harness.contracts.subject import method_of
 from methods.shared.gated_lora import soft_threshold
 from tests.support.refusals import assert_refused
 from tests.support.small_lora import NETWORKS, FakeStep, adapted, assert_export_is_stock_lora, outputs, updates
+from tests.support.trained import trained
 
 FEW_LEFT = {
     "sora": "sora[rank=4,values=4,components=7,threshold=0,gate_ratio=2,penalty=0.5]",
@@ -32,12 +33,6 @@ NONE_LEFT = ("sora[rank=3,threshold=10]", "codyra[rank=3,threshold=10,values=2]"
 def test_contracts(contract, tmp_path):
     """Some layers have no live components left, and two learning rates."""
     contract(Subject(FEW_LEFT["sora"], tmp_path))
-
-
-def trained(name, folder, seed=0, batches=24):
-    started = start(Subject(name, folder), seed=seed, batches=batches)
-    started.training.run(lambda training: None)
-    return started
 
 
 def set_gates(adaptation, seed=1):

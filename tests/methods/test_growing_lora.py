@@ -17,6 +17,7 @@ from methods.shared.growing_lora import shared_out
 from tests.support.network import KINDS, Network, method_training
 from tests.support.refusals import assert_refused
 from tests.support.small_lora import assert_export_is_stock_lora, truncated
+from tests.support.trained import trained
 
 NAMES = ("increlora", "triadaptlora")
 ROOM = 4 + 10 + 8  # ranks of the network's convolution, linear and transposed layer together
@@ -74,12 +75,6 @@ def updates(adaptation):
     return {name: (B.flatten(1) @ A.flatten(1)).numpy() for name, (B, A) in adaptation.scaled_pairs().items()}
 
 
-def trained(tmp_path, name, batches=24):
-    started = start(Subject(name, tmp_path), batches=batches)
-    started.training.run(lambda training: None)
-    return started
-
-
 class TestSharingOut:
     def test_against_one_rank_after_the_other(self):
         rng = np.random.default_rng(0)
@@ -102,7 +97,7 @@ class TestSharingOut:
     def test_a_run_ends_at_its_target_and_never_passes_it(self, name, components, increment, tmp_path):
         """Also where rounds do not fit, which made the source's run go on growing."""
         chosen = f"{name}[components={components},increment={increment},deltaT=2]"
-        started = trained(tmp_path, chosen)
+        started = trained(chosen, tmp_path)
         sizes = started.method.sizes(LAYERS, 24)
         trajectory = [(size.batches, size.rank) for size in started.training.sizes.trajectory]
         assert [entry for entry in trajectory if entry[0]] == [entry for entry in sizes.items() if entry[0]]
@@ -117,7 +112,7 @@ class TestSharingOut:
 
     @pytest.mark.parametrize("name", NAMES)
     def test_a_round_goes_to_the_layers_of_the_highest_score(self, name, tmp_path):
-        started = trained(tmp_path, f"{name}[components=16,increment=2,tinit=4]")
+        started = trained(f"{name}[components=16,increment=2,tinit=4]", tmp_path)
         before = [1] * LAYERS
         for row in started.training.history:
             if "rank" in row:
@@ -139,7 +134,7 @@ class TestSharingOut:
         """Against a run without: the same losses until the first round, other ones once new components have trained."""
         more = "learning_rate=1e-2" + (",advance=false" if name == "increlora" else "")
         chosen = (f"{name}[components={size},tinit=5,deltaT=1,{more}]" for size in (24, LAYERS))
-        grown, fixed = (trained(tmp_path, each) for each in chosen)
+        grown, fixed = (trained(each, tmp_path) for each in chosen)
         losses = [[row["loss"] for row in started.training.history] for started in (grown, fixed)]
         same = [one == other for one, other in zip(*losses, strict=True)]
         assert all(same[:6])
@@ -256,7 +251,7 @@ def test_a_new_component_first_moves_by_the_learning_rate(name, tmp_path):
 @pytest.mark.parametrize("settings", ["components=25", "target_rank=3,scale=fixed", "components=12"])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_export_is_a_stock_lora_at_these_ranks(name, settings, tmp_path):
-    assert_export_is_stock_lora(trained(tmp_path, f"{name}[{settings}]"), tmp_path / "export")
+    assert_export_is_stock_lora(trained(f"{name}[{settings}]", tmp_path), tmp_path / "export")
 
 
 @pytest.mark.parametrize("name", NAMES)

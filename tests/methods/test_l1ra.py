@@ -23,6 +23,7 @@ from methods.l1ra import handed_out
 from tests.support.network import method_training
 from tests.support.refusals import assert_refused
 from tests.support.small_lora import NETWORKS, FakeStep, adapted, assert_export_is_stock_lora, outputs
+from tests.support.trained import trained
 
 HANDS_ON = "l1ra[rank=3,gate_learning_rate=0.3,every=0.2]"
 NONE_LEFT = "l1ra[rank=3,l1=50,every=0.2,components=30]"
@@ -40,12 +41,6 @@ CONTRACTS = (
 def test_contracts_where_nothing_is_left(contract, tmp_path):
     """All gates are 0 after every update but those that were just handed on."""
     contract(Subject(NONE_LEFT, tmp_path))
-
-
-def trained(name, folder, batches=24):
-    started = start(Subject(name, folder), batches=batches)
-    started.training.run(lambda training: None)
-    return started
 
 
 def test_with_gates_that_do_not_move_it_is_lora_bit_for_bit(tmp_path):

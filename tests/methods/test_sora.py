@@ -6,18 +6,12 @@ from torch import nn
 
 from harness.contracts import Subject, start
 from harness.contracts.subject import method_of
-from harness.errors import InputError
 from harness.method import Backbone
 from harness.spec import TrainSpec
 from tests.support.network import method_training
-from tests.support.refusals import assert_refused
+from tests.support.refusals import assert_refused, least_that_does
 from tests.support.small_lora import adapted
-
-
-def trained(name, folder, batches=24):
-    started = start(Subject(name, folder), batches=batches)
-    started.training.run(lambda training: None)
-    return started
+from tests.support.trained import trained
 
 
 def test_without_a_threshold_and_with_gates_of_1_it_is_lora_bit_for_bit(tmp_path):
@@ -119,12 +113,7 @@ def notes(method, batches):
 @pytest.mark.parametrize("settings", ["schedule=linear,values=5", "components=3"])
 def test_the_least_budget_that_is_named_does(settings, dense):
     method = method_of(f"sora[{settings},dense={dense}]")
-    with pytest.raises(InputError, match="takes at least") as raised:
-        notes(method, 1)
-    least = int(str(raised.value).split()[-1])
-    notes(method, least)
-    with pytest.raises(InputError):
-        notes(method, least - 1)
+    least = least_that_does(lambda batches: notes(method, batches))
     stages = {method.stage(used, least) for used in range(1, least + 1)}
     assert stages - {0.0} == {stage / (method.values - 1) for stage in range(1, method.values)}
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from harness.cli import main
+from harness.errors import InputError
 
 
 def assert_refused(method: str, message: str, folder: Path, capsys: Any, *options: str) -> None:
@@ -17,3 +21,15 @@ def assert_refused(method: str, message: str, folder: Path, capsys: Any, *option
     assert error.count("\n") == 1
     assert message in error
     assert not results.exists()
+
+
+def least_that_does(told: Callable[[int], Any]) -> int:
+    """The budget that the refusal of a single batch names: it does, and a batch less does not. told: what a dry run
+    says of so many batches."""
+    with pytest.raises(InputError, match="takes at least") as raised:
+        told(1)
+    least = int(str(raised.value).split()[-1])
+    told(least)
+    with pytest.raises(InputError):
+        told(least - 1)
+    return least

@@ -102,12 +102,9 @@ def rank_curves(board: Board, is_lora: IsLora) -> Figure | None:
             _finish(panel, column, "rank kept in each layer", column.metric)
         for place, column in enumerate(columns):
             of_task = axes[place * len(groups) : (place + 1) * len(groups)]
-            lowest, highest = (
-                min(panel.get_ylim()[0] for panel in of_task),
-                max(panel.get_ylim()[1] for panel in of_task),
-            )
+            lows, highs = zip(*(panel.get_ylim() for panel in of_task), strict=True)
             for number, panel in enumerate(of_task, 1):
-                panel.set_ylim(lowest, highest)
+                panel.set_ylim(min(lows), max(highs))
                 if len(groups) > 1:
                     panel.set_title(f"{column.title} ({number} of {len(groups)})", fontsize=8)
     return figure
