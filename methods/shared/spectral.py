@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.method import Adaptation, Backbone, as_matrix, is_transposed
+from harness.method import Adaptation, Backbone, as_matrix, in_modules, is_transposed
 
 if TYPE_CHECKING:
     import torch
@@ -72,9 +72,12 @@ class SpectralAdaptation(Adaptation, ABC):
 
     def stored_bytes(self) -> int:
         """See `Adaptation.stored_bytes`: of an export, which holds the singular vectors too."""
-        factors = [factor for basis in self.bases.values() for factor in self.pair(basis)]
-        head = [p for name, p in self.model.named_parameters() if p.requires_grad and f".{BASIS}." not in name]
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*factors, *head))
+        return sum(factor.nbytes for basis in self.bases.values() for factor in self.pair(basis)) + self.head_bytes()
+
+    def head_bytes(self) -> int:
+        """Bytes of the task's head."""
+        parameters = self.model.named_parameters()
+        return sum(p.nbytes for name, p in parameters if p.requires_grad and in_modules(name, self.head))
 
     def scaled_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(B, A) of every layer, (outputs, r) and (r, inputs), of a convolution with kernels; without components that

@@ -83,7 +83,7 @@ class TestTraining:
             return torch.cat([first, sigma[rank:]])
 
         starts = {name: (torch.from_numpy(sigma[:rank].copy()),) for name, (_, sigma, _) in singular_triples().items()}
-        losses, trained_values = reference_training(starts, compose, 0.05)
+        losses, trained_values = reference_training(singular_triples(), starts, compose, 0.05)
         assert [row["loss"] for row in training.history] == pytest.approx(losses, rel=1e-6)  # which are kept in float32
         for name, (_, sigma, _) in singular_triples().items():
             found = training.adaptation.bases[name].delta.detach().numpy()

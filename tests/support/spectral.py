@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +22,34 @@ def singular_triples() -> dict[str, Triples]:
     return {name: np.linalg.svd(weight.numpy(), full_matrices=False) for name, weight in weights_of().items()}
 
 
+def triples_of(adaptation: Any) -> dict[str, Triples]:
+    """Those that a run holds, whose signs are as good as any others: here they are checked to be the weights' SVD."""
+    found = {}
+    for name, (_, sigma, _) in singular_triples().items():
+        U, own, Vh = (getattr(adaptation.bases[name], part).numpy().copy() for part in ("U", "sigma", "Vh"))
+        np.testing.assert_allclose(own, sigma, atol=1e-12)
+        np.testing.assert_allclose((U * own) @ Vh, weights_of()[name].numpy(), atol=1e-12)
+        for rows in (U.T, Vh):
+            np.testing.assert_allclose(rows @ rows.T, np.eye(len(own)), atol=1e-12)
+        found[name] = U, own, Vh
+    return found
+
+
 def reference_training(
+    factors: Mapping[str, Triples],
     starts: Mapping[str, tuple[Tensor, ...]],
     compose: Callable[..., Tensor],
     learning_rate: float,
     batches: int = 12,
 ) -> tuple[list[float], dict[str, tuple[nn.Parameter, ...]]]:
-    """The losses, and what has trained, where each weight is U C V^T, C composed of (layer, sigma, *what trains): its
-    diagonal, (d,), or the whole, (d, d). By AdamW and gradients clipped at 1, on the batches of `method_training`."""
+    """The losses, and what has trained, where each weight is U C V^T with these factors, and C is composed of (layer,
+    sigma, *what trains): its diagonal, (d,), or the whole, (d, d).
+
+    By AdamW and gradients clipped at 1, on the batches of `method_training`.
+    """
     training = method_training(make_method("head", {}), batches=batches)
     model, head = training.adaptation.model, training.adaptation.model.get_submodule("head")
-    triples = {name: tuple(map(torch.from_numpy, found)) for name, found in singular_triples().items()}
+    triples = {name: tuple(map(torch.from_numpy, found)) for name, found in factors.items()}
     values = {name: tuple(nn.Parameter(start.clone()) for start in starts[name]) for name in KINDS}
     trained = [*(value for own in values.values() for value in own), *head.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
