@@ -45,7 +45,7 @@ def test_contracts_of_empty_parts(settings, tmp_path):
             a_run_interrupted_after_every_update_equals_the_uninterrupted_one,
         )
     ):
-        contract(Subject(f"salt[{settings}]", tmp_path / str(place), batches=6))
+        contract(Subject(f"salt[{settings}]", tmp_path / str(place), batches=4))
 
 
 def salt(**settings):
