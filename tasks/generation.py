@@ -14,7 +14,7 @@ from harness.errors import Diverged, InputError
 from harness.metric import Metric, mean_of
 from harness.splits import fingerprint_of
 from harness.task import Batch, Examples, Task
-from tasks import own, pretrained
+from tasks import own, pretrained, text_sample
 from tasks.cache import cached
 from tasks.hub import Rows, first_split, read_split
 from tasks.pairs import PROMPT, EncodedPairs, decoded, padded, tokenized
@@ -229,6 +229,14 @@ class Generation(Task, own.TableFile):
             model, _tokenizer_of(model), batch, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
         )
         return torch.cat([(sums / counts)[:, None], found.logits[0].float()], dim=1)
+
+    def text_windows(
+        self, sample: str, count: int, module: nn.Module, model: str | None, data_root: str | None
+    ) -> np.ndarray | None:
+        return text_sample.windows(sample, count, module, self.model_name(model), data_root)
+
+    def window_losses(self, model: nn.Module, ids: Tensor) -> Tensor:
+        return text_sample.window_losses(model, ids)
 
 
 def _tensor(array: np.ndarray) -> Tensor:
