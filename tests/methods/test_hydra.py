@@ -286,7 +286,7 @@ def test_advice_is_a_lora_of_both_ranks():
         ),
         ("sequential_rank=-1", "hydra.sequential_rank = -1 is not allowed"),
         ("scale=0", "hydra.scale = 0"),
-        ("optimizer=galore", "unknown parameter of hydra 'optimizer'"),
+        ("optimizer=galore", "Methods with 'optimizer': full."),
     ],
 )
 def test_bad_settings_are_one_line_and_nothing_is_written(settings, message, tmp_path, capsys):
