@@ -52,6 +52,7 @@ METHODS = [
     "lora_pro[rank=4]",
     "svfit[rank=4]",
     "salt[head=3,rank=2]",
+    "hydra[parallel_rank=2,sequential_rank=3]",
     "plop[rank=2,types=2,batches=2]",
     "lora_squeeze[rank=4,squeeze=in_training,components=7]",
     "sora[rank=4,threshold=0.05]",
