@@ -30,7 +30,7 @@ from harness.record.record import RunRecord
 from harness.record.store import RecordStore
 from harness.report import redact
 from harness.report.build import build_report
-from harness.report.forms.card import model_card
+from harness.report.forms.card import OWN_FORMATS, model_card
 from harness.report.forms.data import csv_text
 from harness.report.forms.page import page
 from harness.report.redact import cut, handed_on, last_part, model_name, plain_text
@@ -296,10 +296,10 @@ class TestExport:
         results = place / "results"
         options = ["--tasks", "glue/rte", "--batches", "2", "--model", str(place / "bert"), "--save-adapter"]
         options += ["--data-root", str(place / "data"), "--results", str(results), "--executor", "serial"]
-        methods = "head,lora,hadapter,debora,bitfit,peft[type=ia3]"
+        methods = "head,lora,hadapter,debora,bitfit,sara,peft[type=ia3]"
         assert cli.main(["run", "--methods", methods, *options]) == 0
         records = RecordStore(results).records()
-        assert len(records) == 6
+        assert len(records) == 7
         for run in records:
             to = tmp_path / "out" / run.run_id
             assert cli.main(["export", run.run_id, "--to", str(to), "--results", str(results)]) == 0
@@ -463,12 +463,14 @@ class TestCard:
         [
             ("adapter_config.json", "PeftModel.from_pretrained"),
             ("bottleneck.json", "from methods.bottleneck import load"),
+            ("sara.json", "from methods.sara import load"),
             ("trained.safetensors", "model.load_state_dict("),
         ],
     )
     def test_it_says_how_the_export_is_loaded(self, name: str, loader: str) -> None:
         run = record()
-        loaders = ("PeftModel.from_pretrained", "from methods.bottleneck import load", "model.load_state_dict(")
+        own = (f"from methods.{each} import load" for each in OWN_FORMATS)
+        loaders = ("PeftModel.from_pretrained", *own, "model.load_state_dict(")
         card = model_card(run, boards(run), sorted({name, "trained.safetensors"}), "ours: x")
         assert [each for each in loaders if each in card] == [loader]
 

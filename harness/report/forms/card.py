@@ -32,17 +32,21 @@ model.load_state_dict(load_file("PATH/TO/THIS/FOLDER/trained.safetensors"), stri
 ```
 
 The file holds the trained weights under the names they have in the model above."""
-BOTTLENECK = """```python
+OWN = """```python
 from pathlib import Path
 
-from methods.bottleneck import load
+from methods.{name} import load
 
 load(model, Path("PATH/TO/THIS/FOLDER"))
 ```
 
 `model` is the model above with a head of the task's size; this puts the adapters and the head into it. It needs this
 package: stock PEFT has no such adapters."""
-LOADED_BY = {"adapter_config.json": PEFT, "bottleneck.json": BOTTLENECK}  # by the file that tells what an export is
+OWN_FORMATS = ("bottleneck", "sara")  # modules of `methods` whose exports have a file of that name
+LOADED_BY = {  # by the file that tells what an export is
+    "adapter_config.json": PEFT,
+    **{f"{name}.json": OWN.format(name=name) for name in OWN_FORMATS},
+}
 
 
 def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str], provenance: str) -> str:
