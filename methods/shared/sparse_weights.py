@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from harness.backbone import as_matrix
+from harness.method import as_matrix
 
 Places = Mapping[str, Tensor]  # by layer: places in the weight flattened as it is stored, int64, ascending
 
