@@ -13,6 +13,7 @@ GROUPS = (  # in the order of `list`
     "ranks after training",
     "any rank",
     "modules chosen",
+    "routed",
     "not low-rank",
     "whole model",
     "controls",
