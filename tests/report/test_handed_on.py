@@ -463,12 +463,15 @@ class TestCard:
         [
             ("adapter_config.json", "PeftModel.from_pretrained"),
             ("bottleneck.json", "from methods.bottleneck import load"),
+            ("flylora.json", "from methods.flylora import load"),
+            ("mora.json", "from methods.mora import load"),
             ("trained.safetensors", "model.load_state_dict("),
         ],
     )
     def test_it_says_how_the_export_is_loaded(self, name: str, loader: str) -> None:
         run = record()
-        loaders = ("PeftModel.from_pretrained", "from methods.bottleneck import load", "model.load_state_dict(")
+        own = (f"from methods.{method} import load" for method in ("bottleneck", "flylora", "mora"))
+        loaders = ("PeftModel.from_pretrained", *own, "model.load_state_dict(")
         card = model_card(run, boards(run), sorted({name, "trained.safetensors"}), "ours: x")
         assert [each for each in loaders if each in card] == [loader]
 

@@ -42,7 +42,21 @@ load(model, Path("PATH/TO/THIS/FOLDER"))
 
 `model` is the model above with a head of the task's size; this puts the adapters and the head into it. It needs this
 package: stock PEFT has no such adapters."""
-LOADED_BY = {"adapter_config.json": PEFT, "bottleneck.json": BOTTLENECK}  # by the file that tells what an export is
+ROUTED = """```python
+from pathlib import Path
+
+from methods.{method} import load
+
+model = load(model, Path("PATH/TO/THIS/FOLDER"))
+```
+
+`model` is the model above with a head of the task's size; this puts the adapter and the head into it. It needs this
+package: what the adapter adds depends on the token, and stock PEFT has no such adapters."""
+LOADED_BY = {  # by the file that tells what an export is
+    "adapter_config.json": PEFT,
+    "bottleneck.json": BOTTLENECK,
+    **{f"{method}.json": ROUTED.format(method=method) for method in ("flylora", "mora")},
+}
 
 
 def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str], provenance: str) -> str:
