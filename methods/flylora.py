@@ -23,16 +23,18 @@ BIAS = "load_bias"  # d: a buffer of A's module
 class FlyLora(RoutedLora):
     """FlyLoRA (Zou et al., 2025): a frozen sparse A; a token uses its top k outputs, so no stock LoRA if k < rank.
 
-    The update of a token x is (alpha / rank) B (y o m) with y = A x. m is 1 at the k largest of |y + d|
-    (selection=magnitude, the paper and the authors' single file) or of y + d (selection=value, their fork of PEFT).
-    Every row of A, of r, has floor(n k / r) of its n entries drawn from N(0, 1 / r^2), the others 0; A never trains.
-    After an update, d + balance_step * sign(mean count - count) takes the place of d, where a component's count is that
-    of the batch's tokens that have chosen it, padding left out. B alone trains: r outputs a layer.
+    The update of a token x is (alpha / rank) B (y o m) with y = A x. m is 1 at the k largest scores, which `selection`
+    makes of y and d. Every row of A, of r, has floor(n k / r) of its n entries drawn from N(0, 1 / r^2), the others 0;
+    A never trains. After an update, d + balance_step * sign(mean count - count) takes the place of d, where a
+    component's count is that of the batch's tokens that have chosen it, padding left out. B alone trains.
+
+    The authors' fork of PEFT chooses by y + d, their single file by |y + d|. The paper says by magnitude. |y + d| grows
+    with |d| whatever its sign, so that d balances nothing there; |y| + d is ours.
 
     With top_k = rank nothing is chosen: a LoRA with a frozen A, as LoRA-FA (Zhang et al., 2023), exported as one.
     """
 
-    provenance = "from the authors' code; tokens are counted without padding, once an update"
+    provenance = "from the authors' code; that d is added to magnitudes, and that padding does not count, is ours"
     name: ClassVar[str] = "flylora"
     frozen: ClassVar[bool] = True
 
@@ -40,14 +42,17 @@ class FlyLora(RoutedLora):
     rank: int = Field(
         32, ge=1, description="components of every layer, at most its smaller side", json_schema_extra={"peft": "r"}
     )
-    selection: Literal["magnitude", "value"] = Field(
-        "magnitude", description="what a token's components are chosen by: |y + d|, or y + d"
+    selection: Literal["magnitude", "value", "shifted"] = Field(
+        "magnitude", description="what components are chosen by: |y| + d (ours), y + d (the fork) or |y + d| (the file)"
     )
     balance_step: float = Field(
         1e-3, ge=0, description="u: how far an update moves d, which evens out how often components are chosen"
     )
     alpha: float = Field(
-        64.0, gt=0, description="the update is scaled by alpha / rank", json_schema_extra={"peft": "lora_alpha"}
+        64.0,
+        gt=0,
+        description="the update is scaled by alpha / rank, with components too",
+        json_schema_extra={"peft": "lora_alpha"},
     )
 
     @property
@@ -68,8 +73,9 @@ class FlyLora(RoutedLora):
         """See `RoutedLora.route`. The choice has no gradient; what is chosen has its own, to the layer's input."""
         from methods.shared.router import top_k
 
-        scores = activations.detach() + router.get_buffer(BIAS)
-        if self.selection == "magnitude":
+        y, d = activations.detach(), router.get_buffer(BIAS)
+        scores = y.abs() + d if self.selection == "magnitude" else y + d
+        if self.selection == "shifted":
             scores = scores.abs()
         chosen = top_k(scores, self.chosen(scores.shape[-1]))
         return activations * chosen, chosen

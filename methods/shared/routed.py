@@ -53,8 +53,7 @@ class RoutedLora(LoraMethod, ABC):
     components: int | None = Field(
         None,
         ge=1,
-        description="components of all layers together, spread evenly, instead of rank in each; rank is then that of "
-        "the scale alone",
+        description="components of all layers together, spread evenly, instead of rank in each",
     )
     top_k: int | None = Field(
         None, ge=1, description="components of a layer that a token uses; a quarter of them if unset, at least one"
@@ -199,8 +198,9 @@ class RoutedLoraAdaptation(LoraAdaptation):
 
     def stored_bytes(self) -> int:
         """See `Adaptation.stored_bytes`: of what `export` writes, a frozen A included."""
-        buffers = (buffer for router in self.routers.values() for buffer in router.buffers())
-        return super().stored_bytes() + sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+        whole, routers = self.method.is_routed(self.ranks()), self.routers.values()
+        held = [value for router in routers for name, value in router.named_buffers() if whole or name == "weight"]
+        return super().stored_bytes() + sum(value.numel() * value.element_size() for value in held)
 
     def scaled_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """See `LoraAdaptation.scaled_pairs`. Raises ValueError where tokens choose: there is no such pair."""

@@ -30,7 +30,7 @@ from harness.record.record import RunRecord
 from harness.record.store import RecordStore
 from harness.report import redact
 from harness.report.build import build_report
-from harness.report.forms.card import OWN_FORMATS, model_card
+from harness.report.forms.card import model_card
 from harness.report.forms.data import csv_text
 from harness.report.forms.page import page
 from harness.report.redact import cut, handed_on, last_part, model_name, plain_text
@@ -464,12 +464,16 @@ class TestCard:
             ("adapter_config.json", "PeftModel.from_pretrained"),
             ("bottleneck.json", "from methods.bottleneck import load"),
             ("sara.json", "from methods.sara import load"),
+            ("flylora.json", "from methods.flylora import load"),
+            ("mora.json", "from methods.mora import load"),
+            ("queryable_lora.json", "from methods.queryable_lora import load"),
             ("trained.safetensors", "model.load_state_dict("),
         ],
     )
     def test_it_says_how_the_export_is_loaded(self, name: str, loader: str) -> None:
         run = record()
-        own = (f"from methods.{each} import load" for each in OWN_FORMATS)
+        own_formats = ("bottleneck", "sara", "flylora", "mora", "queryable_lora")
+        own = (f"from methods.{method} import load" for method in own_formats)
         loaders = ("PeftModel.from_pretrained", *own, "model.load_state_dict(")
         card = model_card(run, boards(run), sorted({name, "trained.safetensors"}), "ours: x")
         assert [each for each in loaders if each in card] == [loader]

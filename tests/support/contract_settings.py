@@ -14,6 +14,7 @@ PARAMETERS = {
     "diffora": "diffora[rank=4,upper_learning_rate=0.1]",
     "flylora": "flylora[rank=8,top_k=3,balance_step=0.02]",
     "queryable_lora": "queryable_lora[rank=4,atoms=3]",
+    "mora": "mora[rank=4,threshold=0.1]",
     "eva": "eva[rank=2,tau=0.5]",
     "plop": "plop[rank=4,batches=2]",
     "gora": "gora[rank=4,batches=3,learning_rate=1e-3]",

@@ -32,20 +32,30 @@ model.load_state_dict(load_file("PATH/TO/THIS/FOLDER/trained.safetensors"), stri
 ```
 
 The file holds the trained weights under the names they have in the model above."""
-OWN = """```python
+IN_PLACE = """```python
 from pathlib import Path
 
-from methods.{name} import load
+from methods.{method} import load
 
 load(model, Path("PATH/TO/THIS/FOLDER"))
 ```
 
 `model` is the model above with a head of the task's size; this puts the adapters and the head into it. It needs this
 package: stock PEFT has no such adapters."""
-OWN_FORMATS = ("bottleneck", "sara")  # modules of `methods` whose exports have a file of that name
+ROUTED = """```python
+from pathlib import Path
+
+from methods.{method} import load
+
+model = load(model, Path("PATH/TO/THIS/FOLDER"))
+```
+
+`model` is the model above with a head of the task's size; this puts the adapter and the head into it. It needs this
+package: what the adapter adds depends on the token, and stock PEFT has no such adapters."""
 LOADED_BY = {  # by the file that tells what an export is
     "adapter_config.json": PEFT,
-    **{f"{name}.json": OWN.format(name=name) for name in OWN_FORMATS},
+    **{f"{method}.json": IN_PLACE.format(method=method) for method in ("bottleneck", "sara")},
+    **{f"{method}.json": ROUTED.format(method=method) for method in ("flylora", "mora", "queryable_lora")},
 }
 
 
