@@ -16,7 +16,7 @@ from tests.support.small_lora import assert_export_is_stock_lora
 from tests.support.trained import trained
 
 SETTINGS = "rank=4,atoms=5,top_k=3,components=30,dropout=0.1,spread=0.5"
-LAYERS = ("first", "second")
+LAYERS = ("first", "second", "third")
 
 
 @pytest.mark.parametrize("contract", METHOD_CONTRACTS, ids=lambda contract: contract.__name__)
@@ -30,20 +30,20 @@ def queryable(**settings):
 
 
 class Tokens(nn.Module):
-    """(examples, tokens, 6) to (examples, tokens, 5)."""
+    """(examples, tokens, 6) to (examples, tokens, 5), linear layers with tanh between them."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Linear(6, 7), nn.Linear(7, 5)
+        self.first, self.second, self.third = nn.Linear(6, 7), nn.Linear(7, 6), nn.Linear(6, 5)
 
     def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))
+        return self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
 def on_tokens(**settings):
-    """A run on two layers in float64, with random pairs; 5 components are 3 in the first and 2 in the second."""
+    """A run on three layers in float64, with random pairs; 7 components are 3 in the first and 2 in the others."""
     torch.manual_seed(0)
-    method = queryable(**{"components": 5, "atoms": 4, "spread": 0.7} | settings)
+    method = queryable(**{"components": 7, "atoms": 4, "spread": 0.7} | settings)
     backbone = Backbone(Tokens().double(), (), LAYERS)
     adaptation = method.start(backbone, TrainSpec(batches=1), None, torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -62,7 +62,7 @@ def bank_of(adaptation):
 
 
 def by_hand(adaptation, x):
-    """One token, (6,), through both layers: the output and C of each layer, from the page's equations."""
+    """One token, (6,), through all layers: the output and C of each layer, from the page's equations."""
     bank = bank_of(adaptation)
     M, K, Q = (p.detach().numpy() for p in (bank.atoms, bank.keys, bank.query))
     most, states, used = Q.shape[0], [], []
@@ -80,7 +80,7 @@ def by_hand(adaptation, x):
         states.append(np.concatenate([C @ z, np.zeros(most - r)]))
         used.append(C)
         x = base.weight.detach().numpy() @ x + base.bias.detach().numpy() + layer.scaling["default"] * B @ (C @ z)
-        x = np.tanh(x) if name == "first" else x
+        x = np.tanh(x) if name != "third" else x
     return x, used
 
 
@@ -191,11 +191,11 @@ class TestLimits:
 
 def test_parameters_are_loras_and_the_shared_ones():
     adaptation = on_tokens()
-    pairs = 3 * (6 + 7) + 2 * (7 + 5)
+    pairs = 3 * (6 + 7) + 2 * (7 + 6) + 2 * (6 + 5)
     assert adaptation.adapter_parameters() == pairs + 4 * 9 + 4 * 3 + 3 * 6
-    assert adaptation.ranks() == {"first": 3, "second": 2}
-    (told,) = queryable(components=5).notes(Backbone(Tokens(), (), LAYERS), TrainSpec(batches=4), 8)
-    assert told.startswith("5 components in 2 layers, which share 4 atoms, 66 parameters with keys and query; a token ")
+    assert adaptation.ranks() == {"first": 3, "second": 2, "third": 2}
+    (told,) = queryable(components=7).notes(Backbone(Tokens(), (), LAYERS), TrainSpec(batches=4), 8)
+    assert told.startswith("7 components in 3 layers, which share 4 atoms, 66 parameters with keys and query; a token ")
 
 
 def test_an_export_loads_into_a_new_model(tmp_path):
