@@ -90,6 +90,8 @@ class RoutedLora(LoraMethod, ABC):
         if not backbone.layers:
             return backbone.without_layers("linear layer")
         targets = backbone.targets(self.target_modules)
+        if (reason := unfit(backbone, list(targets), "a choice for every token")) is not None:
+            return reason
         check_spread(self.components, self.rank, backbone, targets)
         ranks = self.layer_ranks(backbone)
         fewest = min(ranks, key=lambda name: ranks[name])
@@ -97,7 +99,7 @@ class RoutedLora(LoraMethod, ABC):
             raise InputError(
                 f"top_k = {self.top_k} is above the {ranks[fewest]} components of layer '{fewest}'", "top_k"
             )
-        return unfit(backbone, list(targets), "a choice for every token")
+        return None
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
         """See `Method.notes`: what a token uses, and where the adapter can be used."""

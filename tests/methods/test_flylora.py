@@ -298,6 +298,6 @@ def test_bad_settings_are_one_line_and_nothing_is_written(settings, message, tmp
 
 def test_a_convolution_is_a_reason():
     module = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 4))
-    told = flylora(rank=2).unsupported(Backbone(module, (), ("0", "2")))
+    told = flylora().unsupported(Backbone(module, (), ("0", "2")))
     assert told == "a choice for every token is for linear layers, and layer '0' is a convolution"
     assert flylora(rank=2, target_modules=["2"]).unsupported(Backbone(module, (), ("0", "2"))) is None
