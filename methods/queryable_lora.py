@@ -25,7 +25,7 @@ CHOSEN = 2  # atoms of a token where nothing else is said
 
 
 class QueryableLora(RoutedLora):
-    """In the style of Queryable LoRA (2026): a query of each token mixes r x r atoms of all layers; no stock LoRA.
+    """In the style of Queryable LoRA (2026): a query of each token mixes r x r atoms of all layers.
 
     The update of a token x is scale B C(x) A x. C(x) is a convex combination of the `top_k` of the `atoms` whose keys
     answer the token's query best, with a softmax of their answers for weights. The query is linear in the low-rank
@@ -39,6 +39,7 @@ class QueryableLora(RoutedLora):
     """
 
     provenance = "reimplementation: the source leaves open all formulas but B C(x) A, every size and the start"
+    own_format = True
     name: ClassVar[str] = "queryable_lora"
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")

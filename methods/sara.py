@@ -25,7 +25,7 @@ PLACES, VALUES = ".weight.places", ".weight.values"  # ends of names in an expor
 
 
 class Sara(Method):
-    """SaRA (Hu et al., 2025): the smallest weights train, under a nuclear norm; stock PEFT cannot hold the update.
+    """SaRA (Hu et al., 2025): the smallest weights train, under a nuclear norm.
 
     Of the adapted layers' weights the smallest train: a `share` of all, or as many as `parameters` says, or those below
     an absolute `threshold`. The others stay as they are. At `reselect_at` those that have grown to the threshold keep
@@ -38,6 +38,7 @@ class Sara(Method):
 
     provenance = "from the authors' code; a share or number of weights for the threshold is ours"
     group = "not low-rank"
+    own_format = True
     capabilities = ("linear", "conv2d")
     traces: ClassVar[tuple[Trace, ...]] = (Trace("trained", "weights in training", drawing="steps"),)
 

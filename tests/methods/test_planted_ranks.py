@@ -27,6 +27,7 @@ NO_RESULT = {  # of a method that cannot work on this network
     "plop": "all layers are of one module type",
     "flylora": "what is trained is no change of the layers' weights",
     "mora": "what is trained is no change of the layers' weights",
+    "queryable_lora": "what is trained is no change of the layers' weights",
 }
 NEEDED = {"peft": "peft[type=lora]"}  # what has no default
 
