@@ -46,6 +46,7 @@ class RoutedLora(LoraMethod, ABC):
     )
     name: ClassVar[str]  # of the method, and of the file that tells of its export
     frozen: ClassVar[bool] = False  # A does not train
+    own_format: ClassVar[bool] = True
 
     rank: int = Field(
         8, ge=1, description="components of every layer, at most its smaller side", json_schema_extra={"peft": "r"}

@@ -465,12 +465,14 @@ class TestCard:
             ("bottleneck.json", "from methods.bottleneck import load"),
             ("flylora.json", "from methods.flylora import load"),
             ("mora.json", "from methods.mora import load"),
+            ("weight_updates.json", "from methods.shared.weight_updates import load"),
             ("trained.safetensors", "model.load_state_dict("),
         ],
     )
     def test_it_says_how_the_export_is_loaded(self, name: str, loader: str) -> None:
         run = record()
-        own = (f"from methods.{method} import load" for method in ("bottleneck", "flylora", "mora"))
+        modules = ("bottleneck", "flylora", "mora", "shared.weight_updates")
+        own = (f"from methods.{module} import load" for module in modules)
         loaders = ("PeftModel.from_pretrained", *own, "model.load_state_dict(")
         card = model_card(run, boards(run), sorted({name, "trained.safetensors"}), "ours: x")
         assert [each for each in loaders if each in card] == [loader]
