@@ -148,18 +148,21 @@ def without_padding(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     examples, and batches of models without a mask, are taken whole.
     """
     mask: Tensor | None = None
+    real: Tensor | None = None  # places of what is no padding, found once a batch: a device is waited for
 
     def keep_mask(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        nonlocal mask
+        nonlocal mask, real
         given = inputs.get("attention_mask")
-        mask = given.bool() if isinstance(given, Tensor) and given.dim() == 2 else None
+        mask = given if isinstance(given, Tensor) and given.dim() == 2 else None
+        real = None if mask is None else mask.flatten().nonzero().flatten()
 
     def rows(values: Tensor) -> Tensor:
-        if mask is not None and values.dim() == 3 and values.shape[:2] == mask.shape:
-            return values[mask]
-        if mask is not None and values.dim() == 2 and len(values) == mask.numel():
-            return values[mask.flatten()]  # flattened by the model, as OPT does
-        return values.flatten(0, -2)
+        found = values.flatten(0, -2)
+        if mask is None or real is None:
+            return found
+        whole = values.dim() == 3 and values.shape[:2] == mask.shape
+        flattened = values.dim() == 2 and len(values) == mask.numel()  # by the model, as OPT does
+        return found[real] if whole or flattened else found
 
     with model.register_forward_pre_hook(keep_mask, with_kwargs=True):
         yield rows

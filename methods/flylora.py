@@ -104,6 +104,10 @@ class FlyLoraAdaptation(RoutedLoraAdaptation):
 
     method: FlyLora
 
+    def is_counted(self, step: Step) -> bool:
+        """See `RoutedLoraAdaptation.is_counted`: d needs it."""
+        return self.method.balance_step > 0 or super().is_counted(step)
+
     def after_step(self, step: Step) -> dict[str, Any]:
         """See `RoutedLoraAdaptation.after_step`. d follows the counts of the update's batch, all its micro batches."""
         for name, count in self.counts.items():

@@ -46,6 +46,7 @@ class RoutedLora(LoraMethod, ABC):
     )
     name: ClassVar[str]  # of the method, and of the file that tells of its export
     frozen: ClassVar[bool] = False  # A does not train
+    own_format: ClassVar[bool] = True
 
     rank: int = Field(
         8, ge=1, description="components of every layer, at most its smaller side", json_schema_extra={"peft": "r"}
@@ -135,8 +136,8 @@ class RoutedLora(LoraMethod, ABC):
 class RoutedLoraAdaptation(LoraAdaptation):
     """One run.
 
-    counts: of each layer, how many tokens of the update's batch have chosen each component, (r,) int64; padding, where
-    the model is given an attention_mask, is not counted.
+    counts: of each layer, how many tokens of the update's batch have chosen each component, (r,) int64, where that is
+    counted; padding, where the model is given an attention_mask, is not.
     """
 
     written_by_peft = False
@@ -155,12 +156,19 @@ class RoutedLoraAdaptation(LoraAdaptation):
         self.routers = routers
         self.counts: dict[str, Tensor] = {}
 
-    @contextlib.contextmanager
-    def for_batch(self, step: Step) -> Iterator[None]:
+    def is_counted(self, step: Step) -> bool:
+        """Whether this update counts what its tokens choose."""
+        return step.index % EVERY == 0
+
+    def for_batch(self, step: Step) -> contextlib.AbstractContextManager[None] | None:
         """See `Adaptation.for_batch`: what its tokens choose is counted."""
+        self.counts = {}
+        return self._counting() if self.is_counted(step) else None
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
         from harness.passes import without_padding
 
-        self.counts = {}
         with without_padding(self.backbone_module) as rows:
             try:
                 for name, router in self.routers.items():
@@ -179,7 +187,7 @@ class RoutedLoraAdaptation(LoraAdaptation):
         where all components are chosen equally often, r / k where all tokens choose the same."""
         import torch
 
-        if not self.counts or (step.index % EVERY and step.used < step.budget):
+        if not self.counts or step.index % EVERY:
             return {}
         shares = [count.max() / count.double().mean() for count in self.counts.values()]
         return {"imbalance": torch.stack(shares).mean()}
