@@ -31,7 +31,9 @@ class TrainSpec(Strict):
     micro_batches: int = Field(
         1, ge=1, le=MOST, description="pieces a batch is cut into to save memory (gradient accumulation)"
     )
-    schedule: Literal["linear", "constant"] = Field("linear", description="learning-rate decay after the warm-up")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="learning-rate decay after the warm-up: linear or cosine to 0, or constant"
+    )
     warmup: float = Field(0.06, ge=0, lt=1, description="share of the budget over which the learning rate rises")
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
     group_by_length: bool = Field(False, description="put examples of similar length into one batch: less padding")

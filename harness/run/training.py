@@ -187,16 +187,17 @@ class Training:
         return self._rng[1]
 
     def _schedule_factor(self) -> float:
-        """Linear warm-up from 0, then linear decay to 0 or constant, as in transformers' schedules; times the warm-up
-        that a method has restarted."""
+        """Linear warm-up from 0, then linear decay to 0, half a cosine to 0, or constant, as in transformers' schedules;
+        times the warm-up that a method has restarted."""
         start, length = self.rewarm
         again = min(1.0, (self.used - start) / length) if length else 1.0
         budget, done = self.budget - self.schedule_start, self.used - self.schedule_start
         warmup = math.ceil(self.train.warmup * budget)
         if done < warmup:
             return again * done / warmup
-        decayed = 1.0 if self.train.schedule == "constant" else (budget - done) / max(1, budget - warmup)
-        return again * max(0.0, decayed)
+        left = max(0.0, (budget - done) / max(1, budget - warmup))
+        decayed = {"linear": left, "cosine": 0.5 * (1.0 - math.cos(math.pi * left)), "constant": 1.0}
+        return again * decayed[self.train.schedule]
 
     def fetch(self) -> None:
         """Move the history's waiting rows off the device. Raises Diverged where a loss is not finite."""
