@@ -68,6 +68,12 @@ class Place(Strict):
     path: str | None = Field(None, description="the user's own data, of a task that is called with a path")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     trust_remote_code: bool = Field(False, description="let transformers run code that comes with a Hub model")
+    evaluation_batch_size: int | None = Field(
+        None, ge=1, le=MOST, description="examples in a batch of an evaluation; unset: twice the training's batch size"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="keep the activations of no block, and compute them again: less memory, the same losses"
+    )
     checkpoint_every: int = Field(
         0, ge=0, le=MOST, description="batches between whole-state checkpoints; 0 writes none"
     )

@@ -188,7 +188,7 @@ class LowerSystem:
         self.s = [layer.debora_s[ADAPTER] for layer in layers]
         with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
             loss = step.loss(batch)
-        grads = torch.autograd.grad(loss, self.factors, create_graph=True, materialize_grads=True)
+            grads = torch.autograd.grad(loss, self.factors, create_graph=True, materialize_grads=True)
         self.gradient = self.project(grads)
 
     def project(self, vectors: Sequence[Tensor]) -> Tensor:

@@ -24,7 +24,6 @@ from harness.record.record import RunRecord
 from harness.record.store import RecordStore
 from harness.report.board.runs import every_split, runs_of
 from harness.run import checkpoint, run, training
-from harness.run.memory import PeakMemory
 from harness.run.run import run_one
 from harness.spec import Execution, Place
 from harness.storage import Damaged
@@ -324,17 +323,6 @@ def test_a_damaged_record_is_named_and_made_again(store, tmp_path):
     assert store.damaged() == [record.run_id]
     assert run_one(spec(tmp_path), store).result() == record.result()
     assert store.damaged() == []
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
-def test_peak_memory_is_that_of_this_run_alone():
-    before = torch.ones(2**26)  # 256 MiB that an earlier run holds
-    peak = PeakMemory(torch.device("cpu"))
-    passing = torch.ones(2**25)
-    del passing
-    assert 0.9 * 2**27 < peak.bytes() < 1.5 * 2**27
-    del before
-    assert PeakMemory(torch.device("cpu")).bytes() < 2**24
 
 
 def test_an_unwritable_results_folder(tmp_path):

@@ -10,8 +10,9 @@ from harness.errors import Diverged
 from harness.method import Adaptation, Backbone
 from harness.optimizer import adamw
 from harness.run import checkpoint
+from harness.run.prediction import predict
 from harness.run.streams import TrainingData, derived_seed
-from harness.run.training import Training, predict
+from harness.run.training import Training
 from harness.spec import TrainSpec
 
 
