@@ -270,6 +270,8 @@ def _metrics(record: RunRecord, history: list[dict[str, Any]], started: int) -> 
     ):
         final[name] = getattr(record, name)
     final |= {"batches": record.batches, "updates": record.updates}
+    if record.forgetting is not None:
+        final |= {"forgetting": record.forgetting.rise}
     end = started + round(total)
     found += [Metric("score_at_rank", value, end, rank) for rank, value in record.rank_curve.items()]
     return found + [
