@@ -14,6 +14,7 @@ from harness.record.store import RecordStore
 from harness.run.prediction import predict
 from harness.run.run import run_one
 from harness.spec import Place
+from scripts.gpu_check_parts import RandomBert
 
 AGAIN = Place(gradient_checkpointing=True)
 
@@ -30,6 +31,13 @@ AGAIN = Place(gradient_checkpointing=True)
 )
 def test_losses_are_bit_equal_with_passes_of_the_method_s_own(method, tmp_path):
     gradient_checkpointing_changes_no_loss(Subject(method, tmp_path))
+
+
+def test_second_derivatives_go_through_blocks_whose_attention_has_none_of_its_own(tmp_path):
+    """Without dropout torch takes a fused kernel; the second pass has to do without it as the first did."""
+    task = RandomBert(blocks=1, width=16, tokens=8, device="cpu")
+    method = "debora[rank=2,T_max=1,hypergradient=implicit,iterations=2,components=3]"
+    gradient_checkpointing_changes_no_loss(Subject(method, tmp_path, task, batches=16, batch_size=2))
 
 
 def calls(method, place, tmp_path):
