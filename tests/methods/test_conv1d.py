@@ -50,6 +50,7 @@ METHODS = [
     "gora[rank=4,batches=2]",
     "ralora[rank=2,batches=2]",
     "lora_pro[rank=4]",
+    "hydra[parallel_rank=2,sequential_rank=3]",
     "plop[rank=2,types=2,batches=2]",
     "lora_squeeze[rank=4,squeeze=in_training,components=7]",
     "sora[rank=4,threshold=0.05]",
