@@ -23,7 +23,7 @@ from harness.record.environment import device_of
 from harness.record.record import RunRecord
 from harness.record.store import RecordStore
 from harness.report.board.runs import every_split, runs_of
-from harness.run import checkpoint, run, training
+from harness.run import checkpoint, prediction, run
 from harness.run.run import run_one
 from harness.spec import Execution, Place
 from harness.storage import Damaged
@@ -95,7 +95,7 @@ def test_the_evaluation_split_is_read_once_at_the_end(store, tmp_path, monkeypat
 
     def predict(adaptation, task, encoded, references, *rest):
         predicted.append(len(references))
-        return training.predict(adaptation, task, encoded, references, *rest)
+        return prediction.predict(adaptation, task, encoded, references, *rest)
 
     monkeypatch.setattr(run, "predict", predict)
     monkeypatch.setattr(Adaptation, "finish", lambda self, step: counted.append(list(predicted)))
