@@ -152,8 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     difference = _command(commands, "diff", "how two runs differ: spec, versions, metrics, ranks", _diff)
     difference.add_argument("runs", nargs=2, metavar="RUN_ID")
     _add_results(difference)
-    text = "a trained adapter with its model card and record"
-    export = _command(commands, "export", text, _calls("export", "results", "run", "to", "rank"))
+    text = "a trained adapter with its model card and record, or an experiment for PEFT's own comparison"
+    export = _command(commands, "export", text, _calls("export", "results", "run", "to", "rank", "form"))
     peft_options.add_export(export, _path)
     _add_results(export)
     return parser
