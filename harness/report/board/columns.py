@@ -124,7 +124,13 @@ COLUMNS = (
         keys={"csv": "parameters_final"},
     ),
     TableColumn("head", of_runs("head"), forms=["csv"]),
-    TableColumn("stored_bytes", of_runs("stored_bytes"), forms=["csv"]),
+    TableColumn(
+        "stored_bytes",
+        of_runs("stored_bytes"),
+        "to keep of a run beside the shared backbone",
+        lambda stored: human(stored, "B"),
+        forms=["page", "csv"],
+    ),
     TableColumn(
         "rank",
         of_runs("rank"),
