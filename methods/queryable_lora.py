@@ -40,6 +40,7 @@ class QueryableLora(RoutedLora):
 
     provenance = "reimplementation: the source leaves open all formulas but B C(x) A, every size and the start"
     own_format = True
+    repeatable_blocks = False
     name: ClassVar[str] = "queryable_lora"
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from harness.contracts.subject import Started, Subject, one_update, spec_of, start
+from harness.contracts.subject import Started, Subject, method_of, one_update, spec_of, start
 from harness.errors import InputError
 from harness.method import in_modules
 from harness.plan.preflight import preview
@@ -104,8 +104,11 @@ def every_size_is_counted(subject: Subject) -> None:
 
 
 def gradient_checkpointing_changes_no_loss(subject: Subject) -> None:
-    """With it, where the model has it, every loss and every size is what it is without it, dropout included."""
-    runs = []
+    """With it, where the model has it, every loss and every size is what it is without it, dropout included. (A method
+    whose blocks do not depend on their inputs alone says so by `repeatable_blocks`.)"""
+    runs: list[Started] = []
+    if not method_of(subject.name).repeatable_blocks:
+        return
     for again in (True, False):
         place = subject.place.model_copy(update={"gradient_checkpointing": again})
         try:

@@ -121,6 +121,15 @@ def test_a_task_whose_model_has_none_is_refused_before_anything_is_written(tmp_p
     assert not results.exists()
 
 
+def test_a_method_that_hands_values_from_block_to_block_is_refused(tmp_path, capsys):
+    results = tmp_path / "results"
+    what = ["run", "--methods", "lora,queryable_lora", "--tasks", "synthetic", "--batches", "2"]
+    assert main([*what, "--results", str(results), "--gradient-checkpointing"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --gradient-checkpointing: 'queryable_lora' hands values from block to block")
+    assert not results.exists()
+
+
 def test_a_run_is_the_same_run_and_its_record_says_how_it_was_made(tmp_path):
     records = []
     for name, place in {"plain": Place(), "other": Place(gradient_checkpointing=True, evaluation_batch_size=5)}.items():
