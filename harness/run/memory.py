@@ -37,6 +37,13 @@ class PeakMemory:
         return max(0, _resident("VmHWM:") - self._before)
 
 
+def release(device: torch.device) -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _give_back() -> None:
     """Ask glibc to return freed memory, which would otherwise hide what the next run takes."""
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 import traceback
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from harness import registry, storage
+from harness.backbone_dtype import held_bytes, lower, pack
 from harness.errors import Diverged, InputError
 from harness.method import Adaptation, Backbone, Method
 from harness.metric import finite
@@ -25,7 +25,7 @@ from harness.record.record import ADAPTER, HOLDOUT, PREDICTIONS, RETRIED, RunRec
 from harness.record.store import RecordStore
 from harness.run import checkpoint
 from harness.run.data import Data, data_of
-from harness.run.memory import PeakMemory, is_out_of_memory
+from harness.run.memory import PeakMemory, is_out_of_memory, release
 from harness.run.parents import inherited, lacking, parents_of
 from harness.run.rank_curve import rank_curve
 from harness.run.streams import TrainingData, derived_seed, seed_everything
@@ -119,9 +119,7 @@ class _Run:
         if status not in RETRIED:
             checkpoint.delete(self.store.checkpoints / self.spec.run_id)
         self.training = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(self.device)
         return record
 
     def _record(self, status: Status) -> RunRecord:
@@ -161,11 +159,13 @@ class _Run:
         method = registry.make_method(spec.method, spec.method_parameters)
         seed_everything(derived_seed(spec.seed, "backbone"))
         backbone = task.backbone(place.model, trust_remote_code=place.trust_remote_code)
+        lower(backbone, spec.train.backbone_dtype)
         method, self.error = inherited(method, backbone, parents)
         if self.error is not None:
             return "unsupported"
         shapes = {layer: backbone.shape(layer) for layer in backbone.layers}  # before the method changes them
-        backbone.module.to(self.device)
+        pack(backbone, self.device)
+        self.known["backbone_bytes"] = held_bytes(backbone.module)
         if not spec.is_trial:
             with self.store.writing():
                 task.artifacts(backbone.module, place.model, self.files / "artifacts" / "before")
