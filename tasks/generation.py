@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,16 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from harness.errors import Diverged, InputError
+from harness.errors import InputError
 from harness.metric import Metric, mean_of
 from harness.splits import fingerprint_of
-from harness.task import Batch, Examples, Task
+from harness.task import Batch, Examples
 from tasks import own, pretrained
 from tasks.cache import cached
+from tasks.causal import CausalTask, check_finite, filler_of, response_losses, tokenizer_of, training_batch
 from tasks.hub import Rows, first_split, read_split
-from tasks.pairs import PROMPT, EncodedPairs, decoded, padded, tokenized
-from tasks.positions import check_positions
+from tasks.pairs import PROMPT, EncodedPairs, decoded, tokenized
 from tasks.rouge import counting, rouge, words
+from tasks.sequences import padded, tensor
 from tasks.text import group_numbers
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from harness.method import Backbone
-
-IGNORED = -100  # label of a token that has no loss
 LARGEST_LOG = 80.0  # perplexities above e^80 are given as that
 
 
@@ -60,7 +57,7 @@ MEASURES = (
 )
 
 
-class Generation(Task, own.TableFile):
+class Generation(CausalTask, own.TableFile):
     """Prompts and responses for a causal language model, called as generation:PATH (or a Hub dataset's id).
 
     The loss is on the response alone (its tokens and the end token): the mean over its tokens, then over examples.
@@ -71,7 +68,6 @@ class Generation(Task, own.TableFile):
     """
 
     version: ClassVar[int] = 2
-    default_model: ClassVar[str | None] = "HuggingFaceTB/SmolLM2-135M"
     capabilities: ClassVar[tuple[str, ...]] = ("text", "generation", "own data")
     measures: ClassVar[tuple[Metric, ...]] = MEASURES
 
@@ -129,23 +125,6 @@ class Generation(Task, own.TableFile):
             notes = (*notes, "every response is the same text: the scores tell nothing of a method")
         return Examples({"prompt": prompts, "response": responses}, labels, groups, notes=(*read, *notes))
 
-    def model_fingerprint(self, model: str | None, *, trust_remote_code: bool = False) -> str:
-        return pretrained.fingerprint(self.model_name(model), trust_remote_code=trust_remote_code)
-
-    def backbone(self, model: str | None, *, meta: bool = False, trust_remote_code: bool = False) -> Backbone:
-        """As `Task.backbone`, without a new head. Raises InputError for a model that is no causal language model, or
-        where `max_length` is above its positions."""
-        name = self.model_name(model)
-        backbone = pretrained.load_backbone(
-            name, "AutoModelForCausalLM", None, meta=meta, trust_remote_code=trust_remote_code
-        )
-        config: Any = backbone.module.config
-        kinds = ", ".join(config.architectures or ["unknown"])
-        if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in config.architectures or []):
-            raise InputError(f"model '{name}' is no causal language model with its head: it holds a {kinds}", name)
-        check_positions(backbone.module, self.max_length, name)
-        return backbone
-
     def encode(self, examples: Examples, model: str | None) -> EncodedPairs:
         """Token ids of every row; kept on disk, so that all runs share them."""
         name = self.model_name(model)
@@ -187,34 +166,23 @@ class Generation(Task, own.TableFile):
         return _packed(responses, [0] * len(responses), [1] * len(responses), np.int16)
 
     def collate(self, encoded: EncodedPairs, rows: Sequence[int], generator: torch.Generator | None) -> Batch:
-        """`input_ids` and `attention_mask` (rows, longest), padded on the right; in evaluations the prompts too,
-        `prompt_ids` and `prompt_mask`, padded on the left. Labels: the token ids of the responses, elsewhere -100."""
-        import numpy as np
-
-        chosen = np.asarray(rows)
-        starts, ends, prompts = encoded.starts[chosen], encoded.starts[chosen + 1], encoded.prompts[chosen]
-        ids, mask = padded(encoded, starts, ends)
-        places = np.arange(mask.shape[1])
-        labels = np.where((places >= prompts[:, None]) & mask, ids, IGNORED)
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        """See `CausalTask`; in evaluations the prompts too, `prompt_ids` and `prompt_mask`, padded on the left."""
+        prompts, filler = encoded.prompts[list(rows)], int(encoded.padding[0])
+        wholes = [encoded.rows[row] for row in rows]
+        batch = training_batch(wholes, prompts, filler)
         if generator is None:
-            inputs["prompt_ids"], inputs["prompt_mask"] = padded(encoded, starts, starts + prompts, left=True)
-        return Batch({name: _tensor(array) for name, array in inputs.items()}, _tensor(labels))
-
-    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        """Mean over examples of the mean cross-entropy of the response's tokens."""
-        sums, counts = _response_losses(model, batch)
-        return (sums / counts).mean()
+            found = padded([whole[:size] for whole, size in zip(wholes, prompts, strict=True)], filler, left=True)
+            batch.inputs["prompt_ids"], batch.inputs["prompt_mask"] = map(tensor, found)
+        return batch
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
         """(rows, 2 + bytes of the longest), float32: see `_packed`."""
         import numpy as np
         import torch
 
-        sums, counts = _response_losses(model, batch)
-        if not sums.isfinite().all():
-            raise Diverged("a prediction is not finite")
-        tokenizer = _tokenizer_of(model)
+        sums, counts = response_losses(model, batch)
+        check_finite(sums)
+        tokenizer = tokenizer_of(model)
         ids = _generated(model, tokenizer, batch, max_new_tokens=self.max_response).tolist()
         end = tokenizer.eos_token_id
         texts = decoded(tokenizer, [row[: row.index(end)] if end in row else row for row in ids])
@@ -224,40 +192,11 @@ class Generation(Task, own.TableFile):
         """Of each row the mean loss of the response, and the logits of its first token as generation has them."""
         import torch
 
-        sums, counts = _response_losses(model, batch)
+        sums, counts = response_losses(model, batch)
         found = _generated(
-            model, _tokenizer_of(model), batch, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+            model, tokenizer_of(model), batch, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
         )
         return torch.cat([(sums / counts)[:, None], found.logits[0].float()], dim=1)
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(array.astype(np.int64))
-
-
-def _response_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(summed cross-entropy, number of tokens) of each row's response, both (rows,)."""
-    from torch.nn.functional import cross_entropy
-
-    inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
-    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-    targets = batch.labels[:, 1:]
-    losses = cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-    return losses.sum(1), (targets != IGNORED).sum(1)
-
-
-def _tokenizer_of(model: nn.Module) -> Any:
-    """The tokenizer of the folder that the model was loaded from."""
-    config: Any = model.config
-    return _kept_tokenizer(config.name_or_path)
-
-
-@functools.lru_cache(maxsize=2)
-def _kept_tokenizer(folder: str) -> Any:
-    return pretrained.load_tokenizer(folder)
 
 
 def _generated(model: nn.Module, tokenizer: Any, batch: Batch, **settings: Any) -> Any:
@@ -266,8 +205,8 @@ def _generated(model: nn.Module, tokenizer: Any, batch: Batch, **settings: Any) 
     from transformers import GenerationConfig
 
     prompts = batch.inputs["prompt_ids"]
-    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    greedy = GenerationConfig(do_sample=False, pad_token_id=padding, eos_token_id=tokenizer.eos_token_id, **settings)
+    filler = filler_of(tokenizer)
+    greedy = GenerationConfig(do_sample=False, pad_token_id=filler, eos_token_id=tokenizer.eos_token_id, **settings)
     with _no_settings_of_its_own(model):
         found: Any = model.generate(  # type: ignore[operator]
             input_ids=prompts, attention_mask=batch.inputs["prompt_mask"], generation_config=greedy

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import InputError
 from harness.task import Examples
 from tasks import pretrained
+from tasks.causal import filler_of
 from tasks.plain_text import plain_encoding
+from tasks.sequences import Sequences, end_to_end
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +45,10 @@ class EncodedPairs:
     text: np.ndarray
     text_starts: np.ndarray
     padding: np.ndarray
+
+    @property
+    def rows(self) -> Sequences:
+        return Sequences(self.tokens, self.starts)
 
     @property
     def responses(self) -> list[str]:
@@ -85,10 +91,10 @@ def tokenized(
             parts.append([*prompt, *response])
             prompts.append(len(prompt))
     raw = [text.encode() for text in responses]
-    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    tokens, starts = end_to_end(parts)
     return {
-        "tokens": np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]),
-        "starts": np.concatenate([[0], np.cumsum([len(part) for part in parts])]),
+        "tokens": tokens,
+        "starts": starts,
         "prompts": np.array(prompts),
         "cut": np.array(cut),
         "ended": np.array([len(a) != len(b) for a, b in zip(responses, examples.columns["response"], strict=True)]),
@@ -96,7 +102,7 @@ def tokenized(
         "written": np.array(written),
         "text": np.frombuffer(b"".join(raw), dtype=np.uint8),
         "text_starts": np.concatenate([[0], np.cumsum([len(text) for text in raw])]),
-        "padding": np.array([padding], dtype=np.int32),
+        "padding": np.array([filler_of(tokenizer)], dtype=np.int32),
     }
 
 
@@ -176,19 +182,3 @@ def _continued(tokenizer: Any, lead: str, texts: list[str]) -> list[list[int]]:
         ids[len(anchor) :] if ids[: len(anchor)] == anchor else as_it_is
         for ids, as_it_is in zip(anchored, alone, strict=True)
     ]
-
-
-def padded(
-    encoded: EncodedPairs, starts: np.ndarray, ends: np.ndarray, *, left: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, which are filled), both (rows, longest), of stretches of the tokens."""
-    import numpy as np
-
-    lengths = ends - starts
-    places = np.arange(lengths.max())
-    offsets = (
-        places - (lengths.max() - lengths)[:, None] if left else np.broadcast_to(places, (len(starts), len(places)))
-    )
-    filled = (offsets >= 0) & (offsets < lengths[:, None])
-    ids = np.where(filled, encoded.tokens[np.where(filled, starts[:, None] + offsets, 0)], encoded.padding)
-    return ids, filled
