@@ -56,7 +56,10 @@ def test_method_on_a_backbone_in_bfloat16(method, contract, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("method", "dtype"),
-    [*((method, "bf16") for method in METHODS), *((PARAMETERS[name], "fp16") for name in ("lora", "adalora", "debora"))],
+    [
+        *((method, "bf16") for method in METHODS),
+        *((PARAMETERS[name], "fp16") for name in ("lora", "adalora", "debora")),
+    ],
 )
 def test_a_method_works_on_a_lower_precision_or_says_why_not(method, dtype, tmp_path: Path):
     subject = Subject(method, tmp_path, backbone_dtype=dtype)
