@@ -53,6 +53,11 @@ def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
             data = data_of(task, place.data_root, sweep.limits, model)
         except InputError as error:
             raise InputError(f"task '{name}': {error}", error.mention) from None
+        if place.gradient_checkpointing:
+            try:
+                task.backbone(model, meta=True, trust_remote_code=place.trust_remote_code).checkpoint_activations()
+            except InputError as error:
+                raise InputError(f"--gradient-checkpointing: task '{name}': {error}", name) from None
         of_model = task.model_fingerprint(model, trust_remote_code=place.trust_remote_code)
         fingerprints = Fingerprints(data.splits.fingerprint, of_model)
         found = CheckedTask(name, task, model, data, fingerprints)
