@@ -62,7 +62,7 @@ def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
         fingerprints = Fingerprints(data.splits.fingerprint, of_model)
         found = CheckedTask(name, task, model, data, fingerprints)
         if place.forgetting is not None:
-            module = found.meta_backbone(place).module
+            module = found.meta_backbone(place, sweep.train).module
             task.text_windows(place.forgetting, place.forgetting_windows, module, model, place.data_root)
         checked.append(found)
     return checked
