@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from harness.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+BackboneDtype = Literal["fp32", "bf16", "fp16", "int8", "nf4"]  # see harness.backbone_dtype
+PACKED: tuple[BackboneDtype, ...] = ("int8", "nf4")  # weights are no tensors of their layer's shape
+FLOATS: tuple[BackboneDtype, ...] = ("fp32", "bf16", "fp16")
+EVERY_DTYPE: tuple[BackboneDtype, ...] = (*FLOATS, *PACKED)
 
 # What turns gradient checkpointing on, and its arguments: transformers of today, of before 5.23, and diffusers.
 CHECKPOINTING: dict[str, tuple[dict[str, bool], ...]] = {
@@ -26,11 +32,14 @@ class Backbone:
     module: the whole model, head included; on the meta device during a dry run.
     head:   qualified names of the submodules that are new for the task; every method trains them.
     layers: qualified names of the layers that adapters may change (see `is_adaptable`), head excluded.
+    dtype:  what the frozen weights are held in, the head's excepted. Packed ones are read by `weight_shape` and
+            `number_of` alone; on the meta device they are not packed.
     """
 
     module: nn.Module
     head: tuple[str, ...]
     layers: tuple[str, ...]
+    dtype: BackboneDtype = "fp32"
 
     def targets(self, patterns: tuple[str, ...] | None) -> tuple[str, ...]:
         """The layers whose qualified name is, or ends in, one of `patterns` ("query", "attention.output.dense");
@@ -47,19 +56,19 @@ class Backbone:
 
     def shape(self, layer: str) -> tuple[int, int]:
         """(outputs, inputs) of the layer's weight as `as_matrix` gives it."""
-        outputs, inputs = as_matrix(
-            self.module.get_submodule(layer), self.module.get_parameter(f"{layer}.weight")
-        ).shape
-        return outputs, inputs
+        module = self.module.get_submodule(layer)
+        outputs, *others = weight_shape(module)
+        sides = outputs, math.prod(others)
+        return sides[::-1] if is_transposed(module) else sides
 
-    def without_layers(self, wanted: str = "linear or convolution layer") -> str:
+    def without_layers(self, wanted: str = "linear or convolution layer", to: str = "adapt") -> str:
         """The reason of a cell whose method finds nothing to adapt: it names the kinds of layers that there are."""
         kinds = {
             type(part).__name__: None
             for name, part in self.module.named_modules()
             if any(p.dim() > 1 for p in part.parameters(recurse=False)) and not in_modules(f"{name}.", self.head)
         }
-        return f"the backbone has no {wanted} to adapt: its layers are of kind {', '.join(kinds)}"
+        return f"the backbone has no {wanted} to {to}: its layers are of kind {', '.join(kinds)}"
 
     def check_rank(self, rank: int, targets: tuple[str, ...], parameter: str = "rank") -> None:
         """Raises InputError where `rank`, which the method calls `parameter`, is above the smaller side of a layer."""
@@ -107,6 +116,21 @@ def is_transposed(layer: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(layer, Conv1D)
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of the layer's weight, also where it is packed."""
+    from torch import nn
+
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return tuple(layer.get_parameter("weight").shape)
+
+
+def number_of(parameter: Tensor) -> int:
+    """How many numbers a parameter holds: nf4 packs two of them into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else math.prod(packed.shape)
 
 
 def as_matrix(layer: nn.Module, weight: Tensor) -> Tensor:

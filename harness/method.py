@@ -18,11 +18,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from harness.backbone import EVERY_DTYPE as EVERY_DTYPE
+from harness.backbone import FLOATS as FLOATS
+from harness.backbone import PACKED as PACKED
 from harness.backbone import Backbone as Backbone
+from harness.backbone import BackboneDtype as BackboneDtype
 from harness.backbone import as_matrix as as_matrix
 from harness.backbone import in_modules as in_modules
 from harness.backbone import is_adaptable as is_adaptable
 from harness.backbone import is_transposed as is_transposed
+from harness.backbone import number_of
+from harness.backbone import weight_shape as weight_shape
 from harness.parameters import Finished as Finished
 from harness.parameters import Range, SearchSpace, Strict
 from harness.peft_form import PeftForm as PeftForm
@@ -62,6 +68,7 @@ class Method(Strict, ABC):
     traces: ClassVar[tuple[Trace, ...]] = ()  # what its `after_step` gives the history, and how it is drawn
     waits_for: ClassVar[tuple[str, ...]] = ()  # parameters that name another configuration of the sweep by its label
     repeatable_blocks: ClassVar[bool] = True  # a block gives the same again from its inputs: gradient checkpointing
+    backbone_dtypes: ClassVar[tuple[BackboneDtype, ...]] = ("fp32",)  # that it works on, with all it trains in float32
     identity_at_start: ClassVar[bool] = True  # the adapted model computes what the backbone computes, before training
 
     learning_rate: float = Field(gt=0, description="peak learning rate")
@@ -214,7 +221,7 @@ class Adaptation:
         """Parameters of the deployed model beside the adapter, the head's included. Asked after `start` and after
         `prepare`."""
         own = ((name, p) for name, p in self.model.named_parameters() if ".original_module." not in name)
-        return sum(p.numel() for name, p in own if not p.requires_grad or in_modules(name, self.head))
+        return sum(number_of(p) for name, p in own if not p.requires_grad or in_modules(name, self.head))
 
     def stored_bytes(self) -> int:
         """Bytes to keep of the run beside the shared backbone: those of adapter and head."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
+from harness.backbone import BackboneDtype
 from harness.parameters import Strict
 
 MOST = 1_000_000_000  # batches, rows, examples of a batch
@@ -37,7 +38,14 @@ class TrainSpec(Strict):
     warmup: float = Field(0.06, ge=0, lt=1, description="share of the budget over which the learning rate rises")
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
     group_by_length: bool = Field(False, description="put examples of similar length into one batch: less padding")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; parameters stay in fp32")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="what is computed in; bf16: autocast, parameters stay what they are"
+    )
+    backbone_dtype: BackboneDtype = Field(
+        "fp32",
+        description="what the frozen backbone is held in; adapters and head stay fp32; int8 and nf4 need bitsandbytes",
+        exclude_if=lambda value: value == "fp32",  # younger than the first records: without it, their run_ids stay
+    )
     holdout_points: int = Field(
         1, ge=0, le=100_000, description="times the holdout is scored, evenly spaced, the last at the end"
     )

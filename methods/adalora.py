@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, model_validator
 
 from harness.errors import InputError
-from harness.method import RANK, RANKS, Adaptation, Backbone, PeftForm, Step, Trace, TrainData
+from harness.method import EVERY_DTYPE, RANK, RANKS, Adaptation, Backbone, PeftForm, Step, Trace, TrainData
 from harness.optimizer import adamw
 from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, peft_model, shared_parameters
@@ -40,6 +40,7 @@ class AdaLora(LoraMethod):
     provenance = "PEFT's"
     group = "ranks searched"
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
+    backbone_dtypes = EVERY_DTYPE
     traces: ClassVar[tuple[Trace, ...]] = (RANK, RANKS)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")

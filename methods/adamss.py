@@ -43,6 +43,7 @@ class AdaMss(LoraMethod):
     provenance = "PEFT's; components, which removes what the allocation stops, is ours"
     group = "ranks searched"
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "rank-adaptive")
+    backbone_dtypes = ("fp32",)  # it takes subspaces out of the weights by their SVD, and puts the rest in their place
     traces: ClassVar[tuple[Trace, ...]] = (
         RANK,
         RANKS,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from pydantic import Field
 
 from harness.errors import InputError
-from harness.method import Adaptation, Backbone, Method, TrainData
+from harness.method import EVERY_DTYPE, Adaptation, Backbone, BackboneDtype, Method, TrainData
 from harness.optimizer import adamw
 from harness.storage import VERSION, Damaged, file_sum, seal, unseal
 
@@ -66,12 +66,18 @@ BLOCKS = {
 
 def _after_block(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """Hook of the module that gives h: h + A(h)."""
-    return output + module.adapter(output)
+    return output + _adapted(module.adapter, output)
 
 
 def _around_norm(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """Hook of the LayerNorm, which is given s = h + x: LN(s + A(LN(s)))."""
-    return module.forward(args[0] + module.adapter(output))
+    return module.forward(args[0] + _adapted(module.adapter, output))
+
+
+def _adapted(adapter: Any, h: Tensor) -> Tensor:
+    """A(h), computed in the adapter's type and given back in that of h."""
+    update: Tensor = adapter(h.to(adapter.down.weight.dtype))
+    return update.to(h.dtype)
 
 
 class Placement(NamedTuple):
@@ -98,6 +104,8 @@ class BottleneckMethod(Method, ABC):
     capabilities = ("encoders of transformers",)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    backbone_dtypes: ClassVar[tuple[BackboneDtype, ...]] = EVERY_DTYPE
+
     bottleneck: int = Field(ge=1, le=65_536, description="width between an adapter's two linear layers")
 
     def unsupported(self, backbone: Backbone) -> str | None:
@@ -154,20 +162,24 @@ class BottleneckAdaptation(Adaptation):
 
 
 def insert(module: nn.Module, placement: str, bottleneck: int) -> None:
-    """Add new adapters to every encoder layer of `module`, in place, with its device and precision.
+    """Add new adapters to every encoder layer of `module`, in place, on its device and in float32 at least.
 
     The model's output does not change: `up` starts at zero. `down` is drawn from torch's global generator, normal
     with standard deviation 1e-2 truncated at two of them (Houlsby et al., section 3.6), with zero biases.
 
     placement: "houlsby" or "pfeiffer". bottleneck: at least 1; it may be above the layers' width.
     """
+    import torch
+
     chosen = PLACEMENTS[placement]
     for layer, blocks in list(_encoder_layers(module)):
         norm: Any = layer.get_submodule(blocks.norm)
         for block in chosen.blocks:
             site = layer.get_submodule(getattr(blocks, block))
             adapter = _adapter(norm.weight.numel(), bottleneck, chosen.activation)
-            site.add_module("adapter", adapter.to(norm.weight))
+            site.add_module(
+                "adapter", adapter.to(norm.weight.device, torch.promote_types(norm.weight.dtype, torch.float32))
+            )
             site.register_forward_hook(chosen.hook)
 
 

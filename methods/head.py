@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from harness.method import Adaptation, Backbone, Method, TrainData
+from harness.method import EVERY_DTYPE, Adaptation, Backbone, Method, TrainData
 from harness.optimizer import adamw
 from harness.parameters import Range
 
@@ -24,6 +24,7 @@ class Head(Method):
     group = "controls"
     own_format = True
     capabilities = ("any layer",)
+    backbone_dtypes = EVERY_DTYPE
     search_space = {"learning_rate": Range(1e-4, 1e-1, log=True)}
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")

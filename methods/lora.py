@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 from pydantic import Field, field_validator, model_validator
 
 from harness.errors import InputError, unknown
-from harness.method import Adaptation, Backbone, Finished, FinishedRun, PeftForm, TrainData
+from harness.method import EVERY_DTYPE, PACKED, Adaptation, Backbone, Finished, FinishedRun, PeftForm, TrainData
 from harness.optimizer import adamw
 from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import OF_ALL_RANKS, lora_form, lora_model, nearest_rank, pattern_of, shuffled, unfit
@@ -51,6 +51,7 @@ class Lora(LoraMethod):
     provenance = "PEFT's"
     group = "fixed rank"
     capabilities = ("linear", "conv2d")
+    backbone_dtypes = EVERY_DTYPE
     waits_for = ("ranks_of", "parameters_of")
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
@@ -220,6 +221,9 @@ class Lora(LoraMethod):
         """See `Method.unsupported`."""
         if not backbone.layers:
             return backbone.without_layers()
+        if backbone.dtype in PACKED and (self.changes_backbone or self.dora):
+            reads = f"init = {self.init}" if self.changes_backbone else "dora = true"
+            return f"{reads} reads the weights, which are packed as {backbone.dtype}"
         linear_only = None if self.init in ("default", "gaussian") else f"init = {self.init}"
         if (placement := self._placement()) is not None:
             targets = backbone.targets(self.target_modules)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from harness.backbone_dtype import lower, unfit
 from harness.contracts import METHOD_CONTRACTS, Subject, spec_of, start
 from harness.contracts.subject import method_of
 from harness.method import Backbone
@@ -29,8 +30,6 @@ from harness.run.run import run_one
 from harness.run.training import Training
 from harness.task import Batch, Classification, Examples
 from scripts.gpu_check import MIB, ROOT, SECONDS, Cost, Job, Row, Sizes, failed
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class RandomBert(Classification):
@@ -78,8 +77,10 @@ def first_line(error: BaseException) -> str:
 
 def contracts(job: Job, device: str, sizes: Sizes) -> list[Row]:
     """One line: the contracts that a method breaks."""
-    subject = Subject(job.what, Path(), device=device, backbone_dtype=DTYPES[job.backbone])
-    reason = method_of(job.what).unsupported(subject.made_task().backbone(None, meta=True))
+    subject = Subject(job.what, Path(), device=device, backbone_dtype=job.backbone)
+    backbone = subject.made_task().backbone(None, meta=True)
+    lower(backbone, job.backbone)
+    reason = unfit(method_of(job.what), backbone)
     if reason is not None:
         return [Row(*job, "not applicable", reason)]
     broken = []
@@ -128,7 +129,7 @@ def begin(job: Job, device: str, sizes: Sizes, batches: int) -> Training:
         batches=batches,
         batch_size=sizes.batch_size,
         device=device,
-        backbone_dtype=DTYPES[job.backbone],
+        backbone_dtype=job.backbone,
     )
     return start(subject).training
 

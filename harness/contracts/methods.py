@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from harness.backbone import number_of
+from harness.backbone_dtype import lower
 from harness.contracts.subject import Started, Subject, method_of, one_update, spec_of, start
 from harness.errors import InputError
 from harness.method import in_modules
@@ -36,7 +38,8 @@ def unchanged_output_at_the_start(subject: Subject) -> None:
 
 
 def only_the_intended_parameters_train(subject: Subject) -> None:
-    """Frozen parameters stay bit-equal; the head trains; the optimizer holds what requires a gradient, once."""
+    """Frozen parameters stay bit-equal; the head trains; the optimizer holds what requires a gradient, once, in float32
+    whatever the backbone is held in."""
     started = start(subject)
     started.training.prepare()
     model = started.adaptation.model
@@ -46,6 +49,7 @@ def only_the_intended_parameters_train(subject: Subject) -> None:
     held = [id(p) for group in started.adaptation.optimizer.param_groups for p in group["params"]]
     assert len(held) == len(set(held)), "the optimizer holds a parameter twice"
     assert set(held) == {id(p) for p in model.parameters() if p.requires_grad}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     started.training.run(lambda training: None)
     after = dict(model.named_parameters())
     moved = [name for name, value in frozen.items() if not torch.equal(value, after[name])]
@@ -67,7 +71,7 @@ def counts_are_right(subject: Subject) -> None:
     """The counts agree with the backbone's size, and with those from the meta device."""
     started = start(subject)
     count = started.training.sizes.parameters()
-    backbone = sum(p.numel() for p in started.before.module.parameters())
+    backbone = sum(map(number_of, started.before.module.parameters()))
     head = sum(p.numel() for _, p in started.before.head_parameters())
     assert count.head == head
     assert count.total in (backbone, backbone + count.adapter_final)
@@ -77,7 +81,9 @@ def counts_are_right(subject: Subject) -> None:
     place = subject.place
     model = place.model or started.task.default_model
     rows = make_splits(started.task, place.data_root).train
-    assert preview(started.method, started.task.backbone(model, meta=True), TrainSpec(), len(rows)) == count
+    bare = started.task.backbone(model, meta=True)
+    lower(bare, subject.backbone_dtype)
+    assert preview(started.method, bare, TrainSpec(), len(rows)) == count
     started.training.run(lambda training: None)
     count = started.training.sizes.parameters()
     assert 0 <= count.adapter_final <= count.adapter_peak
@@ -178,8 +184,6 @@ def a_run_interrupted_after_every_update_equals_the_uninterrupted_one(subject: S
 
 def the_same_seed_gives_the_same_record(subject: Subject) -> None:
     """Two runs of one spec differ in nothing but times and places; the record on disk validates and says done."""
-    if subject.backbone_dtype != torch.float32:  # no spec has it
-        return
     records = []
     for name in ("first", "second"):
         store = RecordStore(subject.folder / name)

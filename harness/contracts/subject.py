@@ -6,13 +6,12 @@ import contextlib
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from harness import registry
-from harness.method import Adaptation, Backbone, Method, in_modules
+from harness.backbone_dtype import lower, pack
+from harness.method import Adaptation, Backbone, BackboneDtype, Method
 from harness.notation import parse_choice
 from harness.plan.sweep import Fingerprints, Sweep, model_of
 from harness.plan.sweep import spec_of as spec_of_cell
@@ -29,7 +28,7 @@ CPU = torch.device("cpu")
 class Subject:
     """What a contract is tried on: a method or task as the command line names it ("lora[rank=4]"), and a folder.
 
-    device: where methods are tried. backbone_dtype: of the backbone's weights but for the head, which stays float32.
+    device: where methods are tried. backbone_dtype: what the backbone is held in; see `harness.backbone_dtype`.
     """
 
     name: str
@@ -40,7 +39,7 @@ class Subject:
     place: Place = field(default_factory=Place)
     batch_size: int = 8
     device: str = "cpu"
-    backbone_dtype: torch.dtype = torch.float32
+    backbone_dtype: BackboneDtype = "fp32"
 
     def made_task(self) -> Task:
         """The task, where it is named as the command line names it."""
@@ -49,7 +48,7 @@ class Subject:
     @property
     def tolerance(self) -> float:
         """How far outputs may be apart that are equal but for rounding: on the CPU sums are made in one order."""
-        if self.backbone_dtype != torch.float32:
+        if self.backbone_dtype != "fp32":
             return 2e-2
         return 1e-6 if self.device == "cpu" else 1e-5
 
@@ -75,13 +74,17 @@ def start(subject: Subject, seed: int = 0, batches: int | None = None) -> Starte
     method, task, device = method_of(subject.name), subject.made_task(), torch.device(subject.device)
     splits = make_splits(task, subject.place.data_root)
     train = TrainSpec(
-        batches=batches or subject.batches, batch_size=subject.batch_size, warmup=0.0, schedule="constant"
+        batches=batches or subject.batches,
+        batch_size=subject.batch_size,
+        warmup=0.0,
+        schedule="constant",
+        backbone_dtype=subject.backbone_dtype,
     )
     model = subject.place.model or task.default_model
     seed_everything(seed)
     backbone = task.backbone(model)
-    lower_precision(backbone, subject.backbone_dtype)
-    backbone.module.to(device)
+    lower(backbone, subject.backbone_dtype)
+    pack(backbone, device)
     before = copy.deepcopy(backbone)
     data = TrainingData(len(splits.train), train.batch_size, seed, upper_share=method.upper_share)
     adaptation = method.start(backbone, train, data, torch.Generator().manual_seed(seed))
@@ -115,29 +118,14 @@ def spec_of(subject: Subject, task: str | None = None, method: str | None = None
         raise TypeError(f"a run's task is named, and this is {named!r}")
     task_name, task_parameters = parse_choice(named)
     chosen, problem = registry.make_method(method_name, parameters), registry.make_task(task_name, task_parameters)
-    sweep = Sweep(model=subject.place.model, train=TrainSpec(batches=subject.batches, batch_size=subject.batch_size))
+    train = TrainSpec(batches=subject.batches, batch_size=subject.batch_size, backbone_dtype=subject.backbone_dtype)
+    sweep = Sweep(model=subject.place.model, train=train)
     place = subject.place.model_copy(update={"device": subject.device})
     found = Fingerprints(
         make_splits(problem, subject.place.data_root).fingerprint,
         problem.model_fingerprint(model_of(sweep, problem)),
     )
     return spec_of_cell(sweep, place, (method_name, chosen), (task_name, problem), found)
-
-
-def lower_precision(backbone: Backbone, dtype: torch.dtype) -> None:
-    """Hold the backbone's weights in `dtype`, in place. The head stays as it is and casts what it gets."""
-    for name, parameter in backbone.module.named_parameters():
-        if not in_modules(name, backbone.head):
-            parameter.data = parameter.data.to(dtype)
-    if dtype != torch.float32:
-        for name in backbone.head:
-            backbone.module.get_submodule(name).register_forward_pre_hook(_cast)
-
-
-def _cast(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Floating-point inputs in the precision of the layer's parameters."""
-    dtype = next(layer.parameters()).dtype
-    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def method_of(text: str) -> Method:

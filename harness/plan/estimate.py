@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from harness import registry
+from harness.backbone_dtype import lower, pack
 from harness.notation import duration
 from harness.record.environment import device_of
 from harness.record.store import RecordStore
@@ -29,7 +30,7 @@ class Kind(NamedTuple):
     method: str
     task: str
     model: str
-    settings: str  # of the task, the precision, gradient checkpointing
+    settings: str  # of the task, the precision, the backbone's type, gradient checkpointing
     batch_size: int
     threads: int
 
@@ -73,7 +74,8 @@ def _finished(store: RecordStore) -> dict[Kind, list[float]]:
 
 
 def _kind(spec: RunSpec) -> Kind:
-    settings = [spec.task_parameters, spec.train.precision, spec.place.gradient_checkpointing]
+    train, place = spec.train, spec.place
+    settings = [spec.task_parameters, train.precision, train.backbone_dtype, place.gradient_checkpointing]
     told = json.dumps(settings, sort_keys=True)
     return Kind(spec.method, spec.task, spec.model_fingerprint, told, spec.train.batch_size, spec.threads)
 
@@ -99,7 +101,8 @@ def seconds_a_batch(spec: RunSpec) -> float:
     data = data_of(task, place.data_root, spec.limits, place.model)
     method = registry.make_method(spec.method, spec.method_parameters)
     backbone = task.backbone(place.model, trust_remote_code=place.trust_remote_code)
-    backbone.module.to(device)
+    lower(backbone, spec.train.backbone_dtype)
+    pack(backbone, device)
     drawn = TrainingData(len(data.splits.train), spec.train.batch_size, spec.seed, None, method.upper_share)
     adaptation = method.start(backbone, spec.train, drawn, torch.Generator().manual_seed(spec.seed))
     if place.gradient_checkpointing:

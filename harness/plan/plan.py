@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from harness import registry
+from harness.backbone_dtype import check_library, unfit
 from harness.errors import InputError
 from harness.method import Backbone, Finished, Method
 from harness.plan import preflight
@@ -61,7 +62,7 @@ class Cell:
         """What a run starts with, from shapes alone; None where that is not known."""
         if self.sized is None:
             return None
-        backbone = self.task.meta_backbone(self.template.place)
+        backbone = self.task.meta_backbone(self.template.place, self.template.train)
         return preflight.at_start(self.sized, backbone, self.template.train, len(self.task.splits.train))
 
     def runs(self, seeds: tuple[int, ...], store: RecordStore) -> list[RunSpec]:
@@ -163,6 +164,7 @@ def plan_sweep(sweep: Sweep, place: Place, store: RecordStore, *, try_models: bo
     try_models: load every model and put a few rows through it; else shapes and names of the models are enough.
     Raises InputError for whatever is wrong with a task, a model, or a method on one of them.
     """
+    check_library(sweep.train.backbone_dtype)
     tasks = preflight.check_tasks(sweep, place)
     cells: dict[str, Cell] = {}
     for task in tasks:
@@ -174,7 +176,7 @@ def plan_sweep(sweep: Sweep, place: Place, store: RecordStore, *, try_models: bo
 def _cells_of(sweep: Sweep, place: Place, task: CheckedTask, store: RecordStore) -> dict[str, Cell]:
     """The cells of a task by their templates' run_ids, each after those that it waits for."""
     methods = {key_of(named): named for named in method_cells(sweep)}
-    backbone = task.meta_backbone(place)
+    backbone = task.meta_backbone(place, sweep.train)
     cells: dict[str, Cell] = {}
     by_key: dict[str, Cell] = {}  # the same cells; methods that become one run have one
 
@@ -208,7 +210,7 @@ def _cell(
     if parents:
         reason, sized, notes = _awaited(method, spec, backbone, parents)
     else:
-        reason, sized, notes = method.unsupported(backbone), method, []
+        reason, sized, notes = unfit(method, backbone), method, []
     if reason is not None:
         return Cell(method, task, spec, None, reason, parents=parents)
     if sized is not None:
@@ -236,7 +238,7 @@ def _awaited(
         return None, None, notes
     try:
         sized = method.inherit(backbone, known)
-        reason = sized.unsupported(backbone)
+        reason = unfit(sized, backbone)
     except InputError as error:
         raise InputError(f"{label}: {error}", error.mention or next(iter(method.parents.values()))) from None
     if reason is not None:  # which sizes that shrink may undo: the run itself has the last word

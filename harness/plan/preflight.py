@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from harness.backbone_dtype import lower
 from harness.errors import InputError
 from harness.method import Backbone, Finished, Method
 from harness.parameters import ParameterCount
 from harness.plan.sweep import Fingerprints, Sweep, method_cells, model_of, task_cells
-from harness.plan.trial import check_rows
+from harness.plan.trial import check_held, check_rows
 from harness.record.environment import device_of
 from harness.run.data import Data, data_of
 from harness.run.sizes import Sizes
@@ -35,9 +36,11 @@ class CheckedTask:
         """The task's rows."""
         return self.data.splits
 
-    def meta_backbone(self, place: Place) -> Backbone:
-        """A new backbone of the task's model on the meta device: shapes and names alone."""
-        return self.task.backbone(self.model, meta=True, trust_remote_code=place.trust_remote_code)
+    def meta_backbone(self, place: Place, train: TrainSpec) -> Backbone:
+        """A new backbone of the task's model on the meta device, as runs hold it: shapes, types and names alone."""
+        backbone = self.task.backbone(self.model, meta=True, trust_remote_code=place.trust_remote_code)
+        lower(backbone, train.backbone_dtype)
+        return backbone
 
 
 def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
@@ -62,7 +65,7 @@ def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
         fingerprints = Fingerprints(data.splits.fingerprint, of_model)
         found = CheckedTask(name, task, model, data, fingerprints)
         if place.forgetting is not None:
-            module = found.meta_backbone(place).module
+            module = found.meta_backbone(place, sweep.train).module
             task.text_windows(place.forgetting, place.forgetting_windows, module, model, place.data_root)
         checked.append(found)
     return checked
@@ -82,6 +85,7 @@ def check_models(tasks: Sequence[CheckedTask], train: TrainSpec, place: Place) -
         backbone = checked.task.backbone(checked.model, trust_remote_code=place.trust_remote_code)
         where = f"task '{checked.name}': model '{checked.model}'"
         lines = check_rows(checked.task, backbone.module, encoded, train, where)
+        lines += check_held(checked.task, backbone, encoded, train, where)
         said |= dict.fromkeys([*checked.task.model_notes(checked.model), *lines])
     return list(said)
 

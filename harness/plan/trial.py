@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from harness.backbone import PACKED, Backbone
+from harness.backbone_dtype import lower
 from harness.errors import InputError
 from harness.run.memory import is_out_of_memory
 from harness.run.training import autocast
@@ -48,19 +50,7 @@ def check_rows(task: Task, module: nn.Module, encoded: Any, train: TrainSpec, wh
     Raises InputError where they differ in fp32, or where the model cannot take them at all. What a lower precision
     adds is measured and said.
     """
-    lengths = task.lengths(encoded)
-    if lengths is None:
-        return []
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    rows = sorted({order[0], order[len(order) // 2], order[-1]})
-    try:
-        found = difference(task, module, encoded, rows, TrainSpec())
-        lower = None if train.precision == "fp32" else difference(task, module, encoded, rows, train)
-    except Exception as error:
-        if is_out_of_memory(error):  # says nothing of the rows; the runs will tell
-            return []
-        line = " ".join(str(error).split())[:200]
-        raise InputError(f"{where} cannot take a batch of its rows: {type(error).__name__}: {line}") from error
+    found = _tried(task, module, encoded, TrainSpec(), where)
     if found is None:
         return []
     if found.reason is not None:
@@ -68,9 +58,41 @@ def check_rows(task: Task, module: nn.Module, encoded: Any, train: TrainSpec, wh
             f"{where} gives a row alone and the same row in a batch outputs that differ by {found.largest:.2g}, where "
             f"{found.allowed:.0e} is allowed: {found.reason}"
         )
-    if lower is None:
+    if train.precision == "fp32":
         return []
-    return [f"{where}: in {train.precision} the outputs of a row alone and in a batch differ by {lower.largest:.2g}"]
+    return _said(f"{where}: in {train.precision}", _tried(task, module, encoded, train, where))
+
+
+def check_held(task: Task, backbone: Backbone, encoded: Any, train: TrainSpec, where: str) -> list[str]:
+    """As `check_rows`, of the backbone in the type that the runs hold it in, which it has afterwards; of one that they
+    pack, in bf16. Raises InputError where it cannot take the rows."""
+    if train.backbone_dtype == "fp32":
+        return []
+    lower(backbone, train.backbone_dtype)
+    held = "bf16" if train.backbone_dtype in PACKED else train.backbone_dtype
+    return _said(f"{where}: held in {held}", _tried(task, backbone.module, encoded, train, f"{where} held in {held}"))
+
+
+def _said(where: str, found: Difference | None) -> list[str]:
+    if found is None:
+        return []
+    return [f"{where} the outputs of a row alone and in a batch differ by {found.largest:.2g}"]
+
+
+def _tried(task: Task, module: nn.Module, encoded: Any, train: TrainSpec, where: str) -> Difference | None:
+    """The `difference` of the shortest, the middle and the longest row; None where there is nothing to compare."""
+    lengths = task.lengths(encoded)
+    if lengths is None:
+        return None
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    rows = sorted({order[0], order[len(order) // 2], order[-1]})
+    try:
+        return difference(task, module, encoded, rows, train)
+    except Exception as error:
+        if is_out_of_memory(error):  # says nothing of the rows; the runs will tell
+            return None
+        line = " ".join(str(error).split())[:200]
+        raise InputError(f"{where} cannot take a batch of its rows: {type(error).__name__}: {line}") from error
 
 
 def difference(task: Task, module: nn.Module, encoded: Any, rows: Sequence[int], train: TrainSpec) -> Difference | None:

@@ -106,6 +106,12 @@ class RunRecord(Strict):
         description="the most that the optimizer kept between updates, as moments; looked at after the first update, "
         "then every ten and after the last one; None in records of older versions",
     )
+    backbone_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="bytes of the backbone's parameters, head included, as they are held while the run trains",
+        exclude_if=lambda value: value is None,
+    )
     file_bytes: int | None = Field(
         None, description="of the kept adapter and head, their safetensors as they are on disk; None where none is kept"
     )

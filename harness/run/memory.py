@@ -75,6 +75,13 @@ class PeakMemory:
         self._peaks[self._phase] = Peak(max(now.taken, last.taken), reserved)
 
 
+def release(device: torch.device) -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _give_back() -> None:
     """Ask glibc to return freed memory, which would otherwise hide what the next run takes."""
     try:

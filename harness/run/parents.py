@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from harness.backbone_dtype import unfit
 from harness.errors import InputError
 from harness.method import Backbone, Finished, Method
 from harness.record.record import RETRIED, RunRecord, Status
@@ -44,7 +45,7 @@ def inherited(method: Method, backbone: Backbone, parents: Parents) -> tuple[Met
     found = {parameter: Finished(record.ranks, record.parameters) for parameter, record in parents.items()}
     try:
         method = method.inherit(backbone, found)
-        return method, method.unsupported(backbone)
+        return method, unfit(method, backbone)
     except InputError as error:
         if not parents:
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 import traceback
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from harness import registry, storage
+from harness.backbone_dtype import held_bytes, lower, pack
 from harness.errors import Diverged, InputError
 from harness.method import Adaptation, Backbone, Method
 from harness.metric import finite
@@ -26,7 +26,7 @@ from harness.run import checkpoint
 from harness.run.data import Data, data_of
 from harness.run.failure import now
 from harness.run.forgetting import Sample
-from harness.run.memory import PeakMemory, is_out_of_memory
+from harness.run.memory import PeakMemory, is_out_of_memory, release
 from harness.run.parents import inherited, lacking, parents_of
 from harness.run.prediction import predict
 from harness.run.rank_curve import rank_curve
@@ -103,9 +103,7 @@ class _Run:
         if status not in RETRIED:
             checkpoint.delete(self.store.checkpoints / self.spec.run_id)
         self.training = None
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(self.device)
         return record
 
     def _record(self, status: Status) -> RunRecord:
@@ -148,11 +146,13 @@ class _Run:
         method = registry.make_method(spec.method, spec.method_parameters)
         seed_everything(derived_seed(spec.seed, "backbone"))
         backbone = task.backbone(place.model, trust_remote_code=place.trust_remote_code)
+        lower(backbone, spec.train.backbone_dtype)
         method, self.error = inherited(method, backbone, parents)
         if self.error is not None:
             return "unsupported"
         shapes = {layer: backbone.shape(layer) for layer in backbone.layers}  # before the method changes them
-        backbone.module.to(self.device)
+        pack(backbone, self.device)
+        self.known["backbone_bytes"] = held_bytes(backbone.module)
         if not spec.is_trial:
             with self.store.writing():
                 task.artifacts(backbone.module, place.model, self.files / "artifacts" / "before")

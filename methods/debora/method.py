@@ -5,7 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from harness.errors import InputError
-from harness.method import RANK, RANKS, Adaptation, Backbone, PeftForm, Trace, TrainData, is_adaptable
+from harness.method import (
+    EVERY_DTYPE,
+    RANK,
+    RANKS,
+    Adaptation,
+    Backbone,
+    BackboneDtype,
+    PeftForm,
+    Trace,
+    TrainData,
+    is_adaptable,
+    weight_shape,
+)
 from harness.parameters import Range
 from methods.debora.parameters import DeboraParameters
 from methods.debora.recipes import in_todays_words
@@ -44,6 +56,7 @@ class Debora(DeboraParameters):
     group = "ranks searched"
     data_rule: ClassVar[Literal["all", "halves"]] = "halves"
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d", "rank-adaptive")
+    backbone_dtypes: ClassVar[tuple[BackboneDtype, ...]] = EVERY_DTYPE
     traces: ClassVar[tuple[Trace, ...]] = (
         RANK,
         Trace("gap", "Frank-Wolfe gap", drawing="log_line"),
@@ -89,7 +102,7 @@ class Debora(DeboraParameters):
             return reason
         backbone.check_rank(self.rank, targets)
         for name in targets if self.geometry == "stiefel" else ():
-            channels = min(backbone.module.get_parameter(f"{name}.weight").shape[:2])
+            channels = min(weight_shape(backbone.module.get_submodule(name))[:2])
             if 1 < channels < self.rank:
                 raise InputError(
                     f"rank = {self.rank} is above the {channels} channels of layer '{name}': geometry = stiefel allows "
@@ -157,7 +170,7 @@ class Debora(DeboraParameters):
         """What a component of each layer counts against the target."""
         if self.adapter_parameters is None:
             return [1] * len(targets)
-        shapes = [backbone.module.get_parameter(f"{name}.weight").shape for name in targets]
+        shapes = [weight_shape(backbone.module.get_submodule(name)) for name in targets]
         return [component_parameters(shape) + (not self.fold) for shape in shapes]
 
     def _check_simplex(self, num_layers: int) -> None:

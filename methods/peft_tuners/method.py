@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from harness.errors import InputError, unknown
-from harness.method import Adaptation, Backbone, Trace, TrainData, in_modules
+from harness.method import EVERY_DTYPE, PACKED, Adaptation, Backbone, Trace, TrainData, in_modules
 from harness.optimizer import adamw
 from methods.peft_tuners.fields import fields_of
 from methods.shared.lora_method import LoraMethod
@@ -76,6 +76,10 @@ TRIED = {
 }
 
 
+ON_PACKED = ("lora", "ia3", "vera")  # read no weight's numbers, and were tried
+READ = ("init_lora_weights", "use_dora")  # settings with which it does
+
+
 class PeftMethod(LoraMethod):
     """Any tuner of the installed PEFT by its type, as peft[type=ia3] or peft[type=vera,r=64].
 
@@ -90,6 +94,7 @@ class PeftMethod(LoraMethod):
 
     provenance = "PEFT's"
     capabilities: ClassVar[tuple[str, ...]] = ("linear", "conv2d")
+    backbone_dtypes = EVERY_DTYPE
     traces: ClassVar[tuple[Trace, ...]] = (
         Trace("training_numbers", "parameters in training", drawing="steps"),  # AdaMSS's, fewer and fewer
     )
@@ -149,6 +154,9 @@ class PeftMethod(LoraMethod):
         from methods.peft_tuners.trial import failure, takes_tokens, trial_inputs, without_values
         from methods.shared.peft_model import unfit, with_values
 
+        if backbone.dtype in PACKED and (self.type not in ON_PACKED or self.config.keys() & set(READ)):
+            given = "".join(f" with {name}" for name in READ if name in self.config)
+            return f"PEFT's {self.type}{given} was not tried on weights packed as {backbone.dtype}"
         config = self._peft_config(backbone)
         self._check_tokens(backbone)
         targets = self._targets(backbone)

@@ -72,7 +72,7 @@ def failure(module: Any, config: Any, inputs: dict[str, Tensor] | None) -> Excep
             if count > most:
                 kind = str(config.peft_type.value).lower()
                 return InputError(f"peft[type={kind}] would train {count:,} parameters here: give smaller sizes", kind)
-            if (left := _left_out(model, config)) is not None:
+            if (left := _left_out(model, config) or _lower_than_float32(model)) is not None:
                 return left
             if inputs is not None:
                 model.eval()(**inputs)
@@ -88,6 +88,14 @@ def _left_out(model: Any, config: Any) -> ValueError | None:
         if name in parts and not isinstance(parts[name], BaseTunerLayer):
             kind = type(parts[name]).__name__
             return ValueError(f"it passes over layer '{name}', which is of kind {kind}; leave it out of target_modules")
+    return None
+
+
+def _lower_than_float32(model: nn.Module) -> ValueError | None:
+    """What is wrong where the tuner would train in the backbone's own, lower precision."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            return ValueError(f"it would train '{name}' in {str(parameter.dtype).removeprefix('torch.')}")
     return None
 
 

@@ -92,6 +92,10 @@ def start_from(
 ) -> None:
     """Give the layers these A and ranks, and the optimizer their new parameters; at rank 0 the base layer is back."""
     initialize_lora_eva_weights(model, eva_state_dict=directions)
+    for part in model.modules():
+        if isinstance(part, LoraLayer):  # whose new factors have the dtype of the frozen weights
+            part.lora_A.to(torch.promote_types(part.get_base_layer().weight.dtype, torch.float32))
+            part.lora_B.to(torch.promote_types(part.get_base_layer().weight.dtype, torch.float32))
     train_anew(optimizer, model, weight_decay)
 
 

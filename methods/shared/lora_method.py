@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from harness.method import Method
+from harness.method import FLOATS, BackboneDtype, Method
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 class LoraMethod(Method, ABC):
     """A method whose export is, at least for some of its settings, a LoRA adapter as PEFT keeps it."""
+
+    backbone_dtypes: ClassVar[tuple[BackboneDtype, ...]] = (
+        FLOATS  # one that reads no weight's numbers takes them packed
+    )
 
     def changed(self, *names: str) -> dict[str, Any]:
         """Those of these settings that are not at their defaults, with their values."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from harness import registry
+from harness.backbone_dtype import TORCH, lower, unfit
 from harness.contracts import METHOD_CONTRACTS, TASK_CONTRACTS, Subject
 from harness.contracts.methods import (
     a_cut_to_a_rank_has_it_and_is_undone,
@@ -17,7 +18,7 @@ from harness.contracts.methods import (
     the_history_holds_what_is_declared,
     unchanged_output_at_the_start,
 )
-from harness.contracts.subject import start
+from harness.contracts.subject import method_of, start
 from harness.method import Backbone
 from tests.support.contract_settings import PARAMETERS
 
@@ -50,15 +51,29 @@ def test_list_says_which_exports_stock_peft_cannot_load(method, tmp_path: Path):
 )
 @pytest.mark.parametrize("method", ["lora", "adalora", "debora"])
 def test_method_on_a_backbone_in_bfloat16(method, contract, tmp_path: Path):
-    contract(Subject(PARAMETERS[method], tmp_path, backbone_dtype=torch.bfloat16))
+    contract(Subject(PARAMETERS[method], tmp_path, backbone_dtype="bf16"))
 
 
-def test_only_the_backbone_is_in_a_lower_precision(tmp_path: Path):
-    for method in ("lora", "adalora", "debora"):
-        started = start(Subject(PARAMETERS[method], tmp_path, backbone_dtype=torch.bfloat16))
-        dtypes = {(p.requires_grad, p.dtype) for _, p in started.adaptation.model.named_parameters()}
-        assert (True, torch.bfloat16) not in dtypes
-        assert {(True, torch.float32), (False, torch.bfloat16)} <= dtypes
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        *((method, "bf16") for method in METHODS),
+        *((PARAMETERS[name], "fp16") for name in ("lora", "adalora", "debora")),
+    ],
+)
+def test_a_method_works_on_a_lower_precision_or_says_why_not(method, dtype, tmp_path: Path):
+    subject = Subject(method, tmp_path, backbone_dtype=dtype)
+    chosen, bare = method_of(method), subject.made_task().backbone(None, meta=True)
+    lower(bare, dtype)
+    if dtype not in chosen.backbone_dtypes:
+        assert unfit(chosen, bare) == f"it takes a backbone in fp32, not in {dtype}"
+        return
+    assert unfit(chosen, bare) is None
+    for contract in (only_the_intended_parameters_train, counts_are_right):
+        contract(subject)
+    started = start(subject)
+    held = {p.dtype for p in started.adaptation.model.parameters() if not p.requires_grad}
+    assert TORCH[dtype] in held
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,7 @@ class TestARun:
     @pytest.mark.parametrize("settings", ["optimizer=dct_adamw", "optimizer=frugal"])
     def test_places_of_columns_stay_whole_numbers_in_a_checkpoint(self, settings, tmp_path):
         """In bfloat16, where whole numbers above 256 are not all there, torch would make floats of them."""
-        runs = [started(tmp_path, settings, backbone_dtype=torch.bfloat16).adaptation for _ in range(2)]
+        runs = [started(tmp_path, settings, backbone_dtype="bf16").adaptation for _ in range(2)]
         for parameter in runs[0].model.parameters():
             parameter.grad = torch.ones_like(parameter)
         runs[0].optimizer.step()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from harness.method import is_transposed
+from harness.method import is_transposed, weight_shape
 from methods.debora.target import modes_with_factors
 from methods.debora.tuner.config import DeboraConfig
 from methods.debora.tuner.fused import fused_linear
@@ -77,13 +77,12 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
 
     def mode_sizes(self) -> dict[str, int]:
         """Rows of each factor by the name of its dictionary; see `modes_with_factors` for modes without one."""
-        shape = self._weight().shape
+        shape = self._shape()
         return {self.adapter_layer_names[mode]: shape[mode] for mode in modes_with_factors(shape)}
 
-    def _weight(self) -> Tensor:
-        """The base layer's weight with the modes of the factors, outputs first."""
-        weight: Tensor = self.get_base_layer().weight
-        return weight
+    def _shape(self) -> tuple[int, ...]:
+        """That of the base layer's weight with the modes of the factors, outputs first."""
+        return weight_shape(self.get_base_layer())
 
     def factors(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
         """U^(1), ..., U^(d), each (n_k, r), in the order of `mode_sizes`."""
@@ -185,11 +184,15 @@ class DeboraLayer(BaseTunerLayer, nn.Module):
         return True
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters (all active ones by default) to the base weight. `safe_merge`: ValueError unless finite."""
+        """Add the adapters (all active ones by default) to the base weight. `safe_merge`: ValueError unless finite.
+
+        Raises ValueError where the base weight is packed."""
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.r:
                 continue
             weight = self.get_base_layer().weight
+            if not weight.is_floating_point():
+                raise ValueError("the base weight is packed into integers: merge into the backbone in bf16 or fp32")
             merged = weight.data + self.get_delta_weight(name).detach().to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"the merged weight of adapter '{name}' is not finite")
@@ -244,10 +247,10 @@ class DeboraLinear(DeboraLayer):
         update = (U * self.debora_s[adapter_name]) @ V.T
         return update.T if is_transposed(self.get_base_layer()) else update
 
-    def _weight(self) -> Tensor:
-        """W, (outputs, inputs)."""
-        weight = super()._weight()
-        return weight.T if is_transposed(self.get_base_layer()) else weight
+    def _shape(self) -> tuple[int, ...]:
+        """(outputs, inputs)."""
+        shape = super()._shape()
+        return shape[::-1] if is_transposed(self.get_base_layer()) else shape
 
 
 def _is_plain_and_frozen(layer: nn.Module) -> bool:
