@@ -12,7 +12,7 @@ from harness.errors import InputError
 from harness.task import Examples
 from tasks import pretrained
 from tasks.causal import filler_of
-from tasks.plain_text import plain_encoding
+from tasks.plain_text import begin_tokens, plain_encoding
 from tasks.sequences import Sequences, end_to_end
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class EncodedPairs:
     written: np.ndarray
     text: np.ndarray
     text_starts: np.ndarray
+    shots: np.ndarray
+    begin: np.ndarray
     padding: np.ndarray
 
     @property
@@ -90,6 +92,8 @@ def tokenized(
             prompt = [*head[:room], *tail] or [tokenizer.eos_token_id]
             parts.append([*prompt, *response])
             prompts.append(len(prompt))
+    begin = begin_tokens(tokenizer)
+    shots = _shots(tokenizer, begin, examples)
     raw = [text.encode() for text in responses]
     tokens, starts = end_to_end(parts)
     return {
@@ -102,8 +106,16 @@ def tokenized(
         "written": np.array(written),
         "text": np.frombuffer(b"".join(raw), dtype=np.uint8),
         "text_starts": np.concatenate([[0], np.cumsum([len(text) for text in raw])]),
+        "shots": np.array(shots, dtype=np.int32),
+        "begin": np.array([len(begin)]),
         "padding": np.array([filler_of(tokenizer)], dtype=np.int32),
     }
+
+
+def _shots(tokenizer: Any, begin: list[int], examples: Examples) -> list[int]:
+    """What is read before each prompt in evaluations; nothing where there are no such texts."""
+    text = next(iter(examples.columns.get("shots", ())), "")
+    return [*begin, *plain_encoding(tokenizer, [[text]], add_special_tokens=False)["input_ids"][0]] if text else []
 
 
 def decoded(tokenizer: Any, ids: Sequence[Sequence[int]]) -> list[str]:
