@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -14,8 +15,9 @@ from tasks import pretrained
 from tasks.cache import cached
 from tasks.causal import CausalTask, check_finite, response_losses, tokenizer_of, training_batch
 from tasks.greedy import generated
-from tasks.pairs import PROMPT, EncodedPairs, decoded, tokenized
+from tasks.pairs import EncodedPairs, decoded, tokenized
 from tasks.sequences import padded, tensor
+from tasks.wording import PROMPT, has_chat_template, wording
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,14 +65,23 @@ class AnswerTask(CausalTask):
     """Abstract base of tasks whose Examples have the columns "prompt" and "response".
 
     The loss is on the response alone (its tokens and the end token). In an evaluation the response is generated
-    greedily, up to the tokenizer's end token, and kept whole, so that every metric has its examples. The model's own
-    generation_config.json has no say. A column "shots", one text in all rows, is read before each prompt in
-    evaluations and not in training.
+    greedily, up to the end token that training puts after it, and kept whole, so that every metric has its examples.
+    The model's own generation_config.json has no say. A column "shots", one text in all rows, is read before each
+    prompt in evaluations and not in training.
     """
+
+    between: ClassVar[str] = ""  # what stands between the template and the response, where there is no chat template
 
     template: str = Field("{prompt}\n", description="what the model reads; {prompt} stands for the prompt")
     max_length: int = Field(256, ge=8, description="tokens kept of an example; the prompt is cut at its end")
     max_response: int = Field(64, ge=1, description="most tokens of a response, the end token included")
+
+    chat_template: bool = Field(
+        False,
+        description="the model reads the tokenizer's chat template, with the prompt as the user's message; `template` "
+        "where there is none",
+        exclude_if=lambda value: not value,  # younger than the first records
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -80,14 +91,28 @@ class AnswerTask(CausalTask):
             raise ValueError(f"max_response = {self.max_response} should be below max_length = {self.max_length}")
         return self
 
+    def model_fingerprint(self, model: str | None, *, trust_remote_code: bool = False) -> str:
+        """As `Task.model_fingerprint`; with the chat template where it has a say."""
+        found = super().model_fingerprint(model, trust_remote_code=trust_remote_code)
+        template = pretrained.load_tokenizer(self.model_name(model)).chat_template if self.chat_template else None
+        return hashlib.sha256(f"{found}:{template}".encode()).hexdigest()[:16] if template else found
+
+    def model_notes(self, model: str | None) -> list[str]:
+        """As `CausalTask.model_notes`; what is used where there is no chat template."""
+        name = self.model_name(model)
+        said = super().model_notes(model)
+        if self.chat_template and not has_chat_template(pretrained.load_tokenizer(name)):
+            said.append(f"the tokenizer of model '{name}' has no chat template: template = {self.template!r} is used")
+        return said
+
     def encode(self, examples: Examples, model: str | None) -> EncodedPairs:
         """Token ids of every row; kept on disk, so that all runs share them."""
         name = self.model_name(model)
-        settings = (self.max_length, self.max_response, self.template)
+        settings = (self.max_length, self.max_response, self.template, self.between, self.chat_template)
         return EncodedPairs(
             **cached(
                 "pairs",
-                (pretrained.fingerprint(name), *settings, fingerprint_of(pairs=examples)),
+                (self.model_fingerprint(name), *settings, fingerprint_of(pairs=examples)),
                 ("transformers", "tokenizers"),
                 lambda: tokenized(examples, name, *settings),
             )
@@ -139,7 +164,7 @@ class AnswerTask(CausalTask):
         sums, counts = response_losses(model, batch)
         check_finite(sums)
         tokenizer = tokenizer_of(model)
-        end = tokenizer.eos_token_id
+        end = self._end(tokenizer)
         ids = generated(model, tokenizer, batch, end, max_new_tokens=self.max_response).tolist()
         answers = decoded(tokenizer, [row[: row.index(end)] if end in row else row for row in ids])
         return torch.from_numpy(packed(answers, sums.tolist(), counts.tolist(), np.float32)).to(sums.device)
@@ -151,8 +176,12 @@ class AnswerTask(CausalTask):
         sums, counts = response_losses(model, batch)
         tokenizer = tokenizer_of(model)
         settings = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
-        found = generated(model, tokenizer, batch, tokenizer.eos_token_id, **settings)
+        found = generated(model, tokenizer, batch, self._end(tokenizer), **settings)
         return torch.cat([(sums / counts)[:, None], found.logits[0].float()], dim=1)
+
+    def _end(self, tokenizer: Any) -> int:
+        """The token that ends a response."""
+        return wording(tokenizer, tokenizer.name_or_path, self.template, chat=self.chat_template).end
 
 
 def packed(found: Sequence[str], nats: Sequence[float], counts: Sequence[int], kind: type) -> np.ndarray:

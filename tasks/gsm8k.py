@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from harness.errors import InputError
 from harness.metric import Metric, mean_of
 from harness.task import Examples
 from tasks.answers import PERPLEXITY, AnswerTask, each
 from tasks.hub import Rows, read_split
-from tasks.pairs import PROMPT
 from tasks.text import group_numbers
+from tasks.wording import PROMPT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,6 +64,7 @@ class Gsm8k(AnswerTask):
 
     capabilities: ClassVar[tuple[str, ...]] = ("text", "generation")
     measures: ClassVar[tuple[Metric, ...]] = MEASURES
+    between: ClassVar[str] = " "
 
     template: str = Field(
         "Question: {prompt}\nAnswer:", description="what the model reads; {prompt} stands for the question"
@@ -71,6 +72,12 @@ class Gsm8k(AnswerTask):
     max_length: int = Field(512, ge=8, description="tokens kept of an example, shots not counted")
     max_response: int = Field(256, ge=1, description="most tokens of an answer, the end token included")
     shots: int = Field(0, ge=0, le=32, description="solved training questions before each question in evaluations")
+
+    @model_validator(mode="after")
+    def _shots_are_text(self) -> Self:
+        if self.shots and self.chat_template:
+            raise ValueError(f"shots = {self.shots} and chat_template = true are not allowed together")
+        return self
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -96,7 +103,9 @@ class Gsm8k(AnswerTask):
     def _solved(self, rows: Examples) -> str:
         """Questions with their answers, each as the model would read it."""
         pairs = zip(rows.columns["prompt"], rows.columns["response"], strict=True)
-        return "".join(f"{self.template.replace(PROMPT, question)}{answer}\n\n" for question, answer in pairs)
+        return "".join(
+            f"{self.template.replace(PROMPT, question)}{self.between}{answer}\n\n" for question, answer in pairs
+        )
 
 
 def _parted(train: Examples, shots: int) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +130,7 @@ def question_rows(rows: Rows, question: str, answer: str, group: str | None = No
 
     prompts, answers = rows.texts(question), rows.texts(answer)
     groups = group_numbers(rows.texts(group) if group else prompts)
-    columns = {"prompt": prompts, "response": [f" {text}" for text in answers]}
+    columns = {"prompt": prompts, "response": answers}
     return Examples(columns, np.zeros(len(prompts)), groups, notes=tuple(_without_number(answers)))
 
 
