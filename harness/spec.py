@@ -74,6 +74,15 @@ class Place(Strict):
     rank_curve: tuple[Annotated[int, Field(ge=1, le=MOST)], ...] = Field(
         (), max_length=1000, description="score the trained adapter cut to these ranks as well: 1,2,4,8"
     )
+    forgetting: str | None = Field(
+        None,
+        min_length=1,
+        description="text on which a causal language model's loss is measured before and after training: a text file, "
+        "or wikitext",
+    )
+    forgetting_windows: int = Field(
+        64, ge=1, le=MOST, description="windows of 256 tokens that are taken of it; the number is part of the result"
+    )
 
 
 class Execution(Strict):

@@ -210,6 +210,18 @@ class Task(Strict, ABC):
         run it is compared with what it says of the row alone. None where rows of a batch are all of one size."""
         return None
 
+    def text_windows(
+        self, sample: str, count: int, module: nn.Module, model: str | None, data_root: str | None
+    ) -> np.ndarray | None:
+        """(windows, tokens) token ids of the first `count` windows of a text: "wikitext", or a file's path. `module`:
+        the model, which may be on the meta device. None where the task has no causal language model. Raises InputError
+        for a text that cannot be read, or is shorter than one window."""
+        return None
+
+    def window_losses(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """(windows,) mean loss in nats of each window's tokens after the first; `ids`: some of `text_windows`."""
+        raise NotImplementedError(f"{type(self).__name__} has no text windows")
+
     def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
         """Every metric of one split, of what `predict` and `gold` give; `headline` among them. Here: the values of
         those that are declared."""

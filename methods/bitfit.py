@@ -20,6 +20,7 @@ class BitFit(Method):
 
     provenance = "from the paper"
     group = "not low-rank"
+    own_format = True
     capabilities = ("any layer",)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")

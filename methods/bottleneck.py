@@ -94,6 +94,7 @@ class BottleneckMethod(Method, ABC):
     placement: ClassVar[str]
     provenance = "from the paper"
     group = "not low-rank"
+    own_format = True
     capabilities = ("encoders of transformers",)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")

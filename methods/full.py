@@ -49,6 +49,7 @@ class Full(Method):
     version = 2
     provenance = "common practice; optimizers other than adamw are from the authors' code"
     group = "whole model"
+    own_format = True
     capabilities = ("any layer",)
     search_space = {"learning_rate": Range(1e-6, 1e-3, log=True)}
 

@@ -22,6 +22,7 @@ class Head(Method):
     version = 2
     provenance = "common practice"
     group = "controls"
+    own_format = True
     capabilities = ("any layer",)
     search_space = {"learning_rate": Range(1e-4, 1e-1, log=True)}
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from harness.errors import Diverged, InputError
 from harness.task import Batch, Task
-from tasks import pretrained
+from tasks import pretrained, text_sample
 from tasks.positions import check_positions
 from tasks.sequences import padded, tensor
 
@@ -65,6 +65,14 @@ class CausalTask(Task):
         """Mean over examples of the mean cross-entropy of what follows the prompt."""
         sums, counts = response_losses(model, batch)
         return (sums / counts).mean()
+
+    def text_windows(
+        self, sample: str, count: int, module: nn.Module, model: str | None, data_root: str | None
+    ) -> np.ndarray | None:
+        return text_sample.windows(sample, count, module, self.model_name(model), data_root)
+
+    def window_losses(self, model: nn.Module, ids: Tensor) -> Tensor:
+        return text_sample.window_losses(model, ids)
 
 
 def training_batch(rows: Sequence[np.ndarray], prompts: Sequence[int] | np.ndarray, filler: int) -> Batch:

@@ -15,6 +15,8 @@ from harness.parameters import Strict
 from harness.plan import sweep_file
 from harness.provenance import GROUPS
 
+OWN_FORMAT = "own format, which stock PEFT cannot load"
+
 
 def command(name: str | None) -> int:
     """Print everything that is registered, or one thing's parameters. Raises InputError for an unknown name."""
@@ -44,28 +46,28 @@ def _print_all() -> None:
         groups[_group(name)].append((name, _one_line(registry.METHODS, name)))
     for group, rows in groups.items():
         if rows:
-            _print_table(f"methods, {group}", rows)
+            _print_table(f"methods, {group}: {GROUPS[group]}", rows)
     rows = [(name, _one_line(registry.TASKS, name)) for name in registry.registered(registry.TASKS)]
-    _print_table("tasks", rows)
+    _print_table("tasks:", rows)
     rows = [(name, tomllib.loads(path.read_text())["description"]) for name, path in sweep_file.presets().items()]
-    _print_table("presets", rows)
+    _print_table("presets:", rows)
     print("`list NAME` shows a method's or a task's parameters, or a preset's content.")
 
 
 def _print_table(heading: str, rows: list[tuple[str, str]]) -> None:
     width = max((len(name) for name, _ in rows), default=0)
-    print(f"{heading}:")
+    print(heading)
     for name, text in rows:
         print(f"  {name:<{width}}  {text}")
     print()
 
 
 def _group(name: str) -> str:
-    """The method's group; the last of a plugin that cannot be used."""
+    """The method's group; that of a method without one for a plugin that cannot be used."""
     try:
         return registry.method_class(name).group
     except InputError:
-        return GROUPS[-1]
+        return Method.group
 
 
 def _one_line(group: str, name: str) -> str:
@@ -78,8 +80,10 @@ def _one_line(group: str, name: str) -> str:
         return f"(unavailable: {error})"
     members = f" Members: {', '.join(cls.members)}." if getattr(cls, "members", ()) else ""
     capabilities = f" [{', '.join(cls.capabilities)}]" if cls.capabilities else ""
-    provenance = f" Provenance: {cls.provenance}." if group == registry.METHODS else ""
-    return f"{first}{members}{capabilities}{provenance}"
+    if group == registry.TASKS:
+        return f"{first}{members}{capabilities}"
+    export = f" Export: {OWN_FORMAT}." if cls.own_format else ""
+    return f"{first}{capabilities}{export} Provenance: {cls.provenance}."
 
 
 def _parameters(name: str, cls: type[Strict]) -> list[str]:
@@ -87,6 +91,7 @@ def _parameters(name: str, cls: type[Strict]) -> list[str]:
     lines = [inspect.cleandoc(cls.__doc__ or "")]
     if issubclass(cls, Method):
         lines.append(f"\nprovenance: {cls.provenance}\ngroup: {cls.group}")
+        lines += [f"export: {OWN_FORMAT}"] if cls.own_format else []
     lines += [f"\n{kind}s, as in {name}[{kind}=value]:"]
     schema = cls.model_json_schema()["properties"]
     of_peft = {name: peft_name for peft_name, name in cls.peft_names().items()}

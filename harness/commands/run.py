@@ -114,9 +114,11 @@ def _say(planned: Planned, console: Console) -> None:
 
 def _say_what_lacks(store: RecordStore, finished: Mapping[str, Skim], place: Place, console: Console) -> None:
     """A finished run is not run again for the sake of what it has not kept: say so."""
+    text = place.forgetting, place.forgetting_windows
     wanted: dict[str, tuple[object, Callable[[str], object]]] = {
         "adapter": (place.save_adapter, lambda run_id: (store.folder(run_id) / "adapter").exists()),
         "predictions for the test set": (place.predict_test, store.test_splits),
+        "such losses on a text sample": (place.forgetting, lambda run_id: finished[run_id].forgetting == text),
         "such rank curve": (place.rank_curve, lambda run_id: finished[run_id].rank_curve == place.rank_curve),
     }
     for what, (asked, kept) in wanted.items():

@@ -42,7 +42,7 @@ def sweep_of(options: argparse.Namespace) -> Sweep:
 def place_of(options: argparse.Namespace) -> Place:
     """Where and how: options over the environment. Raises InputError."""
     given = {name: getattr(options, name) for name in Place.model_fields if name not in ("model", "path")}
-    given["checkpoint_every"] = _parsed(given["checkpoint_every"])
+    given |= {name: _parsed(given[name]) for name in ("checkpoint_every", "forgetting_windows")}
     if given["rank_curve"] is not None:
         given["rank_curve"] = [parse_value(rank) for rank in split_list(given["rank_curve"])]
         if not given["rank_curve"]:

@@ -52,7 +52,11 @@ def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
             raise InputError(f"task '{name}': {error}", error.mention) from None
         of_model = task.model_fingerprint(model, trust_remote_code=place.trust_remote_code)
         fingerprints = Fingerprints(data.splits.fingerprint, of_model)
-        checked.append(CheckedTask(name, task, model, data, fingerprints))
+        found = CheckedTask(name, task, model, data, fingerprints)
+        if place.forgetting is not None:
+            module = found.meta_backbone(place).module
+            task.text_windows(place.forgetting, place.forgetting_windows, module, model, place.data_root)
+        checked.append(found)
     return checked
 
 

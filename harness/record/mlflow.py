@@ -262,6 +262,8 @@ def _metrics(record: RunRecord, history: list[dict[str, Any]], started: int) -> 
     final |= {f"rank.{layer}": float(rank) for layer, rank in record.ranks.items()}
     final |= {"peak_bytes": record.peak_bytes, "optimizer_bytes": record.optimizer_bytes}
     final |= {"batches": record.batches, "updates": record.updates}
+    if record.forgetting is not None:
+        final |= {"forgetting": record.forgetting.rise}
     end = started + round(total)
     found += [Metric("score_at_rank", value, end, rank) for rank, value in record.rank_curve.items()]
     return found + [

@@ -21,6 +21,9 @@ STATUSES = get_args(Status)
 RUN_ID = re.compile(r"[0-9a-f]{16}")
 RECORD, HISTORY, PREDICTIONS = "record.json", "history.jsonl", "predictions.safetensors"  # of a run's folder
 ADAPTER = "adapter"  # folder of the kept adapter; of one cut to rank 4, "adapter_rank_4"
+FORGETTING = (
+    "forgetting"  # losses on a text sample among the predictions: the trained model's, and as references those before
+)
 HOLDOUT = "holdout"  # the split that curves, tuning and selection use; never an evaluation split
 
 
@@ -35,6 +38,22 @@ class Seconds(Strict):
     training: float = Field(0.0, ge=0, description="updates alone: no loading, no evaluation")
     evaluation: float = Field(0.0, ge=0, description="holdout and evaluation passes")
     total: float = Field(0.0, ge=0, description="everything")
+
+
+class Forgetting(Strict):
+    """Mean loss per token, in nats, on a fixed sample of text. Numbers of other windows are no match for it."""
+
+    sample: str = Field(description="wikitext, or the file's name")
+    fingerprint: str = Field(description="of the windows' token ids")
+    windows: int = Field(ge=1)
+    tokens: int = Field(ge=2, description="of a window")
+    untouched: float = Field(ge=0, description="of the backbone as it was loaded")
+    trained: float = Field(ge=0, description="with the trained adapter")
+
+    @property
+    def rise(self) -> float:
+        """What was forgotten; below 0 where the loss fell."""
+        return self.trained - self.untouched
 
 
 class RunRecord(Strict):
@@ -52,6 +71,7 @@ class RunRecord(Strict):
     rank_curve: dict[int, float] = Field(
         {}, description="rank -> headline metric on the first evaluation split, each layer cut to at most that rank"
     )
+    forgetting: Forgetting | None = Field(None, description="None: not asked for, or no causal language model")
     parameters: ParameterCount | None = None
     ranks: dict[str, int] = Field({}, description="live rank per adapted layer at the end")
     shapes: dict[str, tuple[int, int]] = Field(

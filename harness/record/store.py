@@ -47,6 +47,7 @@ class Skim(NamedTuple):
     status: Status
     seconds: float  # in all
     rank_curve: tuple[int, ...]  # the ranks asked for
+    forgetting: tuple[str | None, int | None]  # the text sample asked for, and how many windows of it
     files: dict[str, str]  # see RunRecord; empty for a record from before there were checksums
 
 
@@ -145,8 +146,10 @@ class RecordStore:
             content = storage.unseal(self._raw(run_id), SCHEMA, self._named(run_id), SEALED_FROM)
             if not content["run_id"] == run_id == identity_hash(content["spec"]) or content["status"] not in STATUSES:
                 return None
-            ranks = tuple(content["spec"]["place"].get("rank_curve", ()))
-            return Skim(content["status"], float(content["seconds"]["total"]), ranks, dict(content.get("files", {})))
+            place, seconds = content["spec"]["place"], float(content["seconds"]["total"])
+            text = place.get("forgetting"), place.get("forgetting_windows")
+            ranks = tuple(place.get("rank_curve", ()))
+            return Skim(content["status"], seconds, ranks, text, dict(content.get("files", {})))
         except (FileNotFoundError, Damaged, KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, Unreadable):
                 raise

@@ -35,6 +35,7 @@ from harness.report.pictures.histories import Traced, one_line, traced
 from harness.report.pictures.picture import Picture, PictureData
 from harness.report.tables.budget import costs, matched, sweeps, time_to_score
 from harness.report.tables.differences import Differences, differences_frame, differences_json, differences_table
+from harness.report.tables.forgetting import forgetting_frame, forgetting_table, forgotten
 from harness.report.tables.rank_agreement import agreement_frame, agreement_table, agreements
 from harness.report.tables.rank_curves import areas, rank_curves
 from harness.report.tables.rank_scores import RankScores, rank_differences, rank_tables
@@ -48,6 +49,7 @@ AT_TIMES = {  # tables for people
     "differences": "Differences",
     "rank_curves": "Scores at ranks",
     "rank_agreement": "Agreement of seeds on ranks",
+    "forgetting": "Forgetting",
 }
 Tell = Callable[[str], None]
 
@@ -79,8 +81,8 @@ def build_report(
 ) -> list[Path]:
     """Write tables/leaderboard.{md,tex,csv,json}, tables/trials.csv and those of `_tables` that have rows,
     tables/differences.{md,tex,csv,json} where there are `differences` (by a board's key), the tables of scores at
-    `ranks` (in the same way) and of ranks' agreement in the same forms, pictures/*.{png,pdf} and report.html, all below
-    `store.results`.
+    `ranks` (in the same way), of ranks' agreement and of forgetting in the same forms, pictures/*.{png,pdf} and
+    report.html, all below `store.results`.
 
     `found`: what to report on; None for all of the store. `naming`: see `labels_of`. `boards`: those of the
     records, where they are made already (see `boards_of`).
@@ -109,7 +111,7 @@ def build_report(
         runs = runs_of(grouped(store, chosen, naming or {}), naming)
         boards = boards_of(store, runs, provenance=known.provenance)
     with _draft(store) as folder:
-        drawing, tables, further = _Drawing(folder, forms, tell), {}, _Further(differences or {}, ranks or {})
+        drawing, tables, further = _Drawing(folder, forms, tell), {}, _Further(store, differences or {}, ranks or {})
         for place, board in enumerate(boards):  # one after the other: histories are large
             of_board, histories = _of(board, trials), _histories(board, store, known, tell)
             tables[board.key] = _tables(board, of_board, histories) | further.frames(board)
@@ -214,8 +216,10 @@ class _Further:
 
     may_write = frozenset(f"tables/{name}.{form}" for name in AT_TIMES for form in ("md", "tex", "json"))
 
-    def __init__(self, differences: Mapping[str, Differences], ranks: Mapping[str, RankScores]) -> None:
-        self._differences, self._ranks = differences, ranks
+    def __init__(
+        self, store: RecordStore, differences: Mapping[str, Differences], ranks: Mapping[str, RankScores]
+    ) -> None:
+        self._store, self._differences, self._ranks = store, differences, ranks
         self._found: dict[str, list[Table]] = {name: [] for name in AT_TIMES}
 
     def frames(self, board: Board) -> dict[str, pd.DataFrame]:
@@ -226,7 +230,9 @@ class _Further:
         self._found["differences"] += [] if against is None else [differences_table(against)]
         self._found["rank_curves"] += rank_tables(at_ranks)
         frames = {"differences": differences_frame(against), "rank_differences": rank_differences(at_ranks)}
-        return frames | {"rank_agreement": agreement_frame(agreed)}
+        forgot = forgotten(board, self._store)
+        self._found["forgetting"] += [forgetting_table(board, forgot)] if forgot else []
+        return frames | {"rank_agreement": agreement_frame(agreed), "forgetting": forgetting_frame(forgot)}
 
     @property
     def tables(self) -> list[Table]:

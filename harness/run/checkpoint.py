@@ -73,6 +73,13 @@ class Newest(NamedTuple):
     damaged: list[Path]
     path: Path | None  # of the state
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of those that are not whole, a line."""
+        names = ", ".join(path.name for path in self.damaged)
+        after = "anew" if self.state is None else "from the one before"
+        return (f"damaged checkpoint {names} passed over: the run began {after}",) if self.damaged else ()
+
 
 def load_newest(folder: Path, origin: dict[str, Any] | None = None, without: Collection[Path] = ()) -> Newest:
     """Read the newest checkpoint that is whole; those of `without` count as damaged.

@@ -25,6 +25,7 @@ from harness.record.record import ADAPTER, HOLDOUT, PREDICTIONS, RETRIED, RunRec
 from harness.record.store import RecordStore
 from harness.run import checkpoint
 from harness.run.data import Data, data_of
+from harness.run.forgetting import Sample
 from harness.run.memory import PeakMemory, is_out_of_memory
 from harness.run.parents import inherited, lacking, parents_of
 from harness.run.rank_curve import rank_curve
@@ -169,11 +170,12 @@ class _Run:
         if not spec.is_trial:
             with self.store.writing():
                 task.artifacts(backbone.module, place.model, self.files / "artifacts" / "before")
+        sample = Sample(spec, task, backbone, self.device)
         adaptation = self._start(method, backbone, data)
         self._train(adaptation, data)
         self.known["shapes"] = {layer: shape for layer, shape in shapes.items() if layer in self.known["ranks"]}
         if not spec.is_trial:
-            self._evaluate(adaptation, data)
+            self._evaluate(adaptation, data, sample)
             with self.store.writing():
                 task.artifacts(adaptation.model, place.model, self.files / "artifacts" / "after")
         self._export(adaptation, ADAPTER)
@@ -226,14 +228,9 @@ class _Run:
 
     def _resume(self, training: Training, newest: checkpoint.Newest) -> None:
         """Go on from a checkpoint, where there is one. Raises Unusable for one that does not fit."""
-        saved, damaged, path = newest
-        if damaged:
-            after = "anew" if saved is None else "from the one before"
-            names = ", ".join(path.name for path in damaged)
-            self.known["notes"] = (f"damaged checkpoint {names} passed over: the run began {after}",)
-        if saved is None:
+        self.known["notes"], saved, path = newest.notes, newest.state, newest.path
+        if saved is None or path is None:
             return
-        assert path is not None
         try:
             training.load_state_dict(saved)
             self.earlier_seconds = float(saved["seconds_total"])
@@ -259,7 +256,7 @@ class _Run:
         self.evaluation_seconds += time.perf_counter() - started
         return {f"holdout_{name}": value for name, value in self.known["holdout"].items()}
 
-    def _evaluate(self, adaptation: Adaptation, data: Data) -> None:
+    def _evaluate(self, adaptation: Adaptation, data: Data, sample: Sample) -> None:
         """The one time that the evaluation splits are read."""
         started = time.perf_counter()
         metrics: dict[str, float] = {}
@@ -288,6 +285,7 @@ class _Run:
                 if facts := self.task.facts(encoded):
                     self.known["data"][name] = facts
                 self.kept[f"{name}/predictions"] = self._predictions(adaptation, encoded, examples.labels)
+        self.known |= sample.forgotten(adaptation.model, self.kept)
         with self.store.writing():
             storage.save_arrays(self.kept, self.files / PREDICTIONS)
         self.known |= {"metrics": metrics, "score": metrics[headline], "rank_curve": curve}

@@ -157,8 +157,14 @@ def test_list_teaches(capsys):
     output = capsys.readouterr().out
     for name in ("debora", "lora", "glue", "cola", "quickstart", "smoke"):
         assert name in output
-    groups = dict(re.findall(r"^methods, (.+):\n((?:  .+\n)+)", output, re.MULTILINE))
-    assert list(groups) == [group for group in GROUPS if group in groups]
+    headings = re.findall(r"^methods, (.+): (.+)\n((?:  .+\n)+)", output, re.MULTILINE)
+    groups = {group: rows for group, _, rows in headings}
+    assert [(group, words) for group, words, _ in headings] == [row for row in GROUPS.items() if row[0] in groups]
+    told = {
+        line.split()[0] for line in output.splitlines() if "Export: own format, which stock PEFT cannot load." in line
+    }
+    assert told >= {"hadapter", "bitfit", "full"}
+    assert not told & {"lora", "debora", "peft"}
     assert re.search(r"^  pruned_lora .+ Provenance: ours: a control\.$", groups["controls"], re.MULTILINE)
     assert re.search(
         r"^  debora .+ Provenance: from the paper; no official code;", groups["ranks searched"], re.MULTILINE
@@ -169,6 +175,9 @@ def test_list_teaches(capsys):
     assert "init (PEFT's init_lora_weights): default, gaussian," in output
     assert "\nprovenance: PEFT's\ngroup: fixed rank\n" in output
     assert "scaled by alpha / rank, not by alpha / its own rank as in PEFT" in output
+    assert "\nexport: " not in output
+    assert main(["list", "hadapter"]) == 0
+    assert "\nexport: own format, which stock PEFT cannot load\n" in capsys.readouterr().out
 
 
 WRONG = [

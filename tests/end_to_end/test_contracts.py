@@ -30,6 +30,13 @@ def test_method(method, contract, tmp_path: Path):
     contract(Subject(method, tmp_path))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_list_says_which_exports_stock_peft_cannot_load(method, tmp_path: Path):
+    started = start(Subject(method, tmp_path))
+    started.adaptation.export(tmp_path)
+    assert started.method.own_format is not (tmp_path / "adapter_config.json").exists()
+
+
 @pytest.mark.parametrize(
     "contract",
     [

@@ -33,7 +33,12 @@ def test_the_table_has_every_method_in_its_group_with_its_own_words():
 
 
 def place(name):
-    return GROUPS.index(OWN[name].group)
+    return list(GROUPS).index(OWN[name].group)
+
+
+def test_the_groups_are_told_in_the_words_of_list():
+    found = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", (PAGES / "README.md").read_text(), re.MULTILINE)
+    assert [row for row in found if row[0] in GROUPS] == list(GROUPS.items())
 
 
 @pytest.mark.parametrize("name", OWN)

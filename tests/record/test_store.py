@@ -94,7 +94,9 @@ class TestRecords:
 
     def test_a_skim_agrees_with_the_whole(self, store: RecordStore) -> None:
         for record in store.records():
-            expected = (record.status, record.seconds.total, record.spec.place.rank_curve, record.files)
+            place = record.spec.place
+            text = place.forgetting, place.forgetting_windows
+            expected = (record.status, record.seconds.total, place.rank_curve, text, record.files)
             assert store.skim(record.run_id) == expected
 
     def test_a_record_survives_its_own_text(self, store: RecordStore) -> None:

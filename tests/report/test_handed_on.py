@@ -463,12 +463,18 @@ class TestCard:
         [
             ("adapter_config.json", "PeftModel.from_pretrained"),
             ("bottleneck.json", "from methods.bottleneck import load"),
+            ("weight_updates.json", "from methods.shared.weight_updates import load"),
             ("trained.safetensors", "model.load_state_dict("),
         ],
     )
     def test_it_says_how_the_export_is_loaded(self, name: str, loader: str) -> None:
         run = record()
-        loaders = ("PeftModel.from_pretrained", "from methods.bottleneck import load", "model.load_state_dict(")
+        loaders = (
+            "PeftModel.from_pretrained",
+            "from methods.bottleneck import load",
+            "from methods.shared.weight_updates import load",
+            "model.load_state_dict(",
+        )
         card = model_card(run, boards(run), sorted({name, "trained.safetensors"}), "ours: x")
         assert [each for each in loaders if each in card] == [loader]
 

@@ -18,6 +18,7 @@ PARAMETERS = {
     "ralora": "ralora[rank=2,batches=3]",
     "lora_ga": "lora_ga[rank=4,batches=3]",
     "lora_pro": "lora_pro[rank=4]",
+    "hydra": "hydra[parallel_rank=2,sequential_rank=3]",
     "peft": "peft[type=ia3]",
     "debora": "debora[rank=4,T_max=2,n0=0,step_size=0.5]",
 }

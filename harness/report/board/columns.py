@@ -87,6 +87,12 @@ def _rank_aurac(axis: str) -> Callable[[Row], float | None]:
     return value
 
 
+def _forgetting(row: Row) -> float | None:
+    """Of a row: the mean rise over its runs; None unless all were measured on the same windows."""
+    samples = {(found.fingerprint, found.windows) for run in row.scored if (found := run.record.forgetting)}
+    return over(row.scored, "forgetting") if len(samples) == 1 else None
+
+
 def _ranks(row: Row) -> set[tuple[int, ...]]:
     """The ranks that the adapters of its runs were cut to."""
     return {tuple(sorted(run.record.rank_curve)) for runs in _cells(row) for run in runs}
@@ -150,6 +156,13 @@ COLUMNS = (
         score_text,
         rises=False,
         shown=_same_ranks,
+    ),
+    TableColumn(
+        "forgetting",
+        _forgetting,
+        "rise of the mean loss per token, in nats, on the text sample that the table of forgetting names",
+        score_text,
+        shown=lambda rows: any(run.forgetting is not None for row in rows for run in row.scored),
     ),
     TableColumn(
         "settings",

@@ -95,6 +95,11 @@ class Run:
         return self.record.peak_bytes
 
     @property
+    def forgetting(self) -> float | None:
+        """Rise of the loss per token on a text sample, in nats; None where it was not measured."""
+        return None if self.record.forgetting is None else self.record.forgetting.rise
+
+    @property
     def optimizer_bytes(self) -> int | None:
         """The most that the optimizer kept between updates; None in records of older versions."""
         return self.record.optimizer_bytes

@@ -42,7 +42,22 @@ load(model, Path("PATH/TO/THIS/FOLDER"))
 
 `model` is the model above with a head of the task's size; this puts the adapters and the head into it. It needs this
 package: stock PEFT has no such adapters."""
-LOADED_BY = {"adapter_config.json": PEFT, "bottleneck.json": BOTTLENECK}  # by the file that tells what an export is
+WEIGHT_UPDATES = """```python
+from pathlib import Path
+
+from methods.shared.weight_updates import load
+
+load(model, Path("PATH/TO/THIS/FOLDER"))
+```
+
+`model` is the model above with a head of the task's size, as it was before training; this adds the trained updates to
+its weights, once, and gives it the trained head. The updates are of whole weights and no low-rank product, so stock
+PEFT cannot hold them."""
+LOADED_BY = {  # by the file that tells what an export is
+    "adapter_config.json": PEFT,
+    "bottleneck.json": BOTTLENECK,
+    "weight_updates.json": WEIGHT_UPDATES,
+}
 
 
 def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str], provenance: str) -> str:
