@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+# What turns gradient checkpointing on, and its arguments: transformers of today, of before 5.23, and diffusers.
+CHECKPOINTING: dict[str, tuple[dict[str, bool], ...]] = {
+    "activation_checkpointing_enable": ({"use_reentrant": False},),
+    "gradient_checkpointing_enable": ({"use_reentrant": False},),
+    "enable_gradient_checkpointing": (),
+}
 
 
 @dataclass
@@ -63,6 +70,23 @@ class Backbone:
                     f"{parameter} = {rank} is above the smaller side of layer '{layer}': allowed is 1 to {smaller}",
                     parameter,
                 )
+
+    def checkpoint_activations(self) -> None:
+        """Let the model's blocks compute their activations again in a backward pass instead of keeping them (gradient
+        checkpointing, Chen et al., 2016, arXiv 1604.06174). Random numbers are those of the first pass, and losses and
+        gradients stay bit-equal; equal but for rounding where transformers would put a decoder's keys and values into
+        a cache in training, which it then does not. Raises InputError for a model whose library has not provided for
+        it."""
+        module: Any = self.module
+        name = next((name for name in CHECKPOINTING if hasattr(module, name)), None)
+        try:
+            if name is None:
+                raise ValueError
+            getattr(module, name)(*CHECKPOINTING[name])
+        except ValueError:
+            raise InputError(f"{type(module).__name__} has no gradient checkpointing") from None
+        if hasattr(module, "disable_input_require_grads"):  # needed by the reentrant kind alone; else a cost, of `head`
+            module.disable_input_require_grads()  # a backward pass through the whole backbone
 
     def _no_target(self, pattern: str) -> InputError:
         """What is wrong with a pattern that matches no layer: the kind of what it names, or what comes near it."""

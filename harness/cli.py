@@ -1,4 +1,4 @@
-"""The command line: run, status, list, validate, report, compare, advise, diff, export."""
+"""The command line: run, status, list, validate, report, compare, advise, diff, export, import-peft."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness.commands import advise_options, report_options
+from harness.commands import advise_options, peft_options, report_options
 from harness.errors import InputError, one_line, plain, unknown
 from harness.execute import stopping
 from harness.execute.process import quiet_environment
@@ -134,6 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     submission.add_argument("--to", type=_path, default=Path("glue.zip"), metavar="FILE", help="default glue.zip")
     _add_results(submission)
     _add_report(commands)
+    text = "what PEFT reports of its own method comparison, as a table of its own"
+    published = _command(commands, "import-peft", text, _calls("import_peft", "folder", "to"))
+    peft_options.add_import(published, _path)
     text = "is one configuration better than another, and how sure is that?"
     comparison = _command(commands, "compare", text, _calls("compare", "results", "first", "second", "tasks"))
     for place in ("first", "second"):
@@ -149,11 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     difference = _command(commands, "diff", "how two runs differ: spec, versions, metrics, ranks", _diff)
     difference.add_argument("runs", nargs=2, metavar="RUN_ID")
     _add_results(difference)
-    text = "a trained adapter with its model card and record"
-    export = _command(commands, "export", text, _calls("export", "results", "run", "to", "rank"))
-    export.add_argument("run", metavar="RUN_ID")
-    export.add_argument("--to", type=_path, required=True, metavar="DIR", help="folder to make")
-    export.add_argument("--rank", metavar="N", help="the adapter cut to this rank, of a run with --rank-curve")
+    text = "a trained adapter with its model card and record, or an experiment for PEFT's own comparison"
+    export = _command(commands, "export", text, _calls("export", "results", "run", "to", "rank", "form"))
+    peft_options.add_export(export, _path)
     _add_results(export)
     return parser
 

@@ -61,6 +61,7 @@ class Method(Strict, ABC):
     search_space: ClassVar[SearchSpace] = {"learning_rate": Range(1e-5, 1e-2, log=True)}  # of `--tune`
     traces: ClassVar[tuple[Trace, ...]] = ()  # what its `after_step` gives the history, and how it is drawn
     waits_for: ClassVar[tuple[str, ...]] = ()  # parameters that name another configuration of the sweep by its label
+    repeatable_blocks: ClassVar[bool] = True  # a block gives the same again from its inputs: gradient checkpointing
     identity_at_start: ClassVar[bool] = True  # the adapted model computes what the backbone computes, before training
 
     learning_rate: float = Field(gt=0, description="peak learning rate")

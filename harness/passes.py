@@ -124,22 +124,48 @@ def observe_inputs(
     No gradients. Raises RuntimeError where the budget has no batch left, ValueError for a convolution in groups or with
     a padding other than a number of zeros.
     """
-    mask: Tensor | None = None  # of the batch on its way through the model
 
-    def keep_mask(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        nonlocal mask
-        given = inputs.get("attention_mask")
-        mask = given.bool() if isinstance(given, Tensor) and given.dim() == 2 else None
+    def showing(name: str, rows: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def show(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            see(name, _patches(layer, args[0]) if isinstance(layer, nn.Conv2d) else rows(args[0]))
 
-    def showing(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda layer, args: see(name, _rows(layer, args[0], mask))
+        return show
 
     with ExitStack() as stack:
-        stack.enter_context(model.register_forward_pre_hook(keep_mask, with_kwargs=True))
+        rows = stack.enter_context(without_padding(model))
         for name, layer in layers.items():
-            stack.enter_context(layer.register_forward_pre_hook(showing(name)))
+            stack.enter_context(layer.register_forward_pre_hook(showing(name, rows)))
         for batch in batches:
             step.backward(batch)
+
+
+@contextmanager
+def without_padding(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within it, the function that it gives takes what a linear layer gets or gives of the batch that is on its way
+    through the model, (..., features), as (number of rows, features), padding left out. It may be a view.
+
+    Padding is known by the model's `attention_mask`, (examples, tokens). Values of another number of rows, as of pooled
+    examples, and batches of models without a mask, are taken whole.
+    """
+    mask: Tensor | None = None
+    real: Tensor | None = None  # places of what is no padding, found once a batch: a device is waited for
+
+    def keep_mask(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        nonlocal mask, real
+        given = inputs.get("attention_mask")
+        mask = given if isinstance(given, Tensor) and given.dim() == 2 else None
+        real = None if mask is None else mask.flatten().nonzero().flatten()
+
+    def rows(values: Tensor) -> Tensor:
+        found = values.flatten(0, -2)
+        if mask is None or real is None:
+            return found
+        whole = values.dim() == 3 and values.shape[:2] == mask.shape
+        flattened = values.dim() == 2 and len(values) == mask.numel()  # by the model, as OPT does
+        return found[real] if whole or flattened else found
+
+    with model.register_forward_pre_hook(keep_mask, with_kwargs=True):
+        yield rows
 
 
 @contextmanager
@@ -164,17 +190,6 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, before in required:
             parameter.requires_grad_(before)
-
-
-def _rows(layer: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """A layer's inputs as (rows, features). mask: (examples, tokens), False at padding."""
-    if isinstance(layer, nn.Conv2d):
-        return _patches(layer, inputs)
-    if mask is not None and inputs.dim() == 3 and inputs.shape[:2] == mask.shape:
-        return inputs[mask]
-    if mask is not None and inputs.dim() == 2 and len(inputs) == mask.numel():  # flattened by the model, as OPT does
-        return inputs[mask.flatten()]
-    return inputs.flatten(0, -2)
 
 
 def _patches(layer: nn.Conv2d, images: Tensor) -> Tensor:

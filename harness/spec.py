@@ -31,7 +31,9 @@ class TrainSpec(Strict):
     micro_batches: int = Field(
         1, ge=1, le=MOST, description="pieces a batch is cut into to save memory (gradient accumulation)"
     )
-    schedule: Literal["linear", "constant"] = Field("linear", description="learning-rate decay after the warm-up")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="learning-rate decay after the warm-up: linear or cosine to 0, or constant"
+    )
     warmup: float = Field(0.06, ge=0, lt=1, description="share of the budget over which the learning rate rises")
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 turns clipping off")
     group_by_length: bool = Field(False, description="put examples of similar length into one batch: less padding")
@@ -66,6 +68,12 @@ class Place(Strict):
     path: str | None = Field(None, description="the user's own data, of a task that is called with a path")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     trust_remote_code: bool = Field(False, description="let transformers run code that comes with a Hub model")
+    evaluation_batch_size: int | None = Field(
+        None, ge=1, le=MOST, description="examples in a batch of an evaluation; unset: twice the training's batch size"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="keep the activations of no block, and compute them again: less memory, the same losses"
+    )
     checkpoint_every: int = Field(
         0, ge=0, le=MOST, description="batches between whole-state checkpoints; 0 writes none"
     )

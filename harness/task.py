@@ -31,6 +31,15 @@ class Batch(NamedTuple):
     inputs: dict[str, Tensor]
     labels: Tensor
 
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that the model reads, padding apart, by the names that transformers has for them; None where the
+        inputs are none."""
+        if "input_ids" not in self.inputs:
+            return None
+        mask = self.inputs.get("attention_mask")
+        return self.inputs["input_ids"].numel() if mask is None else int(mask.count_nonzero())
+
 
 @dataclass(frozen=True)
 class Examples:

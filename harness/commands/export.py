@@ -10,16 +10,28 @@ import struct
 from pathlib import Path
 
 from harness import installed, storage
-from harness.commands import target
-from harness.errors import InputError
+from harness.commands import peft_experiment, target
+from harness.errors import InputError, unknown
 from harness.record.record import ADAPTER, RunRecord, at
 from harness.record.store import RecordStore
 from harness.report.redact import HOMES, cut, cut_config, handed_on
 
+FORMS = ("adapter", "peft-experiment")  # of what is exported
 MOST_HEADER = 100_000_000  # bytes of a safetensors header, as the format has it
 
 
-def command(results: Path, run_id: str, to: Path, rank: str | None = None) -> int:
+def command(results: Path, run_id: str, to: Path, rank: str | None = None, form: str = FORMS[0]) -> int:
+    """Make the folder of this form, one of FORMS; see `_adapter` and `peft_experiment.command`."""
+    if form not in FORMS:
+        raise unknown("form of export (--as)", form, FORMS)
+    if form == FORMS[0]:
+        return _adapter(results, run_id, to, rank)
+    if rank is not None:
+        raise InputError(f"--rank {rank} is for an adapter that was trained; --as {form} is of one that is not", rank)
+    return peft_experiment.command(results, run_id, to)
+
+
+def _adapter(results: Path, run_id: str, to: Path, rank: str | None) -> int:
     """Make the folder `to` with the run's adapter, a model card (README.md) and its record (record.json). `rank`: the
     adapter as it was cut to this rank for the run's rank curve, in place of the whole one.
 

@@ -42,7 +42,8 @@ def sweep_of(options: argparse.Namespace) -> Sweep:
 def place_of(options: argparse.Namespace) -> Place:
     """Where and how: options over the environment. Raises InputError."""
     given = {name: getattr(options, name) for name in Place.model_fields if name not in ("model", "path")}
-    given |= {name: _parsed(given[name]) for name in ("checkpoint_every", "forgetting_windows")}
+    numbers = ("evaluation_batch_size", "checkpoint_every", "forgetting_windows")
+    given |= {name: _parsed(given[name]) for name in numbers}
     if given["rank_curve"] is not None:
         given["rank_curve"] = [parse_value(rank) for rank in split_list(given["rank_curve"])]
         if not given["rank_curve"]:

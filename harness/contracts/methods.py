@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from harness.contracts.subject import Started, Subject, spec_of, start
+from harness.contracts.subject import Started, Subject, method_of, one_update, spec_of, start
+from harness.errors import InputError
 from harness.method import in_modules
 from harness.plan.preflight import preview
 from harness.record.store import RecordStore
 from harness.run import checkpoint
 from harness.run.run import run_one
-from harness.run.training import Training
 from harness.spec import TrainSpec
 from harness.splits import make_splits
 from harness.trace import OF_THE_LOOP
@@ -102,10 +103,26 @@ def every_size_is_counted(subject: Subject) -> None:
     assert batches[-1] <= subject.batches
 
 
+def gradient_checkpointing_changes_no_loss(subject: Subject) -> None:
+    """With it, where the model has it, every loss and every size is what it is without it, dropout included. (A method
+    whose blocks do not depend on their inputs alone says so by `repeatable_blocks`.)"""
+    runs: list[Started] = []
+    if not method_of(subject.name).repeatable_blocks:
+        return
+    for again in (True, False):
+        place = subject.place.model_copy(update={"gradient_checkpointing": again})
+        try:
+            runs.append(start(replace(subject, place=place)))
+        except InputError:
+            return
+        runs[-1].training.run(lambda training: None)
+    _assert_equal_runs(*runs)
+
+
 def what_one_batch_sees_is_undone(subject: Subject) -> None:
     """After `for_batch`, where a method has it, the model is bit-equal to what it was, and so is what it computes."""
     started = start(subject)
-    _one_update(started.training)
+    one_update(started.training)
     adaptation, before = started.adaptation, _model_state(started)
     around = adaptation.for_batch(started.training)
     if around is None:
@@ -149,7 +166,7 @@ def a_run_interrupted_after_every_update_equals_the_uninterrupted_one(subject: S
     whole.training.run(lambda training: None)
     interrupted = start(subject)
     while interrupted.training.used < subject.batches:
-        _one_update(interrupted.training)
+        one_update(interrupted.training)
         checkpoint.save(subject.folder, interrupted.training.used, interrupted.training.state_dict())
         if interrupted.training.used < subject.batches:
             state = checkpoint.load_newest(subject.folder).state
@@ -157,18 +174,6 @@ def a_run_interrupted_after_every_update_equals_the_uninterrupted_one(subject: S
             interrupted = start(subject)
             interrupted.training.load_state_dict(state)
     _assert_equal_runs(whole, interrupted)
-
-
-class _Interrupted(Exception):
-    """Raised between two updates."""
-
-
-def _one_update(training: Training) -> None:
-    def interrupt(training: Training) -> None:
-        raise _Interrupted
-
-    with contextlib.suppress(_Interrupted):
-        training.run(interrupt)
 
 
 def the_same_seed_gives_the_same_record(subject: Subject) -> None:
@@ -253,6 +258,7 @@ METHOD_CONTRACTS = (
     loss_falls_on_a_batch_that_can_be_memorised,
     counts_are_right,
     every_size_is_counted,
+    gradient_checkpointing_changes_no_loss,
     what_one_batch_sees_is_undone,
     ranks_name_layers_of_the_backbone,
     the_budget_is_used_exactly,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,11 +85,27 @@ def start(subject: Subject, seed: int = 0, batches: int | None = None) -> Starte
     before = copy.deepcopy(backbone)
     data = TrainingData(len(splits.train), train.batch_size, seed, upper_share=method.upper_share)
     adaptation = method.start(backbone, train, data, torch.Generator().manual_seed(seed))
+    if subject.place.gradient_checkpointing:
+        backbone.checkpoint_activations()
     encoded = task.encode(splits.train, model)
     assert train.batches is not None
     training = Training(adaptation, task, encoded, data, train, device, train.batches)
     task.set_training(adaptation.model)
     return Started(method, task, before, adaptation, training)
+
+
+class _Interrupted(Exception):
+    """Raised between two updates."""
+
+
+def one_update(training: Training) -> None:
+    """The next update of a run, as the loop makes it."""
+
+    def interrupt(training: Training) -> None:
+        raise _Interrupted
+
+    with contextlib.suppress(_Interrupted):
+        training.run(interrupt)
 
 
 def spec_of(subject: Subject, task: str | None = None, method: str | None = None) -> RunSpec:

@@ -16,9 +16,9 @@ from harness.method import Adaptation, in_modules
 from harness.plan.trial import difference
 from harness.record.record import RunRecord
 from harness.record.store import RecordStore
+from harness.run.prediction import predict
 from harness.run.run import run_one
 from harness.run.streams import seed_everything
-from harness.run.training import predict
 from harness.spec import Limits, TrainSpec
 from harness.splits import make_splits
 from harness.task import Task

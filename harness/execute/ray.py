@@ -115,7 +115,7 @@ class _Observer(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A run failed for the last time."""
         from harness.execute.view import title
-        from harness.run.run import failed_record
+        from harness.run.failure import failed_record
 
         spec = self._spec(trial)
         self._at_work.discard(spec.run_id)

@@ -29,7 +29,7 @@ class Kind(NamedTuple):
     method: str
     task: str
     model: str
-    settings: str  # of the task, and the precision
+    settings: str  # of the task, the precision, gradient checkpointing
     batch_size: int
     threads: int
 
@@ -73,8 +73,9 @@ def _finished(store: RecordStore) -> dict[Kind, list[float]]:
 
 
 def _kind(spec: RunSpec) -> Kind:
-    settings = json.dumps([spec.task_parameters, spec.train.precision], sort_keys=True)
-    return Kind(spec.method, spec.task, spec.model_fingerprint, settings, spec.train.batch_size, spec.threads)
+    settings = [spec.task_parameters, spec.train.precision, spec.place.gradient_checkpointing]
+    told = json.dumps(settings, sort_keys=True)
+    return Kind(spec.method, spec.task, spec.model_fingerprint, told, spec.train.batch_size, spec.threads)
 
 
 def _batches(spec: RunSpec) -> int:
@@ -101,6 +102,8 @@ def seconds_a_batch(spec: RunSpec) -> float:
     backbone.module.to(device)
     drawn = TrainingData(len(data.splits.train), spec.train.batch_size, spec.seed, None, method.upper_share)
     adaptation = method.start(backbone, spec.train, drawn, torch.Generator().manual_seed(spec.seed))
+    if place.gradient_checkpointing:
+        backbone.checkpoint_activations()
     training = Training(adaptation, task, data.encoded("train"), drawn, spec.train, device, _batches(spec))
     task.set_training(adaptation.model)
     training.update()

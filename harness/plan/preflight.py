@@ -11,7 +11,7 @@ import torch
 from harness.errors import InputError
 from harness.method import Backbone, Finished, Method
 from harness.parameters import ParameterCount
-from harness.plan.sweep import Fingerprints, Sweep, model_of, task_cells
+from harness.plan.sweep import Fingerprints, Sweep, method_cells, model_of, task_cells
 from harness.plan.trial import check_rows
 from harness.record.environment import device_of
 from harness.run.data import Data, data_of
@@ -43,6 +43,9 @@ class CheckedTask:
 def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
     """Load every task's data and find every model, in the order of `task_cells`. Raises InputError."""
     device_of(place)
+    for name, method in method_cells(sweep) if place.gradient_checkpointing else ():
+        if not method.repeatable_blocks:
+            raise InputError(f"--gradient-checkpointing: '{name}' hands values from block to block: leave it out", name)
     checked = []
     for name, task in task_cells(sweep):
         model = model_of(sweep, task)
@@ -50,6 +53,11 @@ def check_tasks(sweep: Sweep, place: Place) -> list[CheckedTask]:
             data = data_of(task, place.data_root, sweep.limits, model)
         except InputError as error:
             raise InputError(f"task '{name}': {error}", error.mention) from None
+        if place.gradient_checkpointing:
+            try:
+                task.backbone(model, meta=True, trust_remote_code=place.trust_remote_code).checkpoint_activations()
+            except InputError as error:
+                raise InputError(f"--gradient-checkpointing: task '{name}': {error}", name) from None
         of_model = task.model_fingerprint(model, trust_remote_code=place.trust_remote_code)
         fingerprints = Fingerprints(data.splits.fingerprint, of_model)
         found = CheckedTask(name, task, model, data, fingerprints)

@@ -260,7 +260,15 @@ def _metrics(record: RunRecord, history: list[dict[str, Any]], started: int) -> 
     final |= {f"seconds.{name}": value for name, value in record.seconds.model_dump().items()}
     final |= {f"parameters.{name}": value for name, value in (record.parameters or {})}
     final |= {f"rank.{layer}": float(rank) for layer, rank in record.ranks.items()}
-    final |= {"peak_bytes": record.peak_bytes, "optimizer_bytes": record.optimizer_bytes}
+    for name in (
+        "tokens",
+        "peak_bytes",
+        "training_peak_bytes",
+        "training_reserved_bytes",
+        "optimizer_bytes",
+        "file_bytes",
+    ):
+        final[name] = getattr(record, name)
     final |= {"batches": record.batches, "updates": record.updates}
     if record.forgetting is not None:
         final |= {"forgetting": record.forgetting.rise}

@@ -35,7 +35,9 @@ def at(rank: int) -> str:
 class Seconds(Strict):
     """Wall-clock seconds of one run."""
 
-    training: float = Field(0.0, ge=0, description="updates alone: no loading, no evaluation")
+    training: float = Field(
+        0.0, ge=0, description="updates alone, to their end on the device: no loading, no evaluation"
+    )
     evaluation: float = Field(0.0, ge=0, description="holdout and evaluation passes")
     total: float = Field(0.0, ge=0, description="everything")
 
@@ -87,11 +89,25 @@ class RunRecord(Strict):
         {}, description="what the task says of each split: see harness.run.summary.facts_of and Task.facts"
     )
     seconds: Seconds = Seconds()
+    tokens: int | None = Field(
+        None,
+        description="tokens of the batches put through the model in training, padding apart; None of a task without "
+        "tokens, and in records of older versions",
+    )
     peak_bytes: int | None = Field(None, description="peak memory of the run: resident on a CPU, allocated on a GPU")
+    training_peak_bytes: int | None = Field(
+        None, description="the same of training alone, evaluations apart; None in records of older versions"
+    )
+    training_reserved_bytes: int | None = Field(
+        None, description="what torch's allocator held of the GPU in training, at most; None on a CPU"
+    )
     optimizer_bytes: int | None = Field(
         None,
         description="the most that the optimizer kept between updates, as moments; looked at after the first update, "
         "then every ten and after the last one; None in records of older versions",
+    )
+    file_bytes: int | None = Field(
+        None, description="of the kept adapter and head, their safetensors as they are on disk; None where none is kept"
     )
     environment: Environment
     started: str = Field(description="ISO 8601, UTC")
@@ -151,6 +167,9 @@ class RunRecord(Strict):
             exclude={
                 "seconds": True,
                 "peak_bytes": True,
+                "training_peak_bytes": True,
+                "training_reserved_bytes": True,
+                "file_bytes": True,
                 "environment": True,
                 "started": True,
                 "notes": True,

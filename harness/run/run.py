@@ -8,7 +8,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,14 @@ from harness.record.record import ADAPTER, HOLDOUT, PREDICTIONS, RETRIED, RunRec
 from harness.record.store import RecordStore
 from harness.run import checkpoint
 from harness.run.data import Data, data_of
+from harness.run.failure import now
 from harness.run.forgetting import Sample
 from harness.run.memory import PeakMemory, is_out_of_memory
 from harness.run.parents import inherited, lacking, parents_of
+from harness.run.prediction import predict
 from harness.run.rank_curve import rank_curve
 from harness.run.streams import TrainingData, derived_seed, seed_everything
-from harness.run.training import Training, predict
+from harness.run.training import Training
 from harness.spec import RunSpec
 from harness.storage import Unwritable
 
@@ -51,24 +52,6 @@ def run_one(spec: RunSpec, store: RecordStore, watch: Watch = lambda progress: N
         storage.remove(run.files)  # moved into the run's folder by now, or of no use
 
 
-def failed_record(spec: RunSpec, error: str, trace: str) -> RunRecord:
-    """The record of a run whose process could not make it. `error`: one line."""
-    return RunRecord(
-        run_id=spec.run_id,
-        spec=spec,
-        status="failed",
-        headline=registry.task_of(spec).headline,
-        environment=environment("unknown"),
-        started=_now(),
-        error=error,
-        traceback=trace,
-    )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 @dataclass
 class _Run:
     """What is known of a run so far; its record is made of it."""
@@ -77,7 +60,7 @@ class _Run:
     store: RecordStore
     watch: Watch
     started: float = field(default_factory=time.perf_counter)
-    date: str = field(default_factory=_now)
+    date: str = field(default_factory=now)
     training: Training | None = None
     known: dict[str, Any] = field(default_factory=dict)  # fields of the record
     kept: dict[str, np.ndarray] = field(default_factory=dict)  # predictions and references by split
@@ -141,7 +124,10 @@ class _Run:
                 evaluation=self.evaluation_seconds,
                 total=self.earlier_seconds + time.perf_counter() - self.started,
             ),
+            tokens=training.tokens if training else None,
             peak_bytes=self.memory.bytes(),
+            training_peak_bytes=peak.taken if (peak := self.memory.of_training()) else None,
+            training_reserved_bytes=peak.reserved if peak else None,
             optimizer_bytes=training.sizes.optimizer_bytes if training else None,
             environment=environment(str(self.device)),
             started=self.date,
@@ -191,6 +177,8 @@ class _Run:
         seed_everything(derived_seed(spec.seed, "method"))
         rng = torch.Generator().manual_seed(derived_seed(spec.seed, "method"))
         adaptation = method.start(backbone, spec.train, drawn, rng)
+        if spec.place.gradient_checkpointing:  # now that PEFT has not seen it: it would turn on what only costs
+            backbone.checkpoint_activations()
         budget = spec.train.budget(len(splits.train))
         self.training = Training(adaptation, self.task, encoded, drawn, spec.train, self.device, budget)
         return adaptation
@@ -212,7 +200,7 @@ class _Run:
             nonlocal next_checkpoint
             if due and training.used >= due[0]:
                 due[:] = [batches for batches in due if batches > training.used]
-                training.fetch()
+                training.settle()
                 training.history[-1] |= self._holdout(adaptation, data)
             if place.checkpoint_every and next_checkpoint <= training.used < training.budget:
                 next_checkpoint = training.used + place.checkpoint_every
@@ -222,7 +210,10 @@ class _Run:
                     checkpoint.save(folder, training.used, training.state_dict() | seconds, origin)
             self._tell(training)
 
+        self.memory.enter("training")
         training.run(after_update)
+        training.settle()
+        self.memory.enter("other")
         notes = (*self.known.get("notes", ()), *adaptation.remarks())
         self.known |= {"ranks": adaptation.ranks(), "parameters": training.sizes.parameters(), "notes": notes}
 
@@ -243,16 +234,19 @@ class _Run:
             raise checkpoint.Unusable(path) from error
 
     def _predictions(self, adaptation: Adaptation, encoded: Any, references: np.ndarray) -> np.ndarray:
-        return predict(adaptation, self.task, encoded, references, self.spec.train, self.device)
+        size = self.spec.place.evaluation_batch_size
+        return predict(adaptation, self.task, encoded, references, self.spec.train, self.device, size)
 
     def _holdout(self, adaptation: Adaptation, data: Data) -> dict[str, float]:
         """The holdout's metrics now; the last ones go into the record, and their predictions into the run's files."""
         started = time.perf_counter()
+        self.memory.enter("other")
         encoded = data.encoded("holdout")
         references = self.task.gold(data.splits.holdout, encoded)
         predictions = self._predictions(adaptation, encoded, references)
         self.known["holdout"] = finite(self.task.metrics(predictions, references), "the holdout")
         self.kept |= {f"{HOLDOUT}/predictions": predictions, f"{HOLDOUT}/references": references}
+        self.memory.enter("training")
         self.evaluation_seconds += time.perf_counter() - started
         return {f"holdout_{name}": value for name, value in self.known["holdout"].items()}
 
@@ -296,6 +290,9 @@ class _Run:
         if self.spec.place.save_adapter:
             with self.store.writing():
                 adaptation.export(self.files / name)
+            if name == ADAPTER:
+                weights = (self.files / name).rglob("*.safetensors")
+                self.known["file_bytes"] = sum(path.stat().st_size for path in weights)
 
     def _tell(self, training: Training) -> None:
         if training.index % 10 and training.used < training.budget:

@@ -48,6 +48,7 @@ class Training:
         self.used = 0
         self.prepared = False
         self.seconds = 0.0
+        self.tokens: int | None = None  # of all batches, padding apart; None where the task has none
         self.schedule_start = 0
         self.rewarm = (0, 0)  # of the last `restart_warmup`: batches used before it, and its length
         self.sizes = Sizes(adaptation)
@@ -61,7 +62,7 @@ class Training:
         """Update until the budget is used, then let the method finish. Raises Diverged at a non-finite loss.
 
         `after_update` is called after every update, the last time when the method has finished; its time is not
-        counted as training.
+        counted as training, but for a `settle` in it.
         """
         while self.used < self.budget:
             started = time.perf_counter()
@@ -159,7 +160,10 @@ class Training:
         piece = math.ceil(len(batch) / self.train.micro_batches)
         for first in range(0, len(batch), piece):
             rows = batch[first : first + piece]
-            inputs = to_device(self.task.collate(self.encoded, rows, generator), self.device)
+            collated = self.task.collate(self.encoded, rows, generator)
+            if (tokens := collated.tokens) is not None:
+                self.tokens = (self.tokens or 0) + tokens
+            inputs = to_device(collated, self.device)
             with autocast(self.train, self.device):
                 loss = self.task.loss(self.adaptation.model, inputs, generator) * (len(rows) / len(batch))
             yield loss
@@ -187,16 +191,25 @@ class Training:
         return self._rng[1]
 
     def _schedule_factor(self) -> float:
-        """Linear warm-up from 0, then linear decay to 0 or constant, as in transformers' schedules; times the warm-up
-        that a method has restarted."""
+        """Linear warm-up from 0, then linear decay to 0, half a cosine to 0, or a constant, as in transformers'
+        schedules; times the warm-up that a method has restarted."""
         start, length = self.rewarm
         again = min(1.0, (self.used - start) / length) if length else 1.0
         budget, done = self.budget - self.schedule_start, self.used - self.schedule_start
         warmup = math.ceil(self.train.warmup * budget)
         if done < warmup:
             return again * done / warmup
-        decayed = 1.0 if self.train.schedule == "constant" else (budget - done) / max(1, budget - warmup)
-        return again * max(0.0, decayed)
+        left = max(0.0, (budget - done) / max(1, budget - warmup))
+        decayed = {"linear": left, "cosine": 0.5 * (1.0 - math.cos(math.pi * left)), "constant": 1.0}
+        return again * decayed[self.train.schedule]
+
+    def settle(self) -> None:
+        """Wait for what the device still has to do, and count that as training: before an evaluation."""
+        started = time.perf_counter()
+        self.fetch()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds += time.perf_counter() - started
 
     def fetch(self) -> None:
         """Move the history's waiting rows off the device. Raises Diverged where a loss is not finite."""
@@ -224,6 +237,7 @@ class Training:
             "used": self.used,
             "prepared": self.prepared,
             "seconds": self.seconds,
+            "tokens": self.tokens,
             "schedule_start": self.schedule_start,
             "rewarm": self.rewarm,
             "others": self.sizes.others,
@@ -247,7 +261,7 @@ class Training:
         if state["device"] != self.device.type:
             raise InputError(f"the checkpoint was made on {state['device']}, this is {self.device.type}: delete it")
         self.adaptation.load_state_dict(state["adaptation"])
-        for name in ("index", "used", "prepared", "seconds", "schedule_start", "history"):
+        for name in ("index", "used", "prepared", "seconds", "tokens", "schedule_start", "history"):
             setattr(self, name, state[name])
         self.rewarm = tuple(state["rewarm"])
         self.sizes.load(state["others"], state["trajectory"], state["optimizer_bytes"])
@@ -286,27 +300,3 @@ def autocast(train: TrainSpec, device: torch.device) -> torch.autocast:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device."""
     return Batch({name: value.to(device) for name, value in batch.inputs.items()}, batch.labels.to(device))
-
-
-def predict(
-    adaptation: Adaptation, task: Task, encoded: Any, references: np.ndarray, train: TrainSpec, device: torch.device
-) -> np.ndarray:
-    """Predictions for every row of a split, in evaluation mode, as a NumPy array whose first dimension is the rows."""
-    model = adaptation.model
-    model.eval()
-    lengths = task.lengths(encoded)
-    order = np.arange(len(references)) if lengths is None else np.argsort(lengths, kind="stable")
-    parts = []
-    with torch.no_grad(), autocast(train, device):
-        for rows in np.split(order, range(2 * train.batch_size, len(order), 2 * train.batch_size)):
-            parts.append(task.predict(model, to_device(task.collate(encoded, rows.tolist(), None), device)))
-    task.set_training(model)
-    predictions = _joined(parts).cpu()[torch.from_numpy(np.argsort(order))]
-    return (predictions.float() if predictions.is_floating_point() else predictions).numpy()
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """The batches' rows, one after the other; shorter ones are filled up with -1."""
-    width = max(part.shape[1] if part.dim() == 2 else 0 for part in parts)
-    fill = torch.nn.functional.pad
-    return torch.cat([fill(each, (0, width - each.shape[1]), value=-1) if each.dim() == 2 else each for each in parts])

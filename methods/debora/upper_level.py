@@ -16,6 +16,8 @@ from methods.debora.tuner.layer import DeboraLayer
 from methods.shared.optimizer_state import gradient_of
 from methods.shared.peft_names import ADAPTER
 
+SECOND_DERIVATIVES = SDPBackend.MATH  # the fused attention kernels have none
+
 
 class HypergradientRule(NamedTuple):
     """Which hypergradient is taken."""
@@ -186,9 +188,9 @@ class LowerSystem:
         self.factors: list[nn.Parameter] = [factor for layer in layers for factor in layer.factors(ADAPTER)]
         self.manifolds: list[Any] = [manifold for layer in layers for manifold in layer.manifolds(ADAPTER)]
         self.s = [layer.debora_s[ADAPTER] for layer in layers]
-        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
+        with sdpa_kernel(SECOND_DERIVATIVES):
             loss = step.loss(batch)
-        grads = torch.autograd.grad(loss, self.factors, create_graph=True, materialize_grads=True)
+            grads = torch.autograd.grad(loss, self.factors, create_graph=True, materialize_grads=True)
         self.gradient = self.project(grads)
 
     def project(self, vectors: Sequence[Tensor]) -> Tensor:
@@ -206,7 +208,8 @@ class LowerSystem:
 
     def _product(self, vector: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         self.step.spend(1)
-        return torch.autograd.grad(self.gradient, inputs, vector, retain_graph=True, materialize_grads=True)
+        with sdpa_kernel(SECOND_DERIVATIVES):  # gradient checkpointing computes the loss again
+            return torch.autograd.grad(self.gradient, inputs, vector, retain_graph=True, materialize_grads=True)
 
 
 @contextmanager

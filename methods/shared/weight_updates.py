@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harness.errors import InputError
-from harness.storage import VERSION, Damaged, file_sum, save_tensors, seal, unseal
+from methods.shared import own_format
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-CONFIG, WEIGHTS = "weight_updates.json", "trained.safetensors"
-ADDED = "added"  # key of CONFIG: names of the weights that what is stored is added to; the others take its place
-SCHEMA = 1  # of CONFIG
+NAME = "weight_updates"
+ADDED = "added"  # names of the weights that what is stored is added to; the others take its place
 
 
 def save(path: Path, updates: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
-    """Write `trained.safetensors`, and `weight_updates.json`, which has its checksum and its own.
+    """Write the export, see `own_format.save`.
 
     updates: by the weight's name, in its shape. others: trained parameters that are kept whole, as the head's. Raises
     OSError where the folder cannot be written or the disk is full.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    save_tensors({**updates, **others}, path / WEIGHTS)
-    config = {VERSION: SCHEMA, ADDED: list(updates), WEIGHTS: file_sum(path / WEIGHTS)}
-    (path / CONFIG).write_text(json.dumps(seal(config), indent=2) + "\n")
+    own_format.save(path, NAME, {ADDED: list(updates)}, {**updates, **others})
 
 
 def load(module: nn.Module, path: Path) -> None:
@@ -39,11 +34,7 @@ def load(module: nn.Module, path: Path) -> None:
     """
     import torch
 
-    try:
-        added, tensors = _read(path)
-    except (OSError, Damaged) as error:
-        told = " ".join(str(error).split())
-        raise InputError(f"'{path}' holds no exported weight updates that can be read: {told}") from None
+    settings, tensors = own_format.read(path, NAME)
     own = dict(module.named_parameters())
     for name, value in tensors.items():
         if name not in own or own[name].shape != value.shape:
@@ -51,22 +42,4 @@ def load(module: nn.Module, path: Path) -> None:
             raise InputError(f"the export in '{path}' does not fit the model: '{name}', {tuple(value.shape)}, {there}")
     with torch.no_grad():
         for name, value in tensors.items():
-            (own[name].add_ if name in added else own[name].copy_)(value.to(own[name]))
-
-
-def _read(path: Path) -> tuple[frozenset[str], dict[str, Tensor]]:
-    """(names of the weights that are added to, tensors by name). Raises Damaged, naming the file, or OSError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    for file in (path / CONFIG, path / WEIGHTS):
-        if not file.is_file():
-            raise Damaged(f"'{file}' is not there or no regular file")
-    config: dict[str, Any] = unseal((path / CONFIG).read_bytes(), SCHEMA, f"'{path / CONFIG}'")
-    if config.get(WEIGHTS) != file_sum(path / WEIGHTS):
-        raise Damaged(f"the checksum of '{path / WEIGHTS}' is not the one in '{path / CONFIG}'")
-    try:
-        tensors = load_file(path / WEIGHTS)
-    except SafetensorError as error:
-        raise Damaged(f"'{path / WEIGHTS}' is no safetensors file: {error}") from None
-    return frozenset(config[ADDED]), tensors
+            (own[name].add_ if name in settings[ADDED] else own[name].copy_)(value.to(own[name]))

@@ -28,6 +28,7 @@ AT_LEAST_ONE = [
     "micro-batches",
     "limit",
     "evaluation-limit",
+    "evaluation-batch-size",
     "threads",
     "tune",
     "seeds",

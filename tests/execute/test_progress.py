@@ -10,7 +10,7 @@ from harness.execute import view
 from harness.notation import duration
 from harness.record.locks import Progress
 from harness.record.store import RecordStore
-from harness.run.run import failed_record
+from harness.run.failure import failed_record
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def by_trainer(task, backbone, splits, rows, folder, schedule):
         weight_decay=DECAY,
         max_grad_norm=CLIP,
         warmup_steps=WARMUP,
-        lr_scheduler_type={"linear": "linear", "constant": "constant_with_warmup"}[schedule],
+        lr_scheduler_type=schedule.replace("constant", "constant_with_warmup"),
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -93,7 +93,7 @@ def by_our_loop(task, backbone, splits, schedule):
     return [row["loss"] for row in history], [row["gradient_norm"] for row in history], adaptation.model
 
 
-@pytest.mark.parametrize("schedule", ["linear", "constant"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_losses_gradient_norms_and_weights_agree_with_those_of_the_trainer(schedule, tmp_path):
     task = task_of("synthetic")
     splits = make_splits(task, None)

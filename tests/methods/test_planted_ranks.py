@@ -25,6 +25,9 @@ NO_RESULT = {  # of a method that cannot work on this network
     "hadapter": "Network has no encoder layer of transformers'",
     "padapter": "Network has no encoder layer of transformers'",
     "plop": "all layers are of one module type",
+    "flylora": "what is trained is no change of the layers' weights",
+    "mora": "what is trained is no change of the layers' weights",
+    "queryable_lora": "what is trained is no change of the layers' weights",
 }
 NEEDED = {"peft": "peft[type=lora]"}  # what has no default
 

@@ -296,10 +296,10 @@ class TestExport:
         results = place / "results"
         options = ["--tasks", "glue/rte", "--batches", "2", "--model", str(place / "bert"), "--save-adapter"]
         options += ["--data-root", str(place / "data"), "--results", str(results), "--executor", "serial"]
-        methods = "head,lora,hadapter,debora,bitfit,peft[type=ia3]"
+        methods = "head,lora,hadapter,debora,bitfit,sara,peft[type=ia3]"
         assert cli.main(["run", "--methods", methods, *options]) == 0
         records = RecordStore(results).records()
-        assert len(records) == 6
+        assert len(records) == 7
         for run in records:
             to = tmp_path / "out" / run.run_id
             assert cli.main(["export", run.run_id, "--to", str(to), "--results", str(results)]) == 0
@@ -464,17 +464,18 @@ class TestCard:
             ("adapter_config.json", "PeftModel.from_pretrained"),
             ("bottleneck.json", "from methods.bottleneck import load"),
             ("weight_updates.json", "from methods.shared.weight_updates import load"),
+            ("sara.json", "from methods.sara import load"),
+            ("flylora.json", "from methods.flylora import load"),
+            ("mora.json", "from methods.mora import load"),
+            ("queryable_lora.json", "from methods.queryable_lora import load"),
             ("trained.safetensors", "model.load_state_dict("),
         ],
     )
     def test_it_says_how_the_export_is_loaded(self, name: str, loader: str) -> None:
         run = record()
-        loaders = (
-            "PeftModel.from_pretrained",
-            "from methods.bottleneck import load",
-            "from methods.shared.weight_updates import load",
-            "model.load_state_dict(",
-        )
+        own_formats = ("bottleneck", "sara", "flylora", "mora", "queryable_lora", "shared.weight_updates")
+        own = (f"from methods.{method} import load" for method in own_formats)
+        loaders = ("PeftModel.from_pretrained", *own, "model.load_state_dict(")
         card = model_card(run, boards(run), sorted({name, "trained.safetensors"}), "ours: x")
         assert [each for each in loaders if each in card] == [loader]
 

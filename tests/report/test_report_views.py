@@ -29,6 +29,7 @@ from harness.report.pictures.histories import History, mean_series, traced
 from harness.report.tables import budget
 from harness.report.tables.paper import against_paper, reported
 from harness.report.tables.trials import learning_rates, trials_frame
+from harness.spec import Place
 from harness.trace import RANK, RANKS, Trace
 from tests.support.report_records import NAMING, board, chosen, record, rewritten, stored, trial
 
@@ -124,6 +125,26 @@ class TestBudget:
             "head": "-",
         }
         assert list(to_frame([record(), record("head", optimizer_bytes=3)])["optimizer_bytes"].fillna(0)) == [0, 3]
+
+    def test_memory_tokens_and_the_kept_file_are_columns_where_records_have_them(self) -> None:
+        old = markdown([board(record())])
+        headings = ("training memory", "reserved memory", "tokens a second", "file size")
+        assert not any(heading in old for heading in headings)
+        on_a_gpu = {"training_peak_bytes": 5_000_000, "training_reserved_bytes": 7_000_000}
+        new = board(
+            record(tokens=600_000, file_bytes=1234, **on_a_gpu), record(seed=1, tokens=1_200_000, training_peak_bytes=9)
+        )
+        lines = [[cell.strip() for cell in line.split("|")] for line in markdown([new]).splitlines() if "|" in line]
+        found = [lines[2][lines[0].index(heading)] for heading in headings]
+        assert found == ["5.00MB", "7.00MB", "15,000", "1.23kB"]
+
+    def test_gradient_checkpointing_is_said_of_the_runs_that_have_it(self) -> None:
+        again = Place(gradient_checkpointing=True)
+        assert "radient checkpointing" not in markdown([board(record(), record("head"))])
+        some = markdown([board(record(place=again), record("head"))])
+        assert "Gradient checkpointing was on in runs of lora alone: do not compare their seconds and memory." in some
+        every = markdown([board(record(place=again), record("head", place=again))])
+        assert "Runs were made with gradient checkpointing" in every
 
     def test_costs_count_the_search_once_for_each_task(self) -> None:
         trials = [trial(learning_rate=1e-3), trial(learning_rate=1e-2, holdout=None, batches=30, peak_bytes=2 * 10**9)]

@@ -23,8 +23,7 @@ from harness.record.environment import device_of
 from harness.record.record import RunRecord
 from harness.record.store import RecordStore
 from harness.report.board.runs import every_split, runs_of
-from harness.run import checkpoint, run, training
-from harness.run.memory import PeakMemory
+from harness.run import checkpoint, prediction, run
 from harness.run.run import run_one
 from harness.spec import Execution, Place
 from harness.storage import Damaged
@@ -96,7 +95,7 @@ def test_the_evaluation_split_is_read_once_at_the_end(store, tmp_path, monkeypat
 
     def predict(adaptation, task, encoded, references, *rest):
         predicted.append(len(references))
-        return training.predict(adaptation, task, encoded, references, *rest)
+        return prediction.predict(adaptation, task, encoded, references, *rest)
 
     monkeypatch.setattr(run, "predict", predict)
     monkeypatch.setattr(Adaptation, "finish", lambda self, step: counted.append(list(predicted)))
@@ -324,17 +323,6 @@ def test_a_damaged_record_is_named_and_made_again(store, tmp_path):
     assert store.damaged() == [record.run_id]
     assert run_one(spec(tmp_path), store).result() == record.result()
     assert store.damaged() == []
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
-def test_peak_memory_is_that_of_this_run_alone():
-    before = torch.ones(2**26)  # 256 MiB that an earlier run holds
-    peak = PeakMemory(torch.device("cpu"))
-    passing = torch.ones(2**25)
-    del passing
-    assert 0.9 * 2**27 < peak.bytes() < 1.5 * 2**27
-    del before
-    assert PeakMemory(torch.device("cpu")).bytes() < 2**24
 
 
 def test_an_unwritable_results_folder(tmp_path):

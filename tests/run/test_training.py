@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from transformers import get_linear_schedule_with_warmup
+from transformers import get_scheduler
 
 from harness.contracts import Subject, start
 from harness.errors import Diverged
 from harness.method import Adaptation, Backbone
 from harness.optimizer import adamw
 from harness.run import checkpoint
+from harness.run.prediction import predict
 from harness.run.streams import TrainingData, derived_seed
-from harness.run.training import Training, predict
+from harness.run.training import Training
 from harness.spec import TrainSpec
 
 
@@ -53,15 +54,26 @@ def training_with(train, subject=None, tmp_path=None):
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.33])
-def test_schedule_is_that_of_transformers(warmup, tmp_path):
-    training = training_with(TrainSpec(batches=30, batch_size=4, warmup=warmup), tmp_path=tmp_path)
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_schedule_is_that_of_transformers(schedule, warmup, tmp_path):
+    train = TrainSpec(batches=30, batch_size=4, warmup=warmup, schedule=schedule)
+    training = training_with(train, tmp_path=tmp_path)
     training.run(lambda training: None)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    reference = get_linear_schedule_with_warmup(optimizer, int(np.ceil(30 * warmup)), 30)
+    theirs = schedule.replace("constant", "constant_with_warmup")
+    reference = get_scheduler(theirs, optimizer, int(np.ceil(30 * warmup)), 30)
     for row in training.history:
         assert row["learning_rate_factor"] == pytest.approx(reference.get_last_lr()[0])
         optimizer.step()
         reference.step()
+
+
+def test_the_cosine_is_half_a_period_over_what_follows_the_warmup(tmp_path):
+    training = training_with(TrainSpec(batches=20, batch_size=4, warmup=0.2, schedule="cosine"), tmp_path=tmp_path)
+    training.run(lambda training: None)
+    factors = [row["learning_rate_factor"] for row in training.history]
+    rising, falling = [done / 4 for done in range(4)], [np.cos(np.pi * done / 32) ** 2 for done in range(16)]
+    assert factors == pytest.approx(rising + falling)
 
 
 def test_a_restarted_schedule_covers_what_is_left(tmp_path):

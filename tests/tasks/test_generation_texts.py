@@ -18,7 +18,7 @@ from harness.notation import parse_choice
 from harness.record.store import RecordStore
 from harness.registry import make_task
 from harness.run.data import data_of
-from harness.run.training import predict
+from harness.run.prediction import predict
 from harness.spec import Limits, TrainSpec
 from harness.task import Examples
 from tasks.generation import Generation

@@ -15,8 +15,8 @@ from harness.report.wording import few, seeds_text
 
 
 def with_notes(board: Board) -> Board:
-    """The board with notes on failures and their reasons, on how runs say that they went, on seeds, data, devices and
-    versions that differ, and on where the methods come from."""
+    """The board with notes on failures and their reasons, on how runs say that they went, on seeds, data, devices
+    and versions that differ, on gradient checkpointing, and on where the methods come from."""
     runs = [run for row in board.rows for run in row.runs]
     notes = [
         *_failure_notes(board.rows, board.tasks),
@@ -25,6 +25,7 @@ def with_notes(board: Board) -> Board:
         *_data_notes(board.rows, board.tasks),
         *_split_notes(board.columns),
         *_device_notes(runs),
+        *_checkpointing_notes(runs),
         *_version_notes(runs),
         *provenance_notes(board),
     ]
@@ -107,6 +108,16 @@ def _device_notes(runs: Iterable[Run]) -> list[str]:
     if len(devices) == 1:
         return []
     return [f"Runs were made on different devices ({', '.join(devices)}): do not compare their seconds and memory."]
+
+
+def _checkpointing_notes(runs: Sequence[Run]) -> list[str]:
+    again = [run for run in runs if run.spec.place.gradient_checkpointing]
+    if not again:
+        return []
+    if len(again) == len(runs):
+        return ["Runs were made with gradient checkpointing, which saves memory and takes time."]
+    labels = few(list(dict.fromkeys(run.label for run in again)))
+    return [f"Gradient checkpointing was on in runs of {labels} alone: do not compare their seconds and memory."]
 
 
 def _listed(seeds: Iterable[int]) -> str:

@@ -95,6 +95,27 @@ class Run:
         return self.record.peak_bytes
 
     @property
+    def training_peak_bytes(self) -> int | None:
+        """Of training alone; None in records of older versions."""
+        return self.record.training_peak_bytes
+
+    @property
+    def training_reserved_bytes(self) -> int | None:
+        """What torch's allocator held of the GPU in training, at most; None on a CPU."""
+        return self.record.training_reserved_bytes
+
+    @property
+    def file_bytes(self) -> int | None:
+        """Of the kept adapter and head on disk; None where none is kept."""
+        return self.record.file_bytes
+
+    @property
+    def tokens_a_second(self) -> float | None:
+        """Of training, padding apart; None where they were not counted."""
+        tokens, seconds = self.record.tokens, self.seconds_training
+        return tokens / seconds if tokens is not None and seconds else None
+
+    @property
     def forgetting(self) -> float | None:
         """Rise of the loss per token on a text sample, in nats; None where it was not measured."""
         return None if self.record.forgetting is None else self.record.forgetting.rise

@@ -32,10 +32,10 @@ model.load_state_dict(load_file("PATH/TO/THIS/FOLDER/trained.safetensors"), stri
 ```
 
 The file holds the trained weights under the names they have in the model above."""
-BOTTLENECK = """```python
+IN_PLACE = """```python
 from pathlib import Path
 
-from methods.bottleneck import load
+from methods.{method} import load
 
 load(model, Path("PATH/TO/THIS/FOLDER"))
 ```
@@ -53,10 +53,21 @@ load(model, Path("PATH/TO/THIS/FOLDER"))
 `model` is the model above with a head of the task's size, as it was before training; this adds the trained updates to
 its weights, once, and gives it the trained head. The updates are of whole weights and no low-rank product, so stock
 PEFT cannot hold them."""
+ROUTED = """```python
+from pathlib import Path
+
+from methods.{method} import load
+
+model = load(model, Path("PATH/TO/THIS/FOLDER"))
+```
+
+`model` is the model above with a head of the task's size; this puts the adapter and the head into it. It needs this
+package: what the adapter adds depends on the token, and stock PEFT has no such adapters."""
 LOADED_BY = {  # by the file that tells what an export is
     "adapter_config.json": PEFT,
-    "bottleneck.json": BOTTLENECK,
     "weight_updates.json": WEIGHT_UPDATES,
+    **{f"{method}.json": IN_PLACE.format(method=method) for method in ("bottleneck", "sara")},
+    **{f"{method}.json": ROUTED.format(method=method) for method in ("flylora", "mora", "queryable_lora")},
 }
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from harness.report.board.columns import TableColumn
 from harness.report.board.leaderboard import Board, words_of
 from harness.report.board.rows import Cell, Column, Row
 from harness.report.forms.plain import spaced
+from harness.report.forms.scatter import library, views
 from harness.report.forms.summary import what_it_shows
 from harness.report.redact import cut, one_line
 from harness.report.tables.table import Entry, Table
@@ -47,16 +48,20 @@ def page(
         )
         for board in boards
     ]
-    left_out = [one_line(cut(name)) for name in damaged]
-    return _template().render(sections=sections, legend=legend(words_of(boards, "page")), tie=TIE, damaged=left_out)
+    return _template().render(
+        sections=sections,
+        legend=legend(words_of(boards, "page")),
+        tie=TIE,
+        damaged=[one_line(cut(name)) for name in damaged],
+        library=library() if any(section["views"] for section in sections) else "",
+    )
 
 
 @functools.cache
 def _template() -> Template:
-    source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        source
-    )
+    files = FileSystemLoader(Path(__file__).parent)
+    found = Environment(loader=files, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return found.get_template("page.html")
 
 
 def _section(
@@ -88,6 +93,7 @@ def _section(
         "tables": [(TABLES[name], _plain(tables[name])) for name in TABLES if name in tables and len(tables[name])],
         "further": [_further(table) for table in further],
         "cells": _details(board),
+        "views": views(board),
         "notes": board.notes,
         "pictures": [
             (title, base64.b64encode(path.read_bytes()).decode())

@@ -1,0 +1,45 @@
+"""Predictions of a trained model for the rows of a split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.method import Adaptation
+from harness.run.training import autocast, to_device
+from harness.spec import TrainSpec
+from harness.task import Task
+
+
+def predict(
+    adaptation: Adaptation,
+    task: Task,
+    encoded: Any,
+    references: np.ndarray,
+    train: TrainSpec,
+    device: torch.device,
+    batch_size: int | None = None,
+) -> np.ndarray:
+    """Predictions for every row of a split, in evaluation mode, as a NumPy array whose first dimension is the rows.
+    `batch_size`: rows of a batch; None: twice as many as in training."""
+    model, size = adaptation.model, batch_size or 2 * train.batch_size
+    model.eval()
+    lengths = task.lengths(encoded)
+    order = np.arange(len(references)) if lengths is None else np.argsort(lengths, kind="stable")
+    parts = []
+    with torch.no_grad(), autocast(train, device):
+        for rows in np.split(order, range(size, len(order), size)):
+            parts.append(task.predict(model, to_device(task.collate(encoded, rows.tolist(), None), device)))
+    task.set_training(model)
+    predictions = _joined(parts).cpu()[torch.from_numpy(np.argsort(order))]
+    return (predictions.float() if predictions.is_floating_point() else predictions).numpy()
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The batches' rows, one after the other; shorter ones are filled up with -1."""
+    width = max(part.shape[1] if part.dim() == 2 else 0 for part in parts)
+    fill = torch.nn.functional.pad
+    return torch.cat([fill(each, (0, width - each.shape[1]), value=-1) if each.dim() == 2 else each for each in parts])
