@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harness.task import Batch, Examples
 from tasks import pretrained
 from tasks.causal import filler_of
-from tasks.plain_text import plain_encoding
+from tasks.plain_text import begin_tokens, plain_encoding
 from tasks.sequences import Sequences, end_to_end, padded, tensor
 
 if TYPE_CHECKING:
@@ -116,13 +116,6 @@ def _shared(context: Sequence[int], wholes: Sequence[Sequence[int]]) -> int:
     """How many tokens the context and all texts begin with; at least one of each text is left."""
     most = min(len(context), *(len(whole) - 1 for whole in wholes))
     return next((n for n in range(most) if any(whole[n] != context[n] for whole in wholes)), most)
-
-
-def begin_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text."""
-    bare, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
-    places = range(len(whole) - len(bare) + 1)
-    return whole[: next((place for place in places if whole[place : place + len(bare)] == bare), 0)]
 
 
 def choices_batch(encoded: EncodedChoices, questions: Sequence[int]) -> Batch:

@@ -8,17 +8,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import InputError
 from harness.task import Examples
 from tasks import pretrained
 from tasks.causal import filler_of
-from tasks.plain_text import plain_encoding
+from tasks.plain_text import begin_tokens, plain_encoding
 from tasks.sequences import Sequences, end_to_end
+from tasks.wording import Wording, wording
 
 if TYPE_CHECKING:
     import numpy as np
 
-PROMPT = "{prompt}"  # in a template
 TOKENIZED_AT_ONCE = 4096  # rows handed to the tokenizer together
 END = re.compile(r"end|eo[stmd](?![a-z])|^</s>$", re.IGNORECASE)  # in a special token's name
 ANCHOR = "\n"  # a text before another, so that this one does not begin a line
@@ -44,6 +43,8 @@ class EncodedPairs:
     written: np.ndarray
     text: np.ndarray
     text_starts: np.ndarray
+    shots: np.ndarray
+    begin: np.ndarray
     padding: np.ndarray
 
     @property
@@ -58,18 +59,23 @@ class EncodedPairs:
 
 
 def tokenized(
-    examples: Examples, model: str, max_length: int, max_response: int, template: str
+    examples: Examples,
+    model: str,
+    max_length: int,
+    max_response: int,
+    template: str,
+    between: str = "",
+    chat: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The arrays of `EncodedPairs`. Too long a response loses its end; then the prompt loses its own, so that what the
-    template says after it stays. Special tokens are those of the template; in prompts and responses they are text."""
+    """The arrays of `EncodedPairs`; `template`, `between` and `chat` are those of `wording`. Too long a response loses
+    its end; then the prompt loses its own, so that what the template says after it stays. Special tokens are those of
+    the template; in prompts and responses they are text."""
     import numpy as np
 
     tokenizer = pretrained.load_tokenizer(model)
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of model '{model}' has no end token; a response needs one", model)
-    before, after = template.split(PROMPT)
-    tail = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
-    ends = _end_tokens(tokenizer, template)
+    around = wording(tokenizer, model, template, between, chat)
+    tail = _tail(tokenizer, around)
+    ends = _end_tokens(tokenizer, around.before + around.after)
     parts: list[list[int]] = []
     responses: list[str] = []
     prompts, cut, named, written = [], [], [], []
@@ -78,18 +84,21 @@ def tokenized(
         some = slice(first, first + TOKENIZED_AT_ONCE)
         asked = list(examples.columns["prompt"][some])
         texts = [_without_end(text, ends) for text in examples.columns["response"][some]]
-        heads = _heads(tokenizer, before, asked)
-        encoded = plain_encoding(tokenizer, [texts], add_special_tokens=False)["input_ids"]
+        heads = _heads(tokenizer, around, asked)
+        said = [around.between + text for text in texts]
+        encoded = plain_encoding(tokenizer, [said], add_special_tokens=False)["input_ids"]
         written += [one.strip() == two.strip() for one, two in zip(decoded(tokenizer, encoded), texts, strict=True)]
         named += [bool(names.search(one) or names.search(two)) for one, two in zip(asked, texts, strict=True)]
         responses += texts
         for head, ids in zip(heads, encoded, strict=True):
-            response = [*ids, tokenizer.eos_token_id][:max_response]
+            response = [*ids, around.end][:max_response]
             room = max(0, max_length - len(tail) - len(response))
             cut.append(len(ids) + 1 > max_response or len(head) > room)
-            prompt = [*head[:room], *tail] or [tokenizer.eos_token_id]
+            prompt = [*head[:room], *tail] or [around.end]
             parts.append([*prompt, *response])
             prompts.append(len(prompt))
+    begin = begin_tokens(tokenizer)
+    shots = _shots(tokenizer, begin, examples)
     raw = [text.encode() for text in responses]
     tokens, starts = end_to_end(parts)
     return {
@@ -102,8 +111,16 @@ def tokenized(
         "written": np.array(written),
         "text": np.frombuffer(b"".join(raw), dtype=np.uint8),
         "text_starts": np.concatenate([[0], np.cumsum([len(text) for text in raw])]),
+        "shots": np.array(shots, dtype=np.int32),
+        "begin": np.array([len(begin)]),
         "padding": np.array([filler_of(tokenizer)], dtype=np.int32),
     }
+
+
+def _shots(tokenizer: Any, begin: list[int], examples: Examples) -> list[int]:
+    """What is read before each prompt in evaluations; nothing where there are no such texts."""
+    text = next(iter(examples.columns.get("shots", ())), "")
+    return [*begin, *plain_encoding(tokenizer, [[text]], add_special_tokens=False)["input_ids"][0]] if text else []
 
 
 def decoded(tokenizer: Any, ids: Sequence[Sequence[int]]) -> list[str]:
@@ -136,7 +153,27 @@ def _without_end(text: str, ends: Iterable[str]) -> str:
     return text
 
 
-def _heads(tokenizer: Any, before: str, prompts: list[str]) -> list[list[int]]:
+def _tail(tokenizer: Any, around: Wording) -> list[int]:
+    """Token ids of what stands after a prompt; of a chat template as they are after a text."""
+    tail: list[int] = tokenizer(around.after, add_special_tokens=False)["input_ids"] if around.after else []
+    if not around.whole:
+        return tail
+    head, both = (
+        tokenizer(f"{around.before}a{after}", add_special_tokens=False)["input_ids"] for after in ("", around.after)
+    )
+    return list(both[len(head) :]) if both[: len(head)] == head else tail
+
+
+def _heads(tokenizer: Any, around: Wording, prompts: list[str]) -> list[list[int]]:
+    """Token ids of what stands before each prompt, and the prompt."""
+    if not around.whole:
+        return _with_own(tokenizer, around.before, prompts)
+    heads = _with_own(tokenizer, around.before, [text.strip() for text in prompts] if around.strips else prompts)
+    begin, (_, end) = begin_tokens(tokenizer), _around(tokenizer, "a")
+    return [head[len(begin) : len(head) - len(end)] for head in heads]
+
+
+def _with_own(tokenizer: Any, before: str, prompts: list[str]) -> list[list[int]]:
     """Token ids of `before` and each prompt, tokenised as one text, with what the tokenizer puts at a text's start and
     end. Names of special tokens are special in `before` alone."""
     whole = [before + prompt for prompt in prompts]

@@ -76,3 +76,10 @@ def _unname_special(tokenizer: Any) -> None:
 
 def _unnamed(piece: str, special: bool) -> str:
     return f"{UNMATCHED}{piece}{UNMATCHED}" if special else piece
+
+
+def begin_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text."""
+    bare, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    places = range(len(whole) - len(bare) + 1)
+    return whole[: next((place for place in places if whole[place : place + len(bare)] == bare), 0)]

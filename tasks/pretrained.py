@@ -39,6 +39,7 @@ PARTS = (  # configuration, tokenizer and preprocessor files, under every name t
     "word_*.json",
     "preprocessor_config.json",
 )
+CHAT = "chat_template.jinja"  # fetched; a task that reads it puts it into the run's identity
 WEIGHTS = (  # in order of preference: to be fetched
     ("model*.safetensors", "model.safetensors.index.json"),
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
@@ -59,7 +60,7 @@ def model_folder(model: str, *, trust_remote_code: bool = False) -> Path:
         return _packaged_folder()
     folder = local_folder(model)
     if folder is None:
-        wanted = (*PARTS, *WEIGHTS[0], *(("*.py",) if trust_remote_code else ()))
+        wanted = (*PARTS, CHAT, *WEIGHTS[0], *(("*.py",) if trust_remote_code else ()))
         folder = download(model, wanted)
         if not _weights(folder, model):
             folder = download(model, (*wanted, *WEIGHTS[1]))
