@@ -16,6 +16,7 @@ from harness.report.redact import cut_config, model_name
 
 CONFIG, TRAINING, ABOUT = "adapter_config.json", "training_params.json", "README.md"
 SCHEDULES = {"constant": None, "cosine": "cosine", "linear": "cosine"}  # ours and the suite's, which has these two
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8", "nf4": "int4"}  # in the same way
 
 
 def command(results: Path, run_id: str, to: Path) -> int:
@@ -81,9 +82,11 @@ def _training(record: RunRecord) -> dict[str, Any]:
         "model_id": model_name(spec.place.model),
         "max_seq_length": spec.task_parameters.get("max_length"),
         "query_template": _template(spec.task_parameters.get("template")),
+        "batch_size_eval": spec.place.evaluation_batch_size,
     }
     return {name: value for name, value in settings.items() if value is not None} | {
-        "dtype": "float32",
+        "dtype": DTYPES[train.backbone_dtype],
+        "use_gc": spec.place.gradient_checkpointing,
         "batch_size": train.batch_size,
         "max_steps": record.batches,
         "eval_steps": max(1, record.batches // max(1, train.holdout_points)),
@@ -114,7 +117,11 @@ def _otherwise(record: RunRecord) -> list[str]:
             f"schedule: cosine after a warm-up over 0.1 of the steps; here {train.schedule} after {train.warmup:g}"
         )
     if train.precision != "fp32":
-        told.append(f"precision: float32; here {train.precision}, which its use_amp is not (that is float16)")
+        told.append(f"precision: that of dtype; here {train.precision}, which its use_amp is not (that is float16)")
+    if train.backbone_dtype == "nf4":
+        told.append("dtype: its int4 is FP4 with single quantisation, bitsandbytes' default; here nf4 with double")
+    if record.spec.task_parameters.get("chat_template"):
+        told.append("prompt: query_template; here the tokenizer's chat template, where it has one")
     if train.micro_batches > 1:
         told.append(f"micro batches: none; here {train.micro_batches}")
     if model is not None and model_name(model) != model:

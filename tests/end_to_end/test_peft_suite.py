@@ -100,25 +100,31 @@ def test_training_parameters_are_the_runs(store: RecordStore, model: Path, tmp_p
     assert set(settings) <= FIELDS
     assert settings | {
         "model_id": model.name, "max_seq_length": 32, "query_template": "{query}\n", "batch_size": 4, "max_steps": 6,
-        "eval_steps": 3, "seed": 0, "grad_norm_clip": 1.0, "lr_scheduler": None, "dtype": "float32",
+        "eval_steps": 3, "seed": 0, "grad_norm_clip": 1.0, "lr_scheduler": None, "dtype": "float32", "use_gc": False,
         "optimizer_type": "AdamW", "optimizer_kwargs": {"lr": 0.01, "weight_decay": 0.0},
     } == settings  # fmt: skip
 
 
 def test_what_the_suite_does_otherwise_is_said(store: RecordStore, tmp_path: Path) -> None:
     run = run_of(store, "lora")
-    train = run.spec.train.model_copy(update={"schedule": "linear", "precision": "bf16", "micro_batches": 2})
-    spec = run.spec.model_copy(update={"train": train})
+    changed = {"schedule": "linear", "precision": "bf16", "micro_batches": 2, "backbone_dtype": "nf4"}
+    train = run.spec.train.model_copy(update=changed)
+    place = run.spec.place.model_copy(update={"gradient_checkpointing": True, "evaluation_batch_size": 3})
+    task = run.spec.task_parameters | {"chat_template": True}
+    spec = run.spec.model_copy(update={"train": train, "place": place, "task_parameters": task})
     other = RecordStore(tmp_path / "results")
     other.make_ready()
     other.write(run.model_copy(update={"spec": spec, "run_id": spec.run_id, "files": {}}), [], other.draft(spec.run_id))
     assert exported(other, other.find(spec.run_id), tmp_path / "to", "--as", "peft-experiment") == 0
-    assert json.loads((tmp_path / "to" / "training_params.json").read_text())["lr_scheduler"] == "cosine"
+    settings = json.loads((tmp_path / "to" / "training_params.json").read_text())
+    assert settings | {"lr_scheduler": "cosine", "dtype": "int4", "use_gc": True, "batch_size_eval": 3} == settings
     told = (tmp_path / "to" / "README.md").read_text()
     for words in (
         "here linear after 0.06",
         "here bf16",
         "micro batches: none; here 2",
+        "here nf4",
+        "here the tokenizer's chat template",
         "write where the suite finds it",
     ):
         assert words in told
