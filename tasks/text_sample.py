@@ -56,12 +56,13 @@ def window_losses(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _file(sample: str) -> str:
-    path = Path(sample).expanduser()
+    path = Path(sample)
     try:
+        path = path.expanduser()
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise InputError(f"--forgetting '{sample}' is no text in UTF-8", "forgetting") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last of nobody's home folder
         reason = getattr(error, "strerror", None) or "no such path"
         allowed = f"give {WIKITEXT} or a text file"
         raise InputError(f"--forgetting '{sample}' cannot be read ({reason}){_nearest(path)}: {allowed}") from None

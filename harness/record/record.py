@@ -38,7 +38,7 @@ class Seconds(Strict):
     training: float = Field(
         0.0, ge=0, description="updates alone, to their end on the device: no loading, no evaluation"
     )
-    evaluation: float = Field(0.0, ge=0, description="holdout and evaluation passes")
+    evaluation: float = Field(0.0, ge=0, description="holdout and evaluation passes, and those over a text sample")
     total: float = Field(0.0, ge=0, description="everything")
 
 

@@ -106,6 +106,7 @@ def handed_on(record: RunRecord) -> RunRecord:
         "data_root": None,
         "model": place.model and model_name(place.model),
         "path": place.path and without_names(last_part(place.path), names),
+        "forgetting": place.forgetting and without_names(last_part(place.forgetting), names),
         "device": plain_text(place.device, names),
     }
     environment = record.environment.model_copy(

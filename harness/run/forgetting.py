@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from harness.errors import Diverged
 from harness.method import Backbone
 from harness.record.record import FORGETTING, Forgetting
 from harness.run.training import autocast
 from harness.spec import RunSpec
 from harness.task import Task
 
-AT_ONCE = 4  # windows in a forward pass: the logits of one take 50 MB at a vocabulary of 50,000
+AT_ONCE = 4  # windows in a forward pass, or as many as an evaluation's batch may have: the logits of one take 50 MB at
+# a vocabulary of 50,000
 
 
 class Sample:
@@ -33,11 +32,15 @@ class Sample:
             self._windows = task.text_windows(place.forgetting, count, backbone.module, place.model, place.data_root)
         self._untouched = self._losses(backbone.module)
 
-    def forgotten(self, model: nn.Module, kept: dict[str, np.ndarray]) -> dict[str, Any]:
-        """The record's field, of the trained model; the losses of every window go into `kept`."""
+    def forgotten(self, model: nn.Module, kept: dict[str, np.ndarray]) -> tuple[Forgetting | None, tuple[str, ...]]:
+        """(the record's field of the trained model, notes); the losses of every window go into `kept`. Where one is not
+        finite, as it may be in fp16, there is a note alone: the run's scores are what they are."""
         if self._windows is None:
-            return {}
+            return None, ()
         trained = self._losses(model)
+        for which, losses in (("untouched backbone", self._untouched), ("trained model", trained)):
+            if not np.isfinite(losses).all():
+                return None, (f"no forgetting: a loss of the {which} on the text sample is not finite",)
         kept |= {f"{FORGETTING}/predictions": trained, f"{FORGETTING}/references": self._untouched}
         number, tokens = self._windows.shape
         found = Forgetting(
@@ -48,7 +51,7 @@ class Sample:
             untouched=float(self._untouched.mean()),
             trained=float(trained.mean()),
         )
-        return {"forgetting": found}
+        return found, ()
 
     def _losses(self, model: nn.Module) -> np.ndarray:
         """(windows,) mean loss of each window's tokens, in nats."""
@@ -57,9 +60,8 @@ class Sample:
         was_training = model.training
         model.eval()
         ids = torch.from_numpy(self._windows).to(self._device)
+        at_once = min(AT_ONCE, self._spec.place.evaluation_batch_size or AT_ONCE)
         with torch.no_grad(), autocast(self._spec.train, self._device):
-            losses = torch.cat([self._task.window_losses(model, some) for some in ids.split(AT_ONCE)])
+            losses = torch.cat([self._task.window_losses(model, some) for some in ids.split(at_once)])
         model.train(was_training)
-        if not losses.isfinite().all():
-            raise Diverged("a loss on the text sample is not finite")
         return losses.double().cpu().numpy()

@@ -156,7 +156,9 @@ class _Run:
         if not spec.is_trial:
             with self.store.writing():
                 task.artifacts(backbone.module, place.model, self.files / "artifacts" / "before")
+        began = time.perf_counter()
         sample = Sample(spec, task, backbone, self.device)
+        self.evaluation_seconds += time.perf_counter() - began
         adaptation = self._start(method, backbone, data)
         self._train(adaptation, data)
         self.known["shapes"] = {layer: shape for layer, shape in shapes.items() if layer in self.known["ranks"]}
@@ -225,7 +227,7 @@ class _Run:
         try:
             training.load_state_dict(saved)
             self.earlier_seconds = float(saved["seconds_total"])
-            self.evaluation_seconds = float(saved["seconds_evaluation"])
+            self.evaluation_seconds += float(saved["seconds_evaluation"])
         except InputError:
             raise
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
@@ -279,7 +281,8 @@ class _Run:
                 if facts := self.task.facts(encoded):
                     self.known["data"][name] = facts
                 self.kept[f"{name}/predictions"] = self._predictions(adaptation, encoded, examples.labels)
-        self.known |= sample.forgotten(adaptation.model, self.kept)
+        self.known["forgetting"], notes = sample.forgotten(adaptation.model, self.kept)
+        self.known["notes"] += notes
         with self.store.writing():
             storage.save_arrays(self.kept, self.files / PREDICTIONS)
         self.known |= {"metrics": metrics, "score": metrics[headline], "rank_curve": curve}

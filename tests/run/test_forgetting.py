@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,42 @@ class TestNumbers:
         assert without.forgetting is None
         assert without.result() | {"forgetting": 0} == with_sample.result() | {"forgetting": 0}
 
+    def test_evaluation_batch_size_is_honoured(self, results, model, folder, tmp_path, monkeypatch) -> None:
+        from tasks import text_sample
+
+        sizes, losses = [], text_sample.window_losses
+        monkeypatch.setattr(text_sample, "window_losses", lambda m, ids: (sizes.append(len(ids)), losses(m, ids))[1])
+        sample = ("--forgetting", str(folder / "sample.txt"), "--forgetting-windows", str(WINDOWS))
+        learning = "lora[learning_rate=0.05]"
+        assert run(model, folder, tmp_path, *sample, "--evaluation-batch-size", "2", methods=learning) == 0
+        assert sizes == [2, 1, 2, 1]
+        (record,) = RecordStore(tmp_path).read_all().records
+        (together, _) = records(results, 0.05)
+        assert record.forgetting is not None
+        assert together.forgetting is not None
+        assert record.forgetting.rise == pytest.approx(together.forgetting.rise, abs=1e-5)
+
+    def test_a_loss_that_is_not_finite_costs_the_number_alone(self, model, folder, tmp_path, monkeypatch) -> None:
+        from tasks import text_sample
+
+        monkeypatch.setattr(text_sample, "window_losses", lambda m, ids: torch.full((len(ids),), float("inf")))
+        assert run(model, folder, tmp_path, "--forgetting", str(folder / "sample.txt")) == 0
+        (record,) = RecordStore(tmp_path).read_all().records
+        assert (record.status, record.forgetting) == ("done", None)
+        assert record.score is not None
+        assert "the untouched backbone on the text sample is not finite" in record.notes[-1]
+
+    def test_its_seconds_are_evaluation(self, model, folder, tmp_path, monkeypatch) -> None:
+        from tasks import text_sample
+
+        losses = text_sample.window_losses
+        monkeypatch.setattr(text_sample, "window_losses", lambda m, ids: (time.sleep(1), losses(m, ids))[1])
+        sample = ("--forgetting", str(folder / "sample.txt"), "--forgetting-windows", "4", "--holdout-points", "0")
+        assert run(model, folder, tmp_path, *sample) == 0
+        (record,) = RecordStore(tmp_path).read_all().records
+        assert record.seconds.evaluation > 2, "before and after training"
+        assert record.seconds.training < 1
+
     def test_a_start_token_begins_each_window(self, model, folder, tmp_path) -> None:
         from transformers import AutoTokenizer
 
@@ -169,6 +206,10 @@ class TestInput:
         assert error.startswith(f"error: --forgetting '{folder / sample}'")
         assert expected in error
         assert not (tmp_path / "r").exists()
+
+    def test_nobodys_home_folder_is_refused(self, model, folder, tmp_path, capsys) -> None:
+        assert run(model, folder, tmp_path / "r", "--forgetting", "~nobody-of-this-name/a.txt") == 2
+        assert capsys.readouterr().err.startswith("error: --forgetting '~nobody-of-this-name/a.txt' cannot be read")
 
     def test_a_task_without_a_language_model_has_no_number(self, folder, tmp_path) -> None:
         sample = ("--forgetting", str(folder / "sample.txt"))
