@@ -57,7 +57,7 @@ def telling(score: float | None = 0.5, **changes: Any) -> RunRecord:
     values: dict[str, Any] = {
         "place": Place(
             data_root="/srv/My Disk/hub", model=f"/home/{USER}/models/minilm", path=f"/srv/{USER}/rows.csv",
-            save_adapter=True,
+            save_adapter=True, forgetting=f"/srv/My Disk/{USER}'s texts/a text.txt",
         ),
         "method_parameters": {"marks": f"/home/{USER}/marks", "deep": [{"at": "C:\\Users\\zaphod\\x"}]},
         "task_parameters": {"file": f"/srv/data/{USER}"},
@@ -176,7 +176,7 @@ class TestRecord:
         assert RunRecord.model_validate_json(made.model_dump_json()) == made
         assert made.environment.platform == "Linux"
         assert made.environment.processor == ENVIRONMENT.processor
-        assert made.spec.place == Place(model="minilm", path="rows.csv", save_adapter=True)
+        assert made.spec.place == Place(model="minilm", path="rows.csv", save_adapter=True, forgetting="a text.txt")
         assert made.traceback is not None
         assert 'File "torch/x.py", line 3' in made.traceback
         assert made.error == "FileNotFoundError: 'hub/org/data/x.parquet' is not readable on someone"

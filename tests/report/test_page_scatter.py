@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from harness.parameters import ParameterCount
-from harness.record.record import RunRecord, Seconds
+from harness.record.record import Forgetting, RunRecord, Seconds
 from harness.report.board.leaderboard import Board
 from harness.report.forms.data import tidy
 from harness.report.forms.page import page
@@ -37,6 +37,10 @@ def run(method: str, task: str, seed: int, score: float, numbers: int, **changes
     )
     seconds = Seconds(training=1e4 / numbers + seed, total=1e5)
     return record(method, task, seed, score, parameters=counts, seconds=seconds, peak_bytes=10**9 + numbers, **changes)
+
+
+def forgot(rise: float, fingerprint: str = "one") -> Forgetting:
+    return Forgetting(sample="s.txt", fingerprint=fingerprint, windows=2, tokens=8, untouched=3.0, trained=3.0 + rise)
 
 
 def several() -> Board:
@@ -129,6 +133,18 @@ def test_which_end_of_an_axis_is_better_is_the_columns() -> None:
     assert {axis["lower_is_better"] for axis in loss["axes"][1:]} == {True}
 
 
+def test_rises_on_other_windows_are_no_axis() -> None:
+    one, two = (record(name, seed=0, forgetting=forgot(0.1)) for name in ("lora", "head"))
+    other = record("head", seed=0, forgetting=forgot(0.1, "other"))
+    unmeasured = record("head", seed=1)
+    names = [
+        [axis["name"] for axis in views_of(page([board(one, each)], [], {}, {}))[0]["axes"]] for each in (two, other)
+    ]
+    assert ["forgetting" in each for each in names] == [True, False]
+    (view,) = views_of(page([board(one, two, unmeasured)], [], {}, {}))
+    assert column(view, "forgetting") == {"lora": pytest.approx(0.1), "head": None}
+
+
 def test_the_page_loads_nothing_and_holds_the_library_once() -> None:
     text = page([several(), several()], [], {}, {})
     found = Loads(text)
@@ -176,16 +192,31 @@ const told = () => ({ x: plotted.layout.xaxis.title.text, y: plotted.layout.yaxi
 </script></body>"""
 
 
+def shown(path: Path, of: Board, script: str) -> Any:
+    """What the script says of the page, as JSON in its title, in Chromium."""
+    assert CHROMIUM is not None
+    path.write_text(page([of], [], {}, {}).replace("</body>", script), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=60000", "--dump-dom"]
+    profile = f"--user-data-dir={path.parent / 'profile'}"
+    found = subprocess.run([CHROMIUM, *options, profile, path.as_uri()], capture_output=True, text=True, timeout=120)
+    (title,) = re.findall(r"<title>(\[.*?\])</title>", found.stdout, re.DOTALL)
+    return json.loads(title.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_a_value_below_0_is_on_its_axis(tmp_path: Path) -> None:
+    rises = {"lora": 0.9, "debora": 0.001, "head": -0.2}
+    of = board(*(record(name, score=0.5 + rise / 10, forgetting=forgot(rise)) for name, rise in rises.items()))
+    asked = ASKED.replace('choose("view", "loss"); choose("x", "seconds");', 'choose("x", "forgetting");')
+    _, then = shown(tmp_path / "report.html", of, asked.replace('=== "seconds"', '=== "forgetting"'))
+    assert (then["x"], then["log"], then["drawn"]) == ("forgetting", "linear", 3)
+    assert [x for x, _ in then["front"]] == pytest.approx([-0.2, 0.001, 0.9])
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_it_draws_from_a_file_and_its_axes_change(tmp_path: Path) -> None:
-    of, path = several(), tmp_path / "report.html"
-    path.write_text(page([of], [], {}, {}).replace("</body>", ASKED), encoding="utf-8")
-    assert CHROMIUM is not None
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=60000", "--dump-dom"]
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    shown = subprocess.run([CHROMIUM, *options, profile, path.as_uri()], capture_output=True, text=True, timeout=120)
-    (title,) = re.findall(r"<title>(\[.*?\])</title>", shown.stdout, re.DOTALL)
-    first, then = json.loads(title.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    of = several()
+    first, then = shown(tmp_path / "report.html", of, ASKED)
     assert (first["x"], first["y"], first["log"], first["drawn"]) == ("parameters", "accuracy", "log", 4)
     assert (then["x"], then["y"]) == ("seconds", "loss, lower is better")
     accuracy, loss, _ = views_of(page([of], [], {}, {}))

@@ -24,9 +24,9 @@ const axisOf = (box, name) => {
     text: row => row.texts[choice.value],
     isScore: () => choice.value === "0",
     shows: row => value(row) !== null && (!log.checked || value(row) > 0),
-    guess: rows => { // a logarithm where values are far apart
-      const known = rows.map(value).filter(number => number > 0);
-      log.checked = Math.max(...known) > WIDE * Math.min(...known);
+    guess: rows => { // a logarithm where values are far apart and none is below 0, which would have no place on it
+      const known = rows.map(value).filter(number => number !== null), above = known.filter(number => number > 0);
+      log.checked = Math.min(...known) >= 0 && Math.max(...above) > WIDE * Math.min(...above);
     },
     layout: (rows, title) => {
       const known = rows.map(value).map(number => log.checked ? Math.log10(number) : number);
