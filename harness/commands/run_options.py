@@ -16,6 +16,7 @@ from harness.plan.sweep import LARGEST_SEED, MOST_SEEDS, Sweep
 from harness.spec import Execution, Place, TrainSpec
 
 DATA_ROOT = "HARNESS_DATA_ROOT"
+WIKITEXT = "wikitext"  # the one text of --forgetting that is no file
 
 
 def sweep_of(options: argparse.Namespace) -> Sweep:
@@ -49,6 +50,7 @@ def place_of(options: argparse.Namespace) -> Place:
         if not given["rank_curve"]:
             raise InputError("--rank-curve '' is not allowed: give ranks, such as 1,2,4,8")
     given["data_root"] = _data_root(given["data_root"])
+    given["forgetting"] = _text_sample(given["forgetting"])
     place = Place.of({name: value for name, value in given.items() if value is not None}, "--")
     if repeated := [rank for rank, times in Counter(place.rank_curve).items() if times > 1]:
         raise InputError(f"--rank-curve has {repeated[0]} more than once: give each rank once")
@@ -66,6 +68,18 @@ def _data_root(given: str | None) -> str | None:
     except (ValueError, OSError) as error:
         raise InputError(f"{name}: the data root {error}") from None
     return path
+
+
+def _text_sample(given: str | None) -> str | None:
+    """The option; a file as an absolute path, since workers of a cluster have folders of their own and a finished run
+    is asked whether it had this text."""
+    if given is None or given == WIKITEXT:
+        return given
+    try:
+        path = Path(given).expanduser().absolute()
+        return str(path) if path.is_file() else given
+    except (OSError, ValueError, RuntimeError):  # told when it is read
+        return given
 
 
 def execution_of(options: argparse.Namespace) -> Execution:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from harness import cli
 from harness.cli import main
+from harness.commands.run_options import place_of
 from harness.record.record import PREDICTIONS, RunRecord
 from harness.record.store import RecordStore
 from tests.support import tiny
@@ -207,9 +209,21 @@ class TestInput:
         assert expected in error
         assert not (tmp_path / "r").exists()
 
-    def test_nobodys_home_folder_is_refused(self, model, folder, tmp_path, capsys) -> None:
-        assert run(model, folder, tmp_path / "r", "--forgetting", "~nobody-of-this-name/a.txt") == 2
-        assert capsys.readouterr().err.startswith("error: --forgetting '~nobody-of-this-name/a.txt' cannot be read")
+    def test_a_file_is_known_by_its_whole_path(self, model, folder, tmp_path, monkeypatch, capsys) -> None:
+        monkeypatch.chdir(folder)
+        (folder / "wikitext").write_text("no sample")
+        assert run(model, folder, tmp_path, "--forgetting", "sample.txt") == 0
+        (record,) = RecordStore(tmp_path).read_all().records
+        assert record.spec.place.forgetting == str(folder / "sample.txt")
+        assert run(model, folder, tmp_path, "--forgetting", str(folder / "sample.txt")) == 0
+        assert "text sample" not in capsys.readouterr().out
+        parsed = place_of(cli._parser().parse_args(["run", "--forgetting", "wikitext"]))
+        assert parsed.forgetting == "wikitext"
+
+    @pytest.mark.parametrize("sample", ["~nobody-of-this-name/a.txt", "a" * 5000])
+    def test_no_path_at_all_is_refused(self, sample, model, folder, tmp_path, capsys) -> None:
+        assert run(model, folder, tmp_path / "r", "--forgetting", sample) == 2
+        assert capsys.readouterr().err.startswith(f"error: --forgetting '{sample[:10]}")
 
     def test_a_task_without_a_language_model_has_no_number(self, folder, tmp_path) -> None:
         sample = ("--forgetting", str(folder / "sample.txt"))
