@@ -16,7 +16,7 @@ import pytest
 
 from harness.parameters import ParameterCount
 from harness.record.record import Forgetting, RunRecord, Seconds
-from harness.report.board.leaderboard import Board
+from harness.report.board.leaderboard import Board, sorted_by
 from harness.report.forms.data import tidy
 from harness.report.forms.page import page
 from harness.report.tables.budget import pareto_front
@@ -143,6 +143,18 @@ def test_rises_on_other_windows_are_no_axis() -> None:
     assert ["forgetting" in each for each in names] == [True, False]
     (view,) = views_of(page([board(one, two, unmeasured)], [], {}, {}))
     assert column(view, "forgetting") == {"lora": pytest.approx(0.1), "head": None}
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_an_average_has_the_sense_of_its_scores(higher: bool) -> None:
+    scores = {("lora", "a"): 0.2, ("lora", "b"): 0.3, ("head", "a"): 0.6, ("head", "b"): 0.8}
+    curves = {"rank_curve": {1: 0.1, 2: 0.2}, "higher_is_better": higher}
+    of = board(*(run(name, task, 0, score, 10, **curves) for (name, task), score in scores.items()))
+    *_, whole = views_of(page([of], [], {}, {}))
+    senses = {axis["name"]: axis["lower_is_better"] for axis in whole["axes"]}
+    assert {senses[name] for name in ("average", "rank aurac linear", "rank aurac log2")} == {not higher}
+    (ordered,) = sorted_by([of], "average")
+    assert [row.label for row in ordered.rows] == (["head", "lora"] if higher else ["lora", "head"])
 
 
 def test_the_page_loads_nothing_and_holds_the_library_once() -> None:

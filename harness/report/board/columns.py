@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from harness.report.board.rows import Row, over, peak_bytes, with_search
+from harness.report.board.rows import Column, Row, over, peak_bytes, with_search
 from harness.report.board.runs import Run
 from harness.report.statistics import rank_aurac
 from harness.report.wording import decimal, human, score_text
@@ -37,6 +37,7 @@ class TableColumn:
     words: str = ""  # what it is, for the legend
     text: Callable[[Any], str] = decimal  # of a value that is known
     rises: bool = True  # sorted by it, the smallest comes first
+    of_scores: bool = False  # it is made of scores: their sense is its own, and `rises` has no say
     forms: Collection[Form] = FORMS
     shown: Callable[[Sequence[Row]], bool] = lambda rows: True  # whether a table of these rows has it
     before_scores: bool = False
@@ -49,6 +50,10 @@ class TableColumn:
     def key(self, form: Form) -> str:
         """Its name in data."""
         return self.keys.get(form, self.name)
+
+    def lower_is_better(self, tasks: Iterable[Column]) -> bool:
+        """Whether the smallest comes first, where it is of these tasks."""
+        return not any(column.higher_is_better for column in tasks) if self.of_scores else self.rises
 
     def text_of(self, row: Row) -> str:
         """Its text in a table; "-" where the value is not known."""
@@ -163,7 +168,7 @@ COLUMNS = (
         lambda row: row.average,
         "over tasks, where no score is missing",
         score_text,
-        rises=False,
+        of_scores=True,
         forms=[*TABLES, "json"],
         shown=_several_tasks,
     ),
@@ -172,7 +177,7 @@ COLUMNS = (
         _rank_aurac("linear"),
         "mean score of the trained adapter cut to the ranks of --rank-curve, a trapezoid mean over the rank",
         score_text,
-        rises=False,
+        of_scores=True,
         shown=_same_ranks,
     ),
     TableColumn(
@@ -180,7 +185,7 @@ COLUMNS = (
         _rank_aurac("log2"),
         "the same over the rank's logarithm, in which octaves weigh alike",
         score_text,
-        rises=False,
+        of_scores=True,
         shown=_same_ranks,
     ),
     TableColumn(

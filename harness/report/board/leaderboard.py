@@ -150,12 +150,12 @@ def sorted_by(boards: Sequence[Board], name: str) -> list[Board]:
     if name not in ("method", *beside, *scores):
         raise unknown("column", name, ["method", *beside, *scores])
 
-    def key(row: Row) -> tuple[bool, float, str, str]:
+    def key(board: Board, row: Row) -> tuple[bool, float, str, str]:
         if name == "method":
             return False, 0.0, "", row.label
         if name in beside:
             value = beside[name].value(row)
-            sign = 1 if beside[name].rises else -1
+            sign = 1 if beside[name].lower_is_better(board.counted) else -1
         else:
             cell = row.cells.get(name)
             value, sign = cell.score.mean if cell else None, -int(scores[name].merit(1))
@@ -163,7 +163,7 @@ def sorted_by(boards: Sequence[Board], name: str) -> list[Board]:
             return value is None, 0.0, value or "", row.label
         return False, sign * value, "", row.label
 
-    return [arranged(board, sorted(board.rows, key=key)) for board in boards]
+    return [arranged(board, sorted(board.rows, key=functools.partial(key, board))) for board in boards]
 
 
 def arranged(board: Board, rows: Iterable[Row]) -> Board:

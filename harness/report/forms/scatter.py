@@ -73,7 +73,8 @@ def _view(board: Board, title: str, rows: Iterable[Row], column: Column | None) 
 def _axes(board: Board, column: Column | None) -> list[Axis]:
     """The score of a task first, then the columns beside the scores that the page's table of these rows has."""
     beside = [each for each in board.table if "page" in each.forms and each.shown(board.rows)]
-    found = [Axis(each.heading, each.rises, each.value, each.text_of) for each in beside]
+    tasks = board.counted if column is None else [column]
+    found = [Axis(each.heading, each.lower_is_better(tasks), each.value, each.text_of) for each in beside]
     if column is None:
         return sorted(found, key=lambda axis: axis.name != "average")
     return [_score(column), *(axis for axis in found if axis.name != "average")]
