@@ -25,6 +25,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from harness import cli
+from harness.backbone import BackboneDtype
 from harness.commands import target
 from harness.record.record import RunRecord
 from harness.record.store import RecordStore
@@ -34,7 +35,7 @@ from harness.report.forms.card import model_card
 from harness.report.forms.data import csv_text
 from harness.report.forms.page import page
 from harness.report.redact import cut, handed_on, last_part, model_name, plain_text
-from harness.spec import Place
+from harness.spec import Place, TrainSpec
 from tests.support import tiny
 from tests.support.report_records import ENVIRONMENT, board, boards, record, stored
 
@@ -478,6 +479,12 @@ class TestCard:
         loaders = ("PeftModel.from_pretrained", *own, "model.load_state_dict(")
         card = model_card(run, boards(run), sorted({name, "trained.safetensors"}), "ours: x")
         assert [each for each in loaders if each in card] == [loader]
+
+    @pytest.mark.parametrize("dtype", ["fp32", "nf4"])
+    def test_it_says_what_the_backbone_was_held_in(self, dtype: BackboneDtype) -> None:
+        run = record(train=TrainSpec(batches=100, backbone_dtype=dtype))
+        card = model_card(run, boards(run), ["adapter_config.json"], "ours: x")
+        assert ("held in nf4 while" in card) == (dtype == "nf4")
 
     def test_odd_names_are_neither_yaml_nor_markdown(self) -> None:
         odd = 'x"\nbase_model: evil/model\n---\n# <b>`|[a](http://x)'

@@ -63,6 +63,8 @@ model = load(model, Path("PATH/TO/THIS/FOLDER"))
 
 `model` is the model above with a head of the task's size; this puts the adapter and the head into it. It needs this
 package: what the adapter adds depends on the token, and stock PEFT has no such adapters."""
+HELD = """The model's frozen weights were held in {dtype} while this was trained, and the scores are of that: give it a model
+that is held in the same type. What is in this folder is float32."""
 LOADED_BY = {  # by the file that tells what an export is
     "adapter_config.json": PEFT,
     "weight_updates.json": WEIGHT_UPDATES,
@@ -111,7 +113,10 @@ def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str],
         ranks = "\n".join(f"| {_code(layer)} | {rank} |" for layer, rank in record.ranks.items())
         sections += ["## Ranks", f"| layer | rank |\n|---|---|\n{ranks}"]
     loaded = next((text for name, text in LOADED_BY.items() if name in files), TRAINED)
-    sections += ["## How to load it", loaded, "## Environment", _environment(record)]
+    sections += ["## How to load it", loaded]
+    if spec.train.backbone_dtype != "fp32":
+        sections.append(HELD.format(dtype=spec.train.backbone_dtype))
+    sections += ["## Environment", _environment(record)]
     return "\n\n".join(sections) + "\n"
 
 
