@@ -10,7 +10,7 @@ from torch import nn
 
 from harness import registry
 from harness.contracts import METHOD_CONTRACTS, Subject, start
-from harness.errors import InputError
+from harness.errors import Diverged, InputError
 from harness.method import Adaptation, Backbone
 from harness.run import checkpoint
 from harness.spec import TrainSpec
@@ -177,6 +177,15 @@ class TestNuclearNorm:
             parts, layers = training.adaptation.parts, layers_of(training)
             sums.append(sum(float(nuclear_norm(p.trained_alone(layers[n])).detach()) for n, p in parts.items()))
         assert sums[1] < 0.9 * sums[0]
+
+    def test_weights_that_are_no_longer_finite_are_a_divergence(self):
+        """Of which the loss is told later, every ten updates: an SVD would fail first."""
+        training = on_network(share=1.0, low_rank=0.5)
+        with torch.no_grad():
+            for part in training.adaptation.parts.values():
+                part.values.fill_(float("nan"))
+        with pytest.raises(Diverged, match="weights in training are not finite"):
+            training.run(lambda training: None)
 
 
 class TestReselection:
