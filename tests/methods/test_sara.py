@@ -343,9 +343,18 @@ def test_bad_settings_are_one_line_and_nothing_is_written(settings, message, tmp
     assert_refused(f"sara[{settings}]", message, tmp_path, capsys, "--batches", "6")
 
 
-def test_a_threshold_that_no_weight_is_below_is_told():
-    with pytest.raises(InputError, match="threshold = 1e-12 is below every weight to adapt: the smallest is"):
-        on_network(threshold=1e-12)
+def test_with_a_threshold_that_no_weight_is_below_the_head_alone_trains(tmp_path):
+    training, head = on_network(threshold=1e-12, reselect_at=4), method_training(registry.make_method("head", {}))
+    start, of_head = in_effect(training), head.sizes.parameters()
+    training.run(lambda training: None)
+    assert training.sizes.parameters() == of_head
+    assert training.adaptation.remarks() == ["no weight is below the threshold: at most the head has trained"]
+    assert on_network(share=1e-9).adaptation.remarks() == []
+    assert not any(changed.any() for changed in moved(training, start).values())
+    assert training.adaptation.model.head.weight.ne(head.adaptation.model.head.weight).any()
+    assert_loads_the_same(training, tmp_path / "export")
+    checkpoint.save(tmp_path / "state", 12, training.state_dict())
+    on_network(threshold=1e-12, reselect_at=4).load_state_dict(checkpoint.load_newest(tmp_path / "state").state)
 
 
 def test_a_weight_of_two_layers_is_a_reason():
