@@ -248,7 +248,8 @@ def load(method: type[RoutedLora], module: nn.Module, path: Path) -> nn.Module:
     settings, tensors = read(path, method.name)
     found = method.of(settings["parameters"], method.name)
     for name in settings["ranks"]:
-        if not any(name == own and is_adaptable(part) for own, part in module.named_modules()):
+        layers = (part for own, part in module.named_modules() if own == name)
+        if not any(is_adaptable(layer) and not isinstance(layer, torch.nn.Conv2d) for layer in layers):
             raise InputError(f"the adapter in '{path}' does not fit the model, which has no linear layer '{name}'")
     backbone = Backbone(module, tuple(settings["head"]), tuple(settings["ranks"]))
     model, _ = found.adapted(backbone, settings["ranks"], torch.Generator())
