@@ -94,13 +94,16 @@ class RoutedLora(LoraMethod, ABC):
         if (reason := unfit(backbone, list(targets), "a choice for every token")) is not None:
             return reason
         check_spread(self.components, self.rank, backbone, targets)
-        ranks = self.layer_ranks(backbone)
+        self.check_choice(self.layer_ranks(backbone))
+        return None
+
+    def check_choice(self, ranks: Mapping[str, int]) -> None:
+        """Raises InputError where a token cannot choose so many of a layer's components."""
         fewest = min(ranks, key=lambda name: ranks[name])
         if self.top_k is not None and self.top_k > ranks[fewest]:
             raise InputError(
                 f"top_k = {self.top_k} is above the {ranks[fewest]} components of layer '{fewest}'", "top_k"
             )
-        return None
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
         """See `Method.notes`: what a token uses, and where the adapter can be used."""
