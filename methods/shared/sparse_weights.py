@@ -97,7 +97,7 @@ def below(weights: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
 
 def nuclear_norm(matrix: Tensor) -> Tensor:
     """The sum of the singular values of (m, n), a scalar; its gradient is U V^T over the singular values above 0, the
-    subgradient of least norm. Raises Diverged where a number is not finite: the loop may not have seen the loss yet that
+    subgradient of least norm. Raises Diverged where a number is not finite: the loop may not have seen the loss that
     would tell."""
     if not matrix.isfinite().all():
         raise Diverged("a layer's weights in training are not finite")
