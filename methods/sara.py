@@ -174,7 +174,7 @@ class SaraAdaptation(Adaptation):
     ) -> None:
         super().__init__(model, optimizer, backbone)
         self.method, self.parts, self.limit = method, parts, limit
-        self.layers = {name: model.get_submodule(name) for name in parts}
+        self.layers: dict[str, Any] = {name: model.get_submodule(name) for name in parts}
         self.drawn: str | None = None  # the layer whose nuclear norm this update adds
 
     def before_forward(self, step: Step) -> None:
@@ -263,7 +263,8 @@ class SaraAdaptation(Adaptation):
         tensors = {name: p.detach() for name, p in trained.items() if ".parametrizations." not in name}
         for name, part in self.parts.items():
             tensors[name + PLACES], tensors[name + VALUES] = part.entries()
-        save(path, "sara", {"layers": list(self.parts)}, tensors)
+        shapes = {name: list(layer.weight.shape) for name, layer in self.layers.items()}
+        save(path, "sara", {"layers": shapes}, tensors)
 
 
 def load(module: nn.Module, path: Path) -> None:
@@ -279,13 +280,13 @@ def load(module: nn.Module, path: Path) -> None:
     settings, tensors = read(path, "sara")
     own = dict(module.named_parameters())
     changed = {}
-    for name in settings["layers"]:
+    for name, shape in settings["layers"].items():
         places, values = tensors.pop(name + PLACES).long(), tensors.pop(name + VALUES)
         weight = own.get(f"{name}.weight")
         if weight is None:
             raise _misfit(path, f"it has no layer '{name}'")
-        if len(places) and int(places.max()) >= weight.numel():
-            raise _misfit(path, f"layer '{name}' has no weight of place {int(places.max())}")
+        if list(weight.shape) != shape:
+            raise _misfit(path, f"'{name}.weight' is {tuple(weight.shape)} there and {tuple(shape)} here")
         flat = weight.detach().flatten().scatter(0, places.to(weight.device), values.to(weight))
         changed[f"{name}.weight"] = flat.view(weight.shape)
     for name, value in (changed | tensors).items():

@@ -293,7 +293,8 @@ class TestExport:
         ("change", "reason"),
         [
             (lambda model: setattr(model, "linear", nn.Identity()), "it has no layer 'linear'"),
-            (lambda model: setattr(model, "linear", nn.Linear(3, 10)), "layer 'linear' has no weight of place 359"),
+            (lambda model: setattr(model, "linear", nn.Linear(3, 10)), r"'linear.weight' is \(10, 3\) there"),
+            (lambda model: setattr(model, "linear", nn.Linear(36, 20)), r"'linear.weight' is \(20, 36\) there"),
             (lambda model: setattr(model, "head", nn.Linear(8, 2)), r"'head.bias' is \(2,\) there and \(3,\) here"),
         ],
     )
