@@ -140,7 +140,8 @@ class RoutedLoraAdaptation(LoraAdaptation):
     """One run.
 
     counts: of each layer, how many tokens of the update's batch have chosen each component, (r,) int64, where that is
-    counted; padding, where the model is given an attention_mask, is not.
+    counted; padding, where the model is given an attention_mask, is not. Gradient checkpointing calls a layer again and
+    counts all its tokens twice, on which neither the imbalance nor a sign depends.
     """
 
     written_by_peft = False
