@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field, model_validator
 
 from harness.method import Backbone
-from methods.shared.peft_model import unfit
-from methods.shared.placement import check_spread
 from methods.shared.routed import NOT_STOCK, RoutedLora
 
 if TYPE_CHECKING:
@@ -39,7 +37,6 @@ class QueryableLora(RoutedLora):
     """
 
     provenance = "reimplementation: the source leaves open all formulas but B C(x) A, every size and the start"
-    own_format = True
     repeatable_blocks = False
     name: ClassVar[str] = "queryable_lora"
 
@@ -81,13 +78,8 @@ class QueryableLora(RoutedLora):
         """See `RoutedLora.is_routed`."""
         return self.atoms > 1
 
-    def unsupported(self, backbone: Backbone) -> str | None:
-        """See `Method.unsupported`."""
-        if not backbone.layers:
-            return backbone.without_layers("linear layer")
-        targets = backbone.targets(self.target_modules)
-        check_spread(self.components, self.rank, backbone, targets)
-        return unfit(backbone, list(targets), "a choice for every token")
+    def check_choice(self, ranks: Mapping[str, int]) -> None:
+        """See `RoutedLora.check_choice`: of atoms, which `_fits_together` has seen to."""
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
         """See `Method.notes`."""

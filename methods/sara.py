@@ -118,7 +118,7 @@ class Sara(Method):
         )
 
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
-        """See `Method.start`. Raises InputError for a threshold that no weight is below."""
+        """See `Method.start`. With a threshold that no weight is below, the head alone trains."""
         import torch
 
         from methods.shared.sparse_weights import train_entries
@@ -130,7 +130,8 @@ class Sara(Method):
             parameter.requires_grad_(True)
         layers = {name: model.get_submodule(name) for name in backbone.targets(self.target_modules)}
         places, limit = self._chosen(backbone, {name: layer.get_parameter("weight") for name, layer in layers.items()})
-        parts = {name: train_entries(layers[name], own) for name, own in places.items() if len(own)}
+        chosen = {name: own for name, own in places.items() if len(own)} or places
+        parts = {name: train_entries(layers[name], own) for name, own in chosen.items()}
         # A vector that stands for entries of matrices is decayed as they are.
         values = {"params": [part.values for part in parts.values()], "weight_decay": self.weight_decay}
         groups = [values, *decay_groups(head, self.weight_decay)]
@@ -156,14 +157,7 @@ class Sara(Method):
             return places, float("inf")
         if self.threshold is None:
             return smallest(weights, number)
-        places = below(weights, self.threshold)
-        if not any(map(len, places.values())):
-            least = min(float(weight.detach().abs().min()) for weight in weights.values())
-            raise InputError(
-                f"threshold = {self.threshold:g} is below every weight to adapt: the smallest is {least:.2g}",
-                "threshold",
-            )
-        return places, self.threshold
+        return below(weights, self.threshold), self.threshold
 
 
 class SaraAdaptation(Adaptation):
@@ -180,7 +174,7 @@ class SaraAdaptation(Adaptation):
     ) -> None:
         super().__init__(model, optimizer, backbone)
         self.method, self.parts, self.limit = method, parts, limit
-        self.layers = {name: model.get_submodule(name) for name in parts}
+        self.layers: dict[str, Any] = {name: model.get_submodule(name) for name in parts}
         self.drawn: str | None = None  # the layer whose nuclear norm this update adds
 
     def before_forward(self, step: Step) -> None:
@@ -221,6 +215,10 @@ class SaraAdaptation(Adaptation):
             stays = part.values.detach().abs() < self.limit
             part.settle(stays)
             keep(part.values, stays.nonzero().flatten(), 0, self.optimizer)
+
+    def remarks(self) -> list[str]:
+        """See `Adaptation.remarks`."""
+        return [] if self.adapter_parameters() else ["no weight is below the threshold: at most the head has trained"]
 
     def adapter_parameters(self) -> int:
         """See `Adaptation.adapter_parameters`: those that have settled stay in effect."""
@@ -265,7 +263,8 @@ class SaraAdaptation(Adaptation):
         tensors = {name: p.detach() for name, p in trained.items() if ".parametrizations." not in name}
         for name, part in self.parts.items():
             tensors[name + PLACES], tensors[name + VALUES] = part.entries()
-        save(path, "sara", {"layers": list(self.parts)}, tensors)
+        shapes = {name: list(layer.weight.shape) for name, layer in self.layers.items()}
+        save(path, "sara", {"layers": shapes}, tensors)
 
 
 def load(module: nn.Module, path: Path) -> None:
@@ -281,13 +280,13 @@ def load(module: nn.Module, path: Path) -> None:
     settings, tensors = read(path, "sara")
     own = dict(module.named_parameters())
     changed = {}
-    for name in settings["layers"]:
+    for name, shape in settings["layers"].items():
         places, values = tensors.pop(name + PLACES).long(), tensors.pop(name + VALUES)
         weight = own.get(f"{name}.weight")
         if weight is None:
             raise _misfit(path, f"it has no layer '{name}'")
-        if len(places) and int(places.max()) >= weight.numel():
-            raise _misfit(path, f"layer '{name}' has no weight of place {int(places.max())}")
+        if list(weight.shape) != shape:
+            raise _misfit(path, f"'{name}.weight' is {tuple(weight.shape)} there and {tuple(shape)} here")
         flat = weight.detach().flatten().scatter(0, places.to(weight.device), values.to(weight))
         changed[f"{name}.weight"] = flat.view(weight.shape)
     for name, value in (changed | tensors).items():

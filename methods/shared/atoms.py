@@ -20,7 +20,7 @@ class Atoms(nn.Module):
     Of a layer with fewer components than `rank`, the leading rows and columns of the atoms are used.
 
     The summary of a token is the mean of what the bank gave it in the layers before, as the model called them; 0 in the
-    first, where the layers before had other tokens, and outside of a forward of the model.
+    first, where the layer before had another number of them, and outside of a forward of the model.
     """
 
     def __init__(self, number: int, rank: int, chosen: int, spread: float, rng: torch.Generator) -> None:

@@ -94,13 +94,16 @@ class RoutedLora(LoraMethod, ABC):
         if (reason := unfit(backbone, list(targets), "a choice for every token")) is not None:
             return reason
         check_spread(self.components, self.rank, backbone, targets)
-        ranks = self.layer_ranks(backbone)
+        self.check_choice(self.layer_ranks(backbone))
+        return None
+
+    def check_choice(self, ranks: Mapping[str, int]) -> None:
+        """Raises InputError where a token cannot choose so many of a layer's components."""
         fewest = min(ranks, key=lambda name: ranks[name])
         if self.top_k is not None and self.top_k > ranks[fewest]:
             raise InputError(
                 f"top_k = {self.top_k} is above the {ranks[fewest]} components of layer '{fewest}'", "top_k"
             )
-        return None
 
     def notes(self, backbone: Backbone, train: TrainSpec, num_examples: int) -> list[str]:
         """See `Method.notes`: what a token uses, and where the adapter can be used."""
@@ -137,7 +140,8 @@ class RoutedLoraAdaptation(LoraAdaptation):
     """One run.
 
     counts: of each layer, how many tokens of the update's batch have chosen each component, (r,) int64, where that is
-    counted; padding, where the model is given an attention_mask, is not.
+    counted; padding, where the model is given an attention_mask, is not. Gradient checkpointing calls a layer again and
+    counts all its tokens twice, on which neither the imbalance nor a sign depends.
     """
 
     written_by_peft = False
@@ -248,7 +252,8 @@ def load(method: type[RoutedLora], module: nn.Module, path: Path) -> nn.Module:
     settings, tensors = read(path, method.name)
     found = method.of(settings["parameters"], method.name)
     for name in settings["ranks"]:
-        if not any(name == own and is_adaptable(part) for own, part in module.named_modules()):
+        layers = (part for own, part in module.named_modules() if own == name)
+        if not any(is_adaptable(layer) and not isinstance(layer, torch.nn.Conv2d) for layer in layers):
             raise InputError(f"the adapter in '{path}' does not fit the model, which has no linear layer '{name}'")
     backbone = Backbone(module, tuple(settings["head"]), tuple(settings["ranks"]))
     model, _ = found.adapted(backbone, settings["ranks"], torch.Generator())

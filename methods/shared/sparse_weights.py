@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from harness.errors import Diverged
 from harness.method import as_matrix
 
 Places = Mapping[str, Tensor]  # by layer: places in the weight flattened as it is stored, int64, ascending
@@ -96,7 +97,10 @@ def below(weights: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
 
 def nuclear_norm(matrix: Tensor) -> Tensor:
     """The sum of the singular values of (m, n), a scalar; its gradient is U V^T over the singular values above 0, the
-    subgradient of least norm."""
+    subgradient of least norm. Raises Diverged where a number is not finite: the loop may not have seen the loss that
+    would tell."""
+    if not matrix.isfinite().all():
+        raise Diverged("a layer's weights in training are not finite")
     with torch.no_grad():
         U, sigma, Vh = torch.linalg.svd(matrix, full_matrices=False)
         live = sigma > sigma[0] * max(matrix.shape) * torch.finfo(sigma.dtype).eps

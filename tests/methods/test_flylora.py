@@ -72,6 +72,12 @@ SCORES = {
 }
 
 
+def with_a_convolution():
+    model = tiny_bert()
+    model.set_submodule(LAYERS[0], nn.Conv2d(16, 16, 1))
+    return model
+
+
 def by_hand(x, layer, router, d, k, selection):
     """The update of a token, (inputs,) to (outputs,), and the components that it uses, in NumPy."""
     y = np.array([np.dot(row, x) for row in router.weight.numpy()])
@@ -251,8 +257,9 @@ class TestFiles:
             (lambda: tiny_bert(8), r"'bert.*' is \(6, 16\), not \(6, 8\)"),
             (lambda: tiny_bert(num_labels=4), r"'classifier.* is \(3,.*not \(4,"),
             (lambda: nn.Linear(2, 2), f"has no linear layer '{LAYERS[0]}'"),
+            (with_a_convolution, f"has no linear layer '{LAYERS[0]}'"),
         ],
-        ids=["width", "labels", "another"],
+        ids=["width", "labels", "another", "convolution"],
     )
     def test_another_model_is_told(self, model, reason, tmp_path):
         on_bert("flylora").export(tmp_path)

@@ -10,7 +10,7 @@ from torch import nn
 
 from harness import registry
 from harness.contracts import METHOD_CONTRACTS, Subject, start
-from harness.errors import InputError
+from harness.errors import Diverged, InputError
 from harness.method import Adaptation, Backbone
 from harness.run import checkpoint
 from harness.spec import TrainSpec
@@ -178,6 +178,15 @@ class TestNuclearNorm:
             sums.append(sum(float(nuclear_norm(p.trained_alone(layers[n])).detach()) for n, p in parts.items()))
         assert sums[1] < 0.9 * sums[0]
 
+    def test_weights_that_are_no_longer_finite_are_a_divergence(self):
+        """Of which the loss is told later, every ten updates: an SVD would fail first."""
+        training = on_network(share=1.0, low_rank=0.5)
+        with torch.no_grad():
+            for part in training.adaptation.parts.values():
+                part.values.fill_(float("nan"))
+        with pytest.raises(Diverged, match="weights in training are not finite"):
+            training.run(lambda training: None)
+
 
 class TestReselection:
     def test_what_has_grown_keeps_its_value_and_the_rest_trains_on(self):
@@ -284,7 +293,8 @@ class TestExport:
         ("change", "reason"),
         [
             (lambda model: setattr(model, "linear", nn.Identity()), "it has no layer 'linear'"),
-            (lambda model: setattr(model, "linear", nn.Linear(3, 10)), "layer 'linear' has no weight of place 359"),
+            (lambda model: setattr(model, "linear", nn.Linear(3, 10)), r"'linear.weight' is \(10, 3\) there"),
+            (lambda model: setattr(model, "linear", nn.Linear(36, 20)), r"'linear.weight' is \(20, 36\) there"),
             (lambda model: setattr(model, "head", nn.Linear(8, 2)), r"'head.bias' is \(2,\) there and \(3,\) here"),
         ],
     )
@@ -334,9 +344,18 @@ def test_bad_settings_are_one_line_and_nothing_is_written(settings, message, tmp
     assert_refused(f"sara[{settings}]", message, tmp_path, capsys, "--batches", "6")
 
 
-def test_a_threshold_that_no_weight_is_below_is_told():
-    with pytest.raises(InputError, match="threshold = 1e-12 is below every weight to adapt: the smallest is"):
-        on_network(threshold=1e-12)
+def test_with_a_threshold_that_no_weight_is_below_the_head_alone_trains(tmp_path):
+    training, head = on_network(threshold=1e-12, reselect_at=4), method_training(registry.make_method("head", {}))
+    start, of_head = in_effect(training), head.sizes.parameters()
+    training.run(lambda training: None)
+    assert training.sizes.parameters() == of_head
+    assert training.adaptation.remarks() == ["no weight is below the threshold: at most the head has trained"]
+    assert on_network(share=1e-9).adaptation.remarks() == []
+    assert not any(changed.any() for changed in moved(training, start).values())
+    assert training.adaptation.model.head.weight.ne(head.adaptation.model.head.weight).any()
+    assert_loads_the_same(training, tmp_path / "export")
+    checkpoint.save(tmp_path / "state", 12, training.state_dict())
+    on_network(threshold=1e-12, reselect_at=4).load_state_dict(checkpoint.load_newest(tmp_path / "state").state)
 
 
 def test_a_weight_of_two_layers_is_a_reason():
