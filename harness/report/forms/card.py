@@ -63,8 +63,8 @@ model = load(model, Path("PATH/TO/THIS/FOLDER"))
 
 `model` is the model above with a head of the task's size; this puts the adapter and the head into it. It needs this
 package: what the adapter adds depends on the token, and stock PEFT has no such adapters."""
-HELD = """The model's frozen weights were held in {dtype} while this was trained, and the scores are of that: give it a model
-that is held in the same type. What is in this folder is float32."""
+HELD = """The model's frozen weights were held in {dtype} while this was trained, and the scores are of that: give it a
+model that is held in the same type. What is in this folder is float32."""
 LOADED_BY = {  # by the file that tells what an export is
     "adapter_config.json": PEFT,
     "weight_updates.json": WEIGHT_UPDATES,
