@@ -49,7 +49,7 @@ class Forgetting(Strict):
     fingerprint: str = Field(description="of the windows' token ids")
     windows: int = Field(ge=1)
     tokens: int = Field(ge=2, description="of a window")
-    untouched: float = Field(ge=0, description="of the backbone as it was loaded")
+    untouched: float = Field(ge=0, description="of the backbone before training, in the type that it is held in")
     trained: float = Field(ge=0, description="with the trained adapter")
 
     @property

@@ -124,8 +124,8 @@ def forgetting_table(board: Board, found: Iterable[Forgot]) -> Table:
         ("rise", "95 % interval"),
     )
     notes = (
-        "untouched: the backbone as it was loaded. trained: with the adapter. Mean loss per token over the sample's "
-        "windows, then over seeds.",
+        "untouched: the backbone before training, in the type that it is held in. trained: with the adapter. Mean loss "
+        "per token over the sample's windows, then over seeds.",
         "Intervals are of seeds and windows together; p values are Holm-corrected over the rows of a task.",
         *provenance_notes(board),
     )
