@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from harness import installed, registry
 from harness.record.record import RunRecord
-from harness.report.board.columns import TableColumn, with_added
+from harness.report.board.added_columns import with_added
+from harness.report.board.columns import TableColumn
 from harness.report.known import Known
 from harness.report.pictures.every import PICTURES
 from harness.report.pictures.picture import Picture

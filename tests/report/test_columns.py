@@ -15,7 +15,8 @@ from harness import cli
 from harness.errors import InputError
 from harness.record.record import RunRecord
 from harness.report import frame
-from harness.report.board.columns import COLUMNS, FORMS, TableColumn, with_added
+from harness.report.board.added_columns import with_added
+from harness.report.board.columns import COLUMNS, FORMS, TableColumn
 from harness.report.board.leaderboard import Board, leaderboards, sorted_by
 from harness.report.board.notes import with_notes
 from harness.report.board.rows import over

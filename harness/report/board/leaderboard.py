@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from harness.errors import unknown
-from harness.report.board.columns import COLUMNS, FORMS, Form, TableColumn, usable
+from harness.report.board.added_columns import usable
+from harness.report.board.columns import COLUMNS, FORMS, Form, TableColumn
 from harness.report.board.ranking import among, common_seeds, has_all, two_best
 from harness.report.board.rows import Cell, Column, Row, Section
 from harness.report.board.runs import Run
