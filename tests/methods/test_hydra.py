@@ -40,7 +40,7 @@ NETWORKS = {
 }
 
 
-ALONE, LOWER = ("parallel_rank=0,sequential_rank=4,scale=2", torch.float32), (BRANCHES[0], torch.bfloat16)
+ALONE, LOWER = ("parallel_rank=0,sequential_rank=4,scale=2", "fp32"), (BRANCHES[0], "bf16")
 
 
 @pytest.mark.parametrize(

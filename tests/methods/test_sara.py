@@ -365,7 +365,7 @@ def test_a_weight_of_two_layers_is_a_reason():
 
 
 def test_a_layer_in_bfloat16_trains_in_float32(tmp_path):
-    run = start(Subject("sara[share=0.2]", tmp_path, backbone_dtype=torch.bfloat16), batches=3)
+    run = start(Subject("sara[share=0.2]", tmp_path, backbone_dtype="bf16"), batches=3)
     run.training.run(lambda training: None)
     assert {part.values.dtype for part in run.adaptation.parts.values()} == {torch.float32}
     assert {layer.weight.dtype for layer in run.adaptation.layers.values()} == {torch.bfloat16}
