@@ -110,6 +110,12 @@ class Backbone:
         """(qualified name, parameter) of the head."""
         return ((name, p) for name, p in self.module.named_parameters() if in_modules(name, self.head))
 
+    def freeze(self) -> None:
+        """Have the head alone train."""
+        self.module.requires_grad_(False)
+        for _, parameter in self.head_parameters():
+            parameter.requires_grad_(True)
+
 
 def is_transposed(layer: nn.Module) -> bool:
     """Whether the layer is linear with a weight of (inputs, outputs): transformers' Conv1D, which GPT-2 has."""

@@ -74,6 +74,11 @@ class Method(Strict, ABC):
     learning_rate: float = Field(gt=0, description="peak learning rate")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, on matrices only")
 
+    def changed(self, *names: str) -> dict[str, Any]:
+        """Those of these settings that are not at their defaults, with their values."""
+        fields = type(self).model_fields
+        return {name: value for name in names if (value := getattr(self, name)) != fields[name].default}
+
     @property
     def upper_share(self) -> float:
         """Share of the training rows that the upper stream gets, between 0 and 1; the lower stream gets the others. A
@@ -216,6 +221,10 @@ class Adaptation:
     def head_parameters(self) -> int:
         """Parameters of the task's head."""
         return sum(p.numel() for name, p in _trained(self.model) if in_modules(name, self.head))
+
+    def head_bytes(self) -> int:
+        """Bytes of the task's head as it is held."""
+        return sum(p.nbytes for name, p in _trained(self.model) if in_modules(name, self.head))
 
     def other_parameters(self) -> int:
         """Parameters of the deployed model beside the adapter, the head's included. Asked after `start` and after

@@ -115,9 +115,7 @@ class BottleneckMethod(Method, ABC):
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """See `Method.start`."""
         model = backbone.module
-        model.requires_grad_(False)
-        for _, parameter in backbone.head_parameters():
-            parameter.requires_grad_(True)
+        backbone.freeze()
         insert(model, self.placement, self.bottleneck)
         optimizer = adamw(model, self.learning_rate, self.weight_decay)
         return BottleneckAdaptation(model, optimizer, backbone, self)

@@ -35,8 +35,6 @@ class Head(Method):
 
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """See `Method.start`."""
-        backbone.module.requires_grad_(False)
-        for _, parameter in backbone.head_parameters():
-            parameter.requires_grad_(True)
+        backbone.freeze()
         optimizer = adamw(backbone.module, self.learning_rate, self.weight_decay)
         return Adaptation(backbone.module, optimizer, backbone)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from harness.method import Adaptation, Backbone, PeftForm, TrainData, as_matrix, in_modules, is_transposed
+from harness.method import Adaptation, Backbone, PeftForm, TrainData, as_matrix, is_transposed
 from harness.optimizer import adamw
 from methods.shared.lora_method import LoraMethod
 from methods.shared.peft_model import lora_form, shared_parameters, unfit
@@ -78,9 +78,7 @@ class Hydra(LoraMethod):
 
     def start(self, backbone: Backbone, train: TrainSpec, data: TrainData, rng: torch.Generator) -> Adaptation:
         """See `Method.start`."""
-        backbone.module.requires_grad_(False)
-        for _, parameter in backbone.head_parameters():
-            parameter.requires_grad_(True)
+        backbone.freeze()
         layers = {name: backbone.module.get_submodule(name) for name in backbone.targets(self.target_modules)}
         for name, layer in layers.items():
             layer.add_module("hydra", _branches(layer, backbone.shape(name)[0], self))
@@ -109,8 +107,7 @@ class HydraAdaptation(Adaptation):
         has."""
         pairs, biases = self.scaled_pairs().values(), self.biases()
         export = [factor for pair in pairs for factor in pair] + [B[:, 0] for B, _ in pairs if biases]
-        head = (parameter for name, parameter in self.model.named_parameters() if in_modules(name, self.head))
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*export, *head))
+        return sum(factor.nbytes for factor in export) + self.head_bytes()
 
     @contextlib.contextmanager
     def at_rank(self, rank: int) -> Iterator[None]:

@@ -19,7 +19,7 @@ from methods.shared.spectral import SpectralAdaptation, add_bases
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from harness.spec import TrainSpec
 
@@ -142,23 +142,14 @@ class Salt(LoraMethod):
             for part, value in values.items():
                 basis.register_parameter(part, nn.Parameter(value.to(basis.sigma)))
         optimizer = adamw(backbone.module, self.learning_rate, self.weight_decay)
-        return SaltAdaptation(self, backbone.module, optimizer, backbone, bases)
+        return SaltAdaptation(self, optimizer, backbone, bases)
 
 
 class SaltAdaptation(SpectralAdaptation):
     """One run. Of a layer train scale and shift, (head,), X (d - head, tail) and Y (tail, d - head), with its smaller
     side d; some of them may be empty."""
 
-    def __init__(
-        self,
-        method: Salt,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        backbone: Backbone,
-        bases: dict[str, Any],
-    ) -> None:
-        super().__init__(model, optimizer, backbone, bases)
-        self.method = method
+    method: Salt
 
     def pair(self, basis: Any) -> tuple[Tensor, Tensor]:
         """See `SpectralAdaptation.pair`: of rank head + tail, or, with relu, of the smaller side."""

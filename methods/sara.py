@@ -67,10 +67,10 @@ class Sara(Method):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Sara:
-        rules = {"parameters": self.parameters, "threshold": self.threshold, "share": self.share}
-        given = [name for name, value in rules.items() if value != type(self).model_fields[name].default]
+        given = self.changed("parameters", "threshold", "share")
         if len(given) > 1:
-            raise ValueError(f"{given[0]} = {rules[given[0]]:g} sets what trains, and so does {given[1]}: give one")
+            first, second, *_ = given
+            raise ValueError(f"{first} = {given[first]:g} sets what trains, and so does {second}: give one")
         check_shares(self, "reselect_at")
         return self
 
@@ -124,10 +124,8 @@ class Sara(Method):
         from methods.shared.sparse_weights import train_entries
 
         model = backbone.module
-        model.requires_grad_(False)
+        backbone.freeze()
         head = [parameter for _, parameter in backbone.head_parameters()]
-        for parameter in head:
-            parameter.requires_grad_(True)
         layers = {name: model.get_submodule(name) for name in backbone.targets(self.target_modules)}
         places, limit = self._chosen(backbone, {name: layer.get_parameter("weight") for name, layer in layers.items()})
         chosen = {name: own for name, own in places.items() if len(own)} or places
@@ -232,8 +230,7 @@ class SaraAdaptation(Adaptation):
         """See `Adaptation.stored_bytes`: places and values, and the head."""
         from methods.shared.sparse_weights import place_bytes
 
-        head = sum(p.nbytes for group in self.optimizer.param_groups[1:] for p in group["params"])
-        return head + sum(
+        return self.head_bytes() + sum(
             part.numbers() * (part.values.element_size() + place_bytes(part.places)) for part in self.parts.values()
         )
 

@@ -17,7 +17,7 @@ from methods.shared.spectral import SpectralAdaptation, add_bases, keep_largest
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from harness.spec import TrainSpec
 
@@ -105,22 +105,13 @@ class SvFit(LoraMethod):
             keep_largest(basis, most[name])
             basis.register_parameter("delta", nn.Parameter(torch.zeros_like(basis.sigma)))
         optimizer = adamw(backbone.module, self.learning_rate, self.weight_decay)
-        return SvFitAdaptation(self, backbone.module, optimizer, backbone, bases)
+        return SvFitAdaptation(self, optimizer, backbone, bases)
 
 
 class SvFitAdaptation(SpectralAdaptation):
     """One run: delta of each layer trains, (r,)."""
 
-    def __init__(
-        self,
-        method: SvFit,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        backbone: Backbone,
-        bases: dict[str, Any],
-    ) -> None:
-        super().__init__(model, optimizer, backbone, bases)
-        self.method = method
+    method: SvFit
 
     def pair(self, basis: Any) -> tuple[Tensor, Tensor]:
         """See `SpectralAdaptation.pair`: B = U_r diag(delta) and A = V_r^T."""

@@ -35,6 +35,10 @@ class CausalTask(Task):
 
     max_length: int = Field(256, ge=8, description="tokens kept of an example")
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([self.headline, *(metric.name for metric in self.measures)]))
+
     def model_fingerprint(self, model: str | None, *, trust_remote_code: bool = False) -> str:
         return pretrained.fingerprint(self.model_name(model), trust_remote_code=trust_remote_code)
 

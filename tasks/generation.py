@@ -48,10 +48,6 @@ class Generation(AnswerTask, own.TableFile):
     def headline(self) -> str:
         return self.metric
 
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([self.metric, *(metric.name for metric in self.measures)]))
-
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
         columns = [self.prompt, self.response]
         if own.is_local(self.path):

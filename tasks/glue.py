@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from harness.errors import InputError, unknown
+from harness.errors import InputError
 from harness.splits import holdout_rows
 from harness.task import Examples
 from tasks import glue_submission
+from tasks.family import FamilyTask
 from tasks.hub import read_split
 from tasks.metrics import scores
 from tasks.text import TextClassification, group_numbers
@@ -55,7 +56,7 @@ TABLE = {
 PRINTED = {"qqp": ("accuracy", "f1")}
 
 
-class Glue(TextClassification):
+class Glue(FamilyTask, TextClassification):
     """GLUE's eight single-sentence and sentence-pair tasks; MNLI's score is on its matched set.
 
     The test sets' labels are not public: `run --predict-test` keeps predictions for them and `export-glue` makes the
@@ -63,6 +64,7 @@ class Glue(TextClassification):
     share their first text (MNLI's premise, QNLI's question, SST-2's repeated phrases).
     """
 
+    family: ClassVar[str] = "glue"
     members: ClassVar[tuple[str, ...]] = tuple(TABLE)
     default_model: ClassVar[str | None] = "microsoft/deberta-v3-base"
     capabilities: ClassVar[tuple[str, ...]] = ("text", "regression")
@@ -74,16 +76,6 @@ class Glue(TextClassification):
         description="training rows that no run trains on or selects by, as a further evaluation split: "
         "a smaller error of measurement where the validation set is small",
     )
-
-    @classmethod
-    def of(cls, values: dict[str, Any], owner: str) -> Self:
-        _check_member(values.get("member", ""))
-        return super().of(values, owner)
-
-    @model_validator(mode="after")
-    def _known_member(self) -> Self:
-        _check_member(self.member)
-        return self
 
     @property
     def table(self) -> GlueTask:
@@ -153,8 +145,3 @@ class Glue(TextClassification):
 
     def metrics(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
         return scores(self.table.metrics, predictions, references)
-
-
-def _check_member(member: str) -> None:
-    if member not in TABLE:
-        raise unknown("task", f"glue/{member}", [f"glue/{name}" for name in TABLE])

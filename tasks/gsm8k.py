@@ -79,10 +79,6 @@ class Gsm8k(AnswerTask):
             raise ValueError(f"shots = {self.shots} and chat_template = true are not allowed together")
         return self
 
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        return tuple(metric.name for metric in self.measures)
-
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
         train = self._training(data_root)
         test = question_rows(read_split(REPOSITORY, CONFIGURATION, "test", COLUMNS, data_root), *COLUMNS)

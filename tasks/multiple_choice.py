@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from harness.errors import unknown
 from harness.metric import Metric, mean_of
 from harness.splits import fingerprint_of
 from harness.task import Batch, Examples
@@ -16,6 +15,7 @@ from tasks.cache import cached
 from tasks.causal import CausalTask, check_finite, training_batch
 from tasks.choice_sources import SOURCES, Question
 from tasks.choices import EncodedChoices, choices_batch, log_likelihoods, tokenized_choices
+from tasks.family import FamilyTask
 from tasks.text import group_numbers
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ ACCURACY = mean_of("accuracy", lambda chosen, right: chosen[:, 0] == right[:, 0]
 BY_LENGTH = mean_of("accuracy_by_length", lambda chosen, right: chosen[:, 1] == right[:, 1], right_or_wrong=True)
 
 
-class MultipleChoice(CausalTask):
+class MultipleChoice(FamilyTask, CausalTask):
     """Multiple-choice questions: ARC, OpenBookQA, BoolQ, HellaSwag, PIQA, WinoGrande.
 
     The model learns the text of the right choice; the prompt has no loss. In an evaluation the choice with the largest
@@ -37,6 +37,7 @@ class MultipleChoice(CausalTask):
     and a validation split beside a test split is not read. The model gets no new head.
     """
 
+    family: ClassVar[str] = "multiple_choice"
     members: ClassVar[tuple[str, ...]] = tuple(SOURCES)
     capabilities: ClassVar[tuple[str, ...]] = ("text",)
     measures: ClassVar[tuple[Metric, ...]] = (ACCURACY, BY_LENGTH)
@@ -45,23 +46,9 @@ class MultipleChoice(CausalTask):
     max_length: int = Field(256, ge=8, description="tokens kept of an example; the prompt loses its beginning")
     metric: Literal["accuracy", "accuracy_by_length"] = Field("accuracy", description="the score")
 
-    @classmethod
-    def of(cls, values: dict[str, Any], owner: str) -> Self:
-        _check_member(values.get("member", ""))
-        return super().of(values, owner)
-
-    @model_validator(mode="after")
-    def _known_member(self) -> Self:
-        _check_member(self.member)
-        return self
-
     @property
     def headline(self) -> str:
         return self.metric
-
-    @property
-    def metric_names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([self.metric, *(metric.name for metric in self.measures)]))
 
     def load(self, data_root: str | None) -> tuple[Examples, dict[str, Examples]]:
         source = SOURCES[self.member]
@@ -145,8 +132,3 @@ def _of_questions(values: Tensor, batch: Batch) -> Tensor:
     found = values.new_full((len(counts), int(counts.max())), -float("inf"))
     found[question, place] = values
     return found
-
-
-def _check_member(member: str) -> None:
-    if member not in SOURCES:
-        raise unknown("task", f"multiple_choice/{member}", [f"multiple_choice/{name}" for name in SOURCES])

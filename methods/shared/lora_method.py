@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from harness.method import FLOATS, BackboneDtype, Method
 
@@ -18,11 +18,6 @@ class LoraMethod(Method, ABC):
     backbone_dtypes: ClassVar[tuple[BackboneDtype, ...]] = (
         FLOATS  # one that reads no weight's numbers takes them packed
     )
-
-    def changed(self, *names: str) -> dict[str, Any]:
-        """Those of these settings that are not at their defaults, with their values."""
-        fields = type(self).model_fields
-        return {name: value for name in names if (value := getattr(self, name)) != fields[name].default}
 
     @classmethod
     def singular_values(cls, folder: Path) -> dict[str, np.ndarray]:

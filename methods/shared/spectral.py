@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.method import Adaptation, Backbone, as_matrix, in_modules, is_transposed
+from harness.method import Adaptation, Backbone, as_matrix, is_transposed
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
 BASIS = "spectral"  # the submodule of a layer with its triples and what trains
 
@@ -29,9 +29,7 @@ def add_bases(backbone: Backbone, targets: Sequence[str]) -> dict[str, Any]:
     import torch
     from torch import nn
 
-    backbone.module.requires_grad_(False)
-    for _, parameter in backbone.head_parameters():
-        parameter.requires_grad_(True)
+    backbone.freeze()
     bases = {}
     for name in targets:
         layer, basis = backbone.module.get_submodule(name), nn.Module()
@@ -58,9 +56,11 @@ class SpectralAdaptation(Adaptation, ABC):
     """One run. bases: those of `add_bases`, with what trains in them as parameters."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, backbone: Backbone, bases: dict[str, Any]
+        self, method: Any, optimizer: torch.optim.Optimizer, backbone: Backbone, bases: dict[str, Any]
     ) -> None:
+        model = backbone.module
         super().__init__(model, optimizer, backbone)
+        self.method = method
         self.bases = bases
         self.layers = {name: model.get_submodule(name) for name in bases}
         for layer in self.layers.values():
@@ -73,11 +73,6 @@ class SpectralAdaptation(Adaptation, ABC):
     def stored_bytes(self) -> int:
         """See `Adaptation.stored_bytes`: of an export, which holds the singular vectors too."""
         return sum(factor.nbytes for basis in self.bases.values() for factor in self.pair(basis)) + self.head_bytes()
-
-    def head_bytes(self) -> int:
-        """Bytes of the task's head."""
-        parameters = self.model.named_parameters()
-        return sum(p.nbytes for name, p in parameters if p.requires_grad and in_modules(name, self.head))
 
     def scaled_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(B, A) of every layer, (outputs, r) and (r, inputs), of a convolution with kernels; without components that

@@ -18,6 +18,7 @@ from harness.report.wording import decimal, human, score_text
 Value = float | str | None  # None: not known
 Form = Literal["console", "markdown", "latex", "page", "csv", "json"]
 FORMS: tuple[Form, ...] = ("console", "markdown", "latex", "page", "csv", "json")
+WIDE: tuple[Form, ...] = ("markdown", "page", "csv", "json")  # where there is room
 TABLES: tuple[Form, ...] = ("console", "markdown", "latex", "page")
 
 # Names in data that are no TableColumn's: of a row's place, its scores and its runs.
@@ -137,6 +138,19 @@ def _several_tasks(rows: Sequence[Row]) -> bool:
     return len({title for row in rows for title, cell in row.cells.items() if cell.runs[0].counts}) > 1
 
 
+def _most_bytes(name: str, attribute: str, words: str) -> TableColumn:
+    """The column of the largest of an attribute of runs, in bytes; data have it by the attribute's name."""
+    return TableColumn(
+        name,
+        lambda row: over(row.scored, attribute, max),
+        words,
+        lambda size: human(size, "B"),
+        forms=WIDE,
+        shown=_any(attribute),
+        keys={"csv": attribute, "json": attribute},
+    )
+
+
 COLUMNS = (
     TableColumn("parameters_initial", of_runs("parameters_initial"), forms=["csv"]),
     TableColumn("parameters_peak", of_runs("parameters_peak"), forms=["csv"]),
@@ -206,21 +220,21 @@ COLUMNS = (
         "search_batches",
         of_runs("search_batches"),
         "of the hyperparameter search",
-        forms=["markdown", "page", "csv", "json"],
+        forms=WIDE,
         shown=_any("search_batches"),
     ),
     TableColumn(
         "search_seconds",
         of_runs("search_seconds"),
         "of its training",
-        forms=["markdown", "page", "csv", "json"],
+        forms=WIDE,
         shown=_any("search_batches"),
     ),
     TableColumn(
         "batches",
         lambda row: with_search(row.scored, "batches"),
         "through forward and backward, with the search",
-        forms=["markdown", "page", "csv", "json"],
+        forms=WIDE,
     ),
     TableColumn(
         "seconds",
@@ -234,7 +248,7 @@ COLUMNS = (
         "of training, padding apart",
         lambda rate: f"{rate:,.0f}",
         rises=False,
-        forms=["markdown", "page", "csv", "json"],
+        forms=WIDE,
         shown=_any("tokens_a_second"),
     ),
     TableColumn(
@@ -242,42 +256,22 @@ COLUMNS = (
         lambda row: peak_bytes(row.scored),
         "the largest peak, with the search",
         lambda peak: human(peak, "B"),
-        forms=["markdown", "page", "csv", "json"],
+        forms=WIDE,
         keys={"csv": "peak_bytes", "json": "peak_bytes"},
     ),
-    TableColumn(
-        "training_memory",
-        lambda row: over(row.scored, "training_peak_bytes", max),
-        "the largest peak of training alone",
-        lambda peak: human(peak, "B"),
-        forms=["markdown", "page", "csv", "json"],
-        shown=_any("training_peak_bytes"),
-        keys={"csv": "training_peak_bytes", "json": "training_peak_bytes"},
+    _most_bytes("training_memory", "training_peak_bytes", "the largest peak of training alone"),
+    _most_bytes(
+        "reserved_memory", "training_reserved_bytes", "what torch's allocator held of the GPU in training, at most"
     ),
-    TableColumn(
-        "reserved_memory",
-        lambda row: over(row.scored, "training_reserved_bytes", max),
-        "what torch's allocator held of the GPU in training, at most",
-        lambda peak: human(peak, "B"),
-        forms=["markdown", "page", "csv", "json"],
-        shown=_any("training_reserved_bytes"),
-        keys={"csv": "training_reserved_bytes", "json": "training_reserved_bytes"},
-    ),
-    TableColumn(
-        "optimizer_state",
-        lambda row: over(row.scored, "optimizer_bytes", max),
-        "what the optimizer keeps between updates, at most; a part of the memory",
-        lambda state: human(state, "B"),
-        forms=["markdown", "page", "csv", "json"],
-        shown=_any("optimizer_bytes"),
-        keys={"csv": "optimizer_bytes", "json": "optimizer_bytes"},
+    _most_bytes(
+        "optimizer_state", "optimizer_bytes", "what the optimizer keeps between updates, at most; a part of the memory"
     ),
     TableColumn(
         "file_size",
         of_runs("file_bytes"),
         "of the kept adapter and head",
         lambda size: human(size, "B"),
-        forms=["markdown", "page", "csv", "json"],
+        forms=WIDE,
         shown=_any("file_bytes"),
         keys={"csv": "file_bytes", "json": "file_bytes"},
     ),
