@@ -30,12 +30,18 @@ from harness.run.training import Training
 ADAPTER = "default"
 
 
-def bare_updates(training: Training, updates: int, draw: Callable[[], None] | None = None) -> list[float]:
-    """The losses of so many updates by hand. draw: called before each; as `written_out` gives it."""
+def bare_updates(
+    training: Training, updates: int, draw: Callable[[], None] | None = None, allocates: bool = True
+) -> list[float]:
+    """The losses of so many updates by hand.
+
+    draw: called before each; as `written_out` gives it. allocates: PEFT's allocation, if the tuner has one, is the
+    method's.
+    """
     model: Any = training.adaptation.model
     optimizer = training.adaptation.optimizer
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
+    allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None) if allocates else None
     losses = []
     for _ in range(updates):
         for group in optimizer.param_groups:

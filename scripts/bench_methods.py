@@ -40,6 +40,7 @@ from harness.run.training import Training
 
 REFERENCE = "lora[rank=8]"
 BASELINES = ("head", "full", "bitfit", "lora", "adalora", "hadapter", "padapter", "peft")
+OWN_EXCHANGE = ("elalora", "flexlora")  # in AdaLoRA's layers, without its allocation
 TARGET, BASELINE_TARGET = 1.05, 1.03
 SETTINGS = {"adalora": "adalora[tinit=1,tfinal=1,deltaT=1]", "peft": "peft[type=ia3]"}  # of a name without brackets
 
@@ -59,7 +60,7 @@ def start_bare(method: str, options: argparse.Namespace) -> tuple[Training, Call
         model: Any = training.adaptation.model
         model.peft_config["default"].orth_reg_weight = penalty  # our side adds it itself
     draw = written_out(name, training)
-    return training, lambda updates: bare_updates(training, updates, draw)
+    return training, lambda updates: bare_updates(training, updates, draw, name not in OWN_EXCHANGE)
 
 
 def measure(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
