@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from harness.parameters import ParameterCount
-from harness.record.record import Forgetting, RunRecord, Seconds
+from harness.record.record import RunRecord, Seconds
 from harness.report.board.leaderboard import Board, sorted_by
 from harness.report.forms.data import tidy
 from harness.report.forms.page import page
 from harness.report.tables.budget import pareto_front
-from tests.support.report_records import board, record
+from tests.support.report_records import board, forgot, record
 
 CHROMIUM = shutil.which("chromium")
 IN_CSV = {"parameters": "parameters_final", "seconds": "seconds_training", "memory": "peak_bytes"}
@@ -37,10 +37,6 @@ def run(method: str, task: str, seed: int, score: float, numbers: int, **changes
     )
     seconds = Seconds(training=1e4 / numbers + seed, total=1e5)
     return record(method, task, seed, score, parameters=counts, seconds=seconds, peak_bytes=10**9 + numbers, **changes)
-
-
-def forgot(rise: float, fingerprint: str = "one") -> Forgetting:
-    return Forgetting(sample="s.txt", fingerprint=fingerprint, windows=2, tokens=8, untouched=3.0, trained=3.0 + rise)
 
 
 def several() -> Board:

@@ -17,8 +17,9 @@ from matplotlib.transforms import Bbox
 from harness.record.record import RunRecord
 from harness.report.board.leaderboard import Board
 from harness.report.pictures import scatter
+from harness.report.pictures.cost import FORGETTING
 from harness.report.pictures.figures import save
-from tests.support.report_records import board, record
+from tests.support.report_records import board, forgot, record
 from tests.support.sections import with_section
 
 ADAPTERS = {"lora": 330_000, "debora": 80_000, "adalora": 350_000, "hadapter": 300_000}
@@ -218,3 +219,45 @@ class TestMarks:
         of = board(*runs(ADAPTERS), record("lost", score=None), record("uncounted", parameters=None))
         _, (panel,) = drawn(of)
         assert set(marks(panel, of)) == set(ADAPTERS)
+
+
+class TestForgetting:
+    """The same picture with another cost: what a language model has forgotten."""
+
+    RISES = {"lora": 0.15, "adalora": 0.02, "debora": -0.01, "hadapter": 0.12}
+
+    def of(self, task: str = "text", windows: str = "one") -> list[RunRecord]:
+        return [
+            record(name, task, seed=seed, score=SCORES[name], forgetting=forgot(rise + 0.001 * (seed - 1), windows))
+            for name, rise in self.RISES.items()
+            for seed in range(3)
+        ]
+
+    def test_a_row_stands_at_its_mean_rise(self) -> None:
+        found = board(*self.of())
+        figure = scatter.draw(found, FORGETTING)
+        assert figure is not None
+        (panel,) = figure.axes
+        assert panel.get_xlabel() == FORGETTING.words
+        assert panel.get_xscale() == "linear"
+        at = {label: place(mark) for label, mark in marks(panel, found).items()}
+        assert at == {name: pytest.approx((rise, SCORES[name])) for name, rise in self.RISES.items()}
+        low, high = panel.get_xlim()
+        assert low < -0.01 < 0 < 0.15 < high
+
+    def test_less_is_better(self) -> None:
+        found = board(*self.of())
+        figure = scatter.draw(found, FORGETTING)
+        assert figure is not None
+        (front,) = [line for line in figure.axes[0].lines if line.get_label() == "Pareto front"]
+        xs = sorted({x for x, _ in front.get_xydata().tolist()})  # type: ignore[union-attr]
+        assert xs == pytest.approx([-0.01, 0.12])
+
+    def test_other_windows_are_no_match(self) -> None:
+        mixed = [*self.of("one"), *self.of("two"), record("head", "two", score=0.4, forgetting=forgot(0.1, "other"))]
+        figure = scatter.draw(board(*mixed), FORGETTING)
+        assert figure is not None
+        assert [panel.get_title() for panel in figure.axes if panel.get_visible()] == ["one"]
+
+    def test_nothing_without_a_sample(self) -> None:
+        assert scatter.draw(board(record("lora"), record("head")), FORGETTING) is None

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from harness.parameters import ParameterCount
 from harness.record.environment import Environment
-from harness.record.record import RunRecord, Seconds
+from harness.record.record import Forgetting, RunRecord, Seconds
 from harness.record.store import RecordStore
 from harness.report.board.leaderboard import Board, leaderboards
 from harness.report.board.notes import with_notes
@@ -44,6 +44,10 @@ def _named(defaults: dict[str, Any], parameters: dict[str, Any]) -> dict[str, An
 
 
 NAMING = {method: functools.partial(_named, defaults) for method, defaults in DEFAULTS.items()}
+
+
+def forgot(rise: float, fingerprint: str = "one") -> Forgetting:
+    return Forgetting(sample="s.txt", fingerprint=fingerprint, windows=2, tokens=8, untouched=3.0, trained=3.0 + rise)
 
 
 def record(

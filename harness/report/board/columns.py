@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from harness.report.board import text_samples
 from harness.report.board.rows import Column, Row, over, peak_bytes, with_search
 from harness.report.board.runs import Run
 from harness.report.statistics import rank_aurac
@@ -91,32 +92,6 @@ def _rank_aurac(axis: str) -> Callable[[Row], float | None]:
         return math.fsum(means) / len(means)
 
     return value
-
-
-def _forgetting(row: Row) -> float | None:
-    """Of a row: the mean rise over its runs on tasks that have one; None unless all of these were measured, on the same
-    windows."""
-    return over(row.scored, "forgetting") if len(set[object]().union(*_windows(row).values())) == 1 else None
-
-
-def _windows(row: Row) -> dict[str, set[object]]:
-    """By task, what its runs were measured on, None for one that was not; without tasks that have no such run."""
-    found = {title: {_sample(run) for run in cell.scored} for title, cell in row.cells.items()}
-    return {title: samples for title, samples in found.items() if samples - {None}}
-
-
-def _sample(run: Run) -> object:
-    found = run.record.forgetting
-    return None if found is None else (found.fingerprint, found.windows)
-
-
-def _same_windows(rows: Sequence[Row]) -> bool:
-    """Whether some were measured, and on each task all rows with a mean on the same windows: others are no match."""
-    of_tasks: dict[str, set[object]] = {}
-    for row in rows:
-        for title, samples in _windows(row).items():
-            of_tasks.setdefault(title, set()).update(samples if len(samples) == 1 else ())
-    return bool(of_tasks) and all(len(samples) <= 1 for samples in of_tasks.values())
 
 
 def _ranks(row: Row) -> set[tuple[int, ...]]:
@@ -204,10 +179,10 @@ COLUMNS = (
     ),
     TableColumn(
         "forgetting",
-        _forgetting,
+        text_samples.forgetting,
         "rise of the mean loss per token, in nats, on the text sample that the table of forgetting names",
         score_text,
-        shown=_same_windows,
+        shown=text_samples.same_windows,
     ),
     TableColumn(
         "settings",

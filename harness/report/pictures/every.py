@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from harness.report.pictures import critical, curves, layers, lines, scatter
+from harness.report.pictures.cost import FORGETTING
 from harness.report.pictures.picture import Picture
 
 PICTURES = (
     Picture("score_vs_parameters", "Score against adapter parameters", lambda data: scatter.draw(data.board)),
+    Picture("score_vs_forgetting", "Score against forgetting", lambda data: scatter.draw(data.board, FORGETTING)),
     Picture(
         "learning_rate_sensitivity",
         "Learning-rate sensitivity",

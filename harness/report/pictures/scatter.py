@@ -1,4 +1,4 @@
-"""Score against adapter parameters, one panel per task, with sweeps as curves and the Pareto front."""
+"""Score against what a method costs, one panel per task, with sweeps as curves and the Pareto front."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from harness.report.board.leaderboard import Board
-from harness.report.board.rows import Column, over
+from harness.report.board.rows import Column
 from harness.report.board.runs import Run
 from harness.report.names import lines_of
 from harness.report.pictures import fonts
-from harness.report.pictures.broken_axis import BrokenAxis, of_counts, of_scores, widened
+from harness.report.pictures.broken_axis import BrokenAxis, of_scores, widened
+from harness.report.pictures.cost import PARAMETERS, Cost
 from harness.report.pictures.direct_labels import Labels, put
 from harness.report.pictures.figures import (
     DPI,
@@ -52,7 +53,7 @@ class Point:
     name: str  # what it is in the legend
     hollow: bool
     ranked: bool  # whether it competes for the best, and so for the front
-    parameters: float
+    cost: float
     score: float
     half_width: float  # of the 95 % interval; 0 without one
     runs: Sequence[Run]  # with a score
@@ -67,25 +68,28 @@ class Panel:
     labels: Labels
 
 
-def draw(board: Board) -> Figure | None:
-    """The board's runs; None where none has both a score and a parameter count."""
-    found = {column: points for column in board.columns if (points := _points(board, column))}
+def draw(board: Board, cost: Cost = PARAMETERS) -> Figure | None:
+    """The board's runs; None where none has both a score and the cost. A task whose rows' costs are no match has no
+    panel."""
+    found = {column: points for column in board.columns if (points := _points(board, column, cost))}
     if not found:
         return None
     points = [point for of_task in found.values() for point in of_task]
     few = len(board.rows) <= MOST_LABELS
     by_name = styles((row.label for row in board.rows) if few else (point.name for point in points))
-    x = of_counts([point.parameters for point in points])
+    x = cost.axis([point.cost for point in points])
     across = 1 if len(found) == 1 else 2 if len(found) <= WIDE_PANELS else PANELS_ACROSS
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTHS[1 if across == 1 else PANELS_ACROSS], 3.0), dpi=DPI)
         FigureCanvasAgg(figure)
         grid = [*figure.subplots(math.ceil(len(found) / across), across, squeeze=False).flat]
-        panels = [_panel(axes, column, found[column], x, by_name) for axes, column in zip(grid, found, strict=False)]
+        panels = [
+            _panel(axes, column, found[column], x, by_name, cost) for axes, column in zip(grid, found, strict=False)
+        ]
         for axes in grid[len(found) :]:
             axes.set_visible(False)
         for panel in panels[-across:]:  # the lowest of each column
-            panel.axes.set_xlabel("adapter parameters")
+            panel.axes.set_xlabel(cost.words)
         caption = textwrap.wrap(_caption(board), int(figure.get_figwidth() * 20), break_on_hyphens=False)
         figure.suptitle("\n".join(caption), fontsize=6, color=GREY)
         filled = {point.name for point in points if not point.hollow}
@@ -103,45 +107,49 @@ def _caption(board: Board) -> str:
     )
 
 
-def _points(board: Board, column: Column) -> list[Point]:
-    """The rows that have a score and a parameter count on a task, in the table's order."""
+def _points(board: Board, column: Column, cost: Cost) -> list[Point]:
+    """The rows that have a score and a cost on a task, in the table's order."""
+    if not cost.comparable([row.on(column.title) for row in board.rows if column.title in row.cells]):
+        return []
     few, found, hollow = len(board.rows) <= MOST_LABELS, [], False
     for section in board.sections:
         hollow = hollow or bool(section.title)  # what has no title after one that has belongs to it
         for row in section.rows:
             cell = row.cells.get(column.title)
-            parameters = over(cell.scored, "parameters_final") if cell else None
-            if cell is None or parameters is None or cell.score.mean is None:
+            value = cost.value(row.on(column.title)) if cell else None
+            if cell is None or value is None or cell.score.mean is None:
                 continue
             name = row.label if few else cell.runs[0].method
             half = cell.score.half_width or 0.0
-            hollow_here, numbers = hollow or not section.ranked, (parameters, cell.score.mean, half)
+            hollow_here, numbers = hollow or not section.ranked, (value, cell.score.mean, half)
             found.append(Point(row.label, name, hollow_here, section.ranked, *numbers, cell.scored))
     return found
 
 
-def _panel(axes: Axes, column: Column, points: Sequence[Point], x: BrokenAxis, by_name: Mapping[str, Style]) -> Panel:
+def _panel(
+    axes: Axes, column: Column, points: Sequence[Point], x: BrokenAxis, by_name: Mapping[str, Style], cost: Cost
+) -> Panel:
     """One task: a bar and a large mark for each row, small marks for its runs, lines for its sweeps and its front."""
     y = _scores_axis(points, column.higher_is_better)
-    places = np.stack([x.places(p.parameters for p in points), y.places(p.score for p in points)], axis=1)
+    places = np.stack([x.places(p.cost for p in points), y.places(p.score for p in points)], axis=1)
     colours = [by_name[point.name][0] for point in points]
     halves = np.array([0.0 if y.is_beyond(point.score) else point.half_width for point in points])
     ends = places[:, 1] - halves, places[:, 1] + halves
     axes.vlines(places[:, 0], *ends, colors=colours, linewidth=0.8, alpha=0.45, zorder=1.5)
-    _seeds(axes, points, x, y, colours)
+    _seeds(axes, points, x, y, colours, cost)
     for point, place in zip(points, places, strict=True):
         _mark(axes, point, place, by_name[point.name])
     drawn = _connect(axes, points, x, y, by_name)
-    ranked = [(point.parameters, point.score) for point in points if point.ranked]
+    ranked = [(point.cost, point.score) for point in points if point.ranked]
     front = pareto_front(ranked, column.higher_is_better)
-    drawn += _front(axes, x.places(count for count, _ in front), y.places(score for _, score in front))
+    drawn += _front(axes, x.places(value for value, _ in front), y.places(score for _, score in front))
     plain(axes)
     axes.set_title(column.title, fontsize=8)
     axes.set_ylabel(column.metric.replace("_", " "))
     x.draw(axes, "x")
     y.draw(axes, "y")
-    on_front = {point.label for point in points if point.ranked and (point.parameters, point.score) in front}
-    beyond = {point.label for point in points if x.is_beyond(point.parameters) or y.is_beyond(point.score)}
+    on_front = {point.label for point in points if point.ranked and (point.cost, point.score) in front}
+    beyond = {point.label for point in points if x.is_beyond(point.cost) or y.is_beyond(point.score)}
     order = sorted(range(len(points)), key=lambda at: _urgency(points[at], beyond, on_front))
     texts = [_label(axes, points[at], x, y, colours[at]) for at in order]
     bars = [np.array([(left, low), (left, high)]) for left, low, high in zip(places[:, 0], *ends, strict=True)]
@@ -162,17 +170,19 @@ def _scores_axis(points: Sequence[Point], higher_is_better: bool) -> BrokenAxis:
     return widened(axis, min(bottom, low - 0.15 * spread), max(top, high + 0.15 * spread))
 
 
-def _seeds(axes: Axes, points: Sequence[Point], x: BrokenAxis, y: BrokenAxis, colours: Sequence[str]) -> None:
+def _seeds(
+    axes: Axes, points: Sequence[Point], x: BrokenAxis, y: BrokenAxis, colours: Sequence[str], cost: Cost
+) -> None:
     """A small mark for each run of a row whose score is to scale."""
     shown = [
-        (run.parameters_final or 0, run.score, colour)
+        (getattr(run, cost.name) or 0, run.score, colour)
         for point, colour in zip(points, colours, strict=True)
         for run in point.runs
         if run.score is not None and len(point.runs) > 1 and not y.is_beyond(point.score)
     ]
     if shown:
-        counts, scores, tints = zip(*shown, strict=True)
-        axes.scatter(x.places(counts), scores, s=5, c=tints, alpha=0.4, linewidths=0, zorder=2)
+        values, scores, tints = zip(*shown, strict=True)
+        axes.scatter(x.places(values), scores, s=5, c=tints, alpha=0.4, linewidths=0, zorder=2)
 
 
 def _mark(axes: Axes, point: Point, place: np.ndarray, style: Style) -> None:
@@ -201,10 +211,10 @@ def _connect(
 ) -> list[Line2D]:
     """A line through the configurations of each sweep, in the order of the parameter, as far as they are to scale."""
     drawn = list[Line2D]()
-    to_scale = {p.label: p for p in points if not x.is_beyond(p.parameters) and not y.is_beyond(p.score)}
+    to_scale = {p.label: p for p in points if not x.is_beyond(p.cost) and not y.is_beyond(p.score)}
     for sweep in varied(point.runs[0] for point in to_scale.values()):
         along = [to_scale[label] for _, label in sweep.values]
-        places = x.places(point.parameters for point in along), [point.score for point in along]
+        places = x.places(point.cost for point in along), [point.score for point in along]
         colour = by_name[along[0].name][0]
         drawn += axes.plot(*places, color=colour, linewidth=0.8, alpha=0.5, zorder=1.5, label="sweep")
     return drawn
@@ -227,7 +237,7 @@ def _front(axes: Axes, across: np.ndarray, up: np.ndarray) -> list[Line2D]:
 
 def _label(axes: Axes, point: Point, x: BrokenAxis, y: BrokenAxis, colour: str) -> Text:
     """The point's label, with what its axes do not tell."""
-    pairs = ((x, point.parameters), (y, point.score))
+    pairs = ((x, point.cost), (y, point.score))
     values = [axis.text(value) for axis, value in pairs if axis.holds_several(value)]
     label = point.label.replace(",", ", ") + (f" ({'; '.join(values)})" if values else "")
     words, dark = "\n".join(lines_of(label, LABEL_WIDTH)), tuple(0.75 * part for part in to_rgb(colour))
