@@ -219,6 +219,15 @@ class Task(Strict, ABC):
         run it is compared with what it says of the row alone. None where rows of a batch are all of one size."""
         return None
 
+    @property
+    def longest_answer(self) -> int:
+        """Most tokens that `predict` generates for a row, in `generate`'s way; 0: none."""
+        return 0
+
+    def generate(self, model: nn.Module, batch: Batch, tokens: int) -> None:
+        """Generate exactly so many tokens for each row of an evaluation's batch, to see what it costs."""
+        raise NotImplementedError(f"{type(self).__name__} generates no tokens")
+
     def text_windows(
         self, sample: str, count: int, module: nn.Module, model: str | None, data_root: str | None
     ) -> np.ndarray | None:

@@ -169,6 +169,16 @@ class AnswerTask(CausalTask):
         answers = decoded(tokenizer, [row[: row.index(end)] if end in row else row for row in ids])
         return torch.from_numpy(packed(answers, sums.tolist(), counts.tolist(), np.float32)).to(sums.device)
 
+    @property
+    def longest_answer(self) -> int:
+        """See `Task.longest_answer`."""
+        return self.max_response
+
+    def generate(self, model: nn.Module, batch: Batch, tokens: int) -> None:
+        """See `Task.generate`."""
+        tokenizer = tokenizer_of(model)
+        generated(model, tokenizer, batch, self._end(tokenizer), max_new_tokens=tokens, min_new_tokens=tokens)
+
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """Of each row the mean loss of the response, and the logits of its first token as generation has them."""
         import torch

@@ -38,7 +38,7 @@ class Seconds(Strict):
     training: float = Field(
         0.0, ge=0, description="updates alone, to their end on the device: no loading, no evaluation"
     )
-    evaluation: float = Field(0.0, ge=0, description="holdout and evaluation passes, and those over a text sample")
+    evaluation: float = Field(0.0, ge=0, description="holdout and evaluation passes, a text sample, timed generation")
     total: float = Field(0.0, ge=0, description="everything")
 
 
@@ -58,6 +58,16 @@ class Forgetting(Strict):
         return self.trained - self.untouched
 
 
+class Generation(Strict):
+    """Seconds a generated token: of so many greedy tokens for each of some rows in one batch, with the reading of their
+    prompts; a median. Both models generate as many, whatever they would say."""
+
+    rows: int = Field(ge=1)
+    tokens: int = Field(ge=1, description="generated for each row")
+    untouched: float = Field(gt=0, description="seconds a token of the backbone before training")
+    trained: float = Field(gt=0, description="with the trained adapter")
+
+
 class RunRecord(Strict):
     """What one run gave. Tables, pictures and MLflow are views of these."""
 
@@ -74,6 +84,9 @@ class RunRecord(Strict):
         {}, description="rank -> headline metric on the first evaluation split, each layer cut to at most that rank"
     )
     forgetting: Forgetting | None = Field(None, description="None: not asked for, or no causal language model")
+    generation: Generation | None = Field(
+        None, description="None: a task that generates nothing, and in records of older versions"
+    )
     parameters: ParameterCount | None = None
     ranks: dict[str, int] = Field({}, description="live rank per adapted layer at the end")
     shapes: dict[str, tuple[int, int]] = Field(
@@ -172,6 +185,7 @@ class RunRecord(Strict):
             mode="json",
             exclude={
                 "seconds": True,
+                "generation": True,
                 "peak_bytes": True,
                 "training_peak_bytes": True,
                 "training_reserved_bytes": True,

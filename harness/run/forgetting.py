@@ -11,7 +11,7 @@ from torch import nn
 
 from harness.method import Backbone
 from harness.record.record import FORGETTING, Forgetting
-from harness.run.training import autocast
+from harness.run.prediction import in_evaluation
 from harness.spec import RunSpec
 from harness.task import Task
 
@@ -57,11 +57,8 @@ class Sample:
         """(windows,) mean loss of each window's tokens, in nats."""
         if self._windows is None:
             return np.empty(0)
-        was_training = model.training
-        model.eval()
         ids = torch.from_numpy(self._windows).to(self._device)
         at_once = min(AT_ONCE, self._spec.place.evaluation_batch_size or AT_ONCE)
-        with torch.no_grad(), autocast(self._spec.train, self._device):
+        with in_evaluation(model, self._spec.train, self._device):
             losses = torch.cat([self._task.window_losses(model, some) for some in ids.split(at_once)])
-        model.train(was_training)
         return losses.double().cpu().numpy()

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.method import Adaptation
 from harness.run.training import autocast, to_device
 from harness.spec import TrainSpec
 from harness.task import Task
+
+
+@contextmanager
+def in_evaluation(model: nn.Module, train: TrainSpec, device: torch.device) -> Iterator[None]:
+    """In evaluation mode, without gradients, in the precision of training; then in the mode from before."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), autocast(train, device):
+        yield
+    model.train(was_training)
 
 
 def predict(

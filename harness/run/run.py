@@ -23,9 +23,9 @@ from harness.record.locks import Progress
 from harness.record.record import ADAPTER, HOLDOUT, PREDICTIONS, RETRIED, RunRecord, Seconds, Status, at
 from harness.record.store import RecordStore
 from harness.run import checkpoint
+from harness.run.before_after import BeforeAfter
 from harness.run.data import Data, data_of
 from harness.run.failure import now
-from harness.run.forgetting import Sample
 from harness.run.memory import PeakMemory, is_out_of_memory, release
 from harness.run.parents import inherited, lacking, parents_of
 from harness.run.prediction import predict
@@ -157,13 +157,13 @@ class _Run:
             with self.store.writing():
                 task.artifacts(backbone.module, place.model, self.files / "artifacts" / "before")
         began = time.perf_counter()
-        sample = Sample(spec, task, backbone, self.device)
+        before = BeforeAfter(spec, task, data, backbone, self.device)
         self.evaluation_seconds += time.perf_counter() - began
         adaptation = self._start(method, backbone, data)
         self._train(adaptation, data)
         self.known["shapes"] = {layer: shape for layer, shape in shapes.items() if layer in self.known["ranks"]}
         if not spec.is_trial:
-            self._evaluate(adaptation, data, sample)
+            self._evaluate(adaptation, data, before)
             with self.store.writing():
                 task.artifacts(adaptation.model, place.model, self.files / "artifacts" / "after")
         self._export(adaptation, ADAPTER)
@@ -252,7 +252,7 @@ class _Run:
         self.evaluation_seconds += time.perf_counter() - started
         return {f"holdout_{name}": value for name, value in self.known["holdout"].items()}
 
-    def _evaluate(self, adaptation: Adaptation, data: Data, sample: Sample) -> None:
+    def _evaluate(self, adaptation: Adaptation, data: Data, before: BeforeAfter) -> None:
         """The one time that the evaluation splits are read."""
         started = time.perf_counter()
         metrics: dict[str, float] = {}
@@ -281,7 +281,8 @@ class _Run:
                 if facts := self.task.facts(encoded):
                     self.known["data"][name] = facts
                 self.kept[f"{name}/predictions"] = self._predictions(adaptation, encoded, examples.labels)
-        self.known["forgetting"], notes = sample.forgotten(adaptation.model, self.kept)
+        fields, notes = before.of(adaptation.model, self.kept)
+        self.known |= fields
         self.known["notes"] += notes
         with self.store.writing():
             storage.save_arrays(self.kept, self.files / PREDICTIONS)

@@ -227,6 +227,22 @@ COLUMNS = (
         shown=_any("tokens_a_second"),
     ),
     TableColumn(
+        "ms_a_generated_token",
+        lambda row: None if (found := over(row.scored, "seconds_a_generated_token")) is None else 1000 * found,
+        "milliseconds, greedy, of a row in a batch, with the reading of the prompt",
+        lambda found: f"{found:.3g}",
+        forms=WIDE,
+        shown=_any("seconds_a_generated_token"),
+    ),
+    TableColumn(
+        "generation_to_backbone",
+        of_runs("generation_to_backbone"),
+        "the same over the untouched backbone's",
+        lambda ratio: f"{ratio:.2f}",
+        forms=WIDE,
+        shown=_any("generation_to_backbone"),
+    ),
+    TableColumn(
         "memory",
         lambda row: peak_bytes(row.scored),
         "the largest peak, with the search",

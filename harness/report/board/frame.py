@@ -25,7 +25,8 @@ def to_frame(records: Iterable[RunRecord], naming: Naming | None = None) -> pd.D
     higher_is_better, score, parameters_initial, parameters_peak, parameters_final, head (parameters), stored_bytes,
     rank (mean live rank over the layers), batches, updates, seconds_training, seconds_total, peak_bytes,
     training_peak_bytes, training_reserved_bytes, optimizer_bytes, file_bytes, tokens (of training), forgetting (rise of
-    the loss per token on a text sample), device, started, error, versions (of the packages that results depend on),
+    the loss per token on a text sample), seconds_a_generated_token (of the trained model), generation_to_backbone (the
+    same over the untouched backbone's), device, started, error, versions (of the packages that results depend on),
     split (the evaluation split of the score), rows (of each split), metrics.*, holdout.*, tuning, search_batches,
     search_seconds (of training), search_peak_bytes; see `Run`. Missing values are None or NaN.
     """
@@ -63,6 +64,8 @@ def _row(run: Run) -> dict[str, Any]:
         "file_bytes": record.file_bytes,
         "tokens": record.tokens,
         "forgetting": None if record.forgetting is None else record.forgetting.rise,
+        "seconds_a_generated_token": run.seconds_a_generated_token,
+        "generation_to_backbone": run.generation_to_backbone,
         "device": record.environment.device,
         "started": record.started,
         "error": run.error,

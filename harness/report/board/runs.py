@@ -116,6 +116,17 @@ class Run:
         return tokens / seconds if tokens is not None and seconds else None
 
     @property
+    def seconds_a_generated_token(self) -> float | None:
+        """Of the trained model, see `Generation`; None where nothing is generated."""
+        return None if self.record.generation is None else self.record.generation.trained
+
+    @property
+    def generation_to_backbone(self) -> float | None:
+        """The same over that of the untouched backbone in the same run."""
+        found = self.record.generation
+        return None if found is None else found.trained / found.untouched
+
+    @property
     def forgetting(self) -> float | None:
         """Rise of the loss per token on a text sample, in nats; None where it was not measured."""
         return None if self.record.forgetting is None else self.record.forgetting.rise
