@@ -36,6 +36,11 @@ def provenance_of(methods: Iterable[str]) -> dict[str, str]:
     return dict.fromkeys(names, NOT_STATED) | {name: method.provenance for name, method in _classes(names)}
 
 
+def loaders_of(method: str) -> Mapping[str, str]:
+    """What loads its exports, see `Method.loaders`; {} where it is not installed."""
+    return next((found.loaders for _, found in _classes([method])), {})
+
+
 def traces_of(methods: Iterable[str]) -> dict[str, tuple[Trace, ...]]:
     """By method, the values of the history that it declares."""
     return {name: method.traces for name, method in _classes(methods)}

@@ -63,6 +63,7 @@ class Method(Strict, ABC):
     provenance: ClassVar[str] = NOT_STATED  # where its code comes from, in a form of `harness.provenance`
     group: ClassVar[str] = "other"  # under which `list` shows it, one of `harness.provenance.GROUPS`
     own_format: ClassVar[bool] = False  # stock PEFT cannot load what it exports, as a rule: `list` says so
+    loaders: ClassVar[Mapping[str, str]] = {}  # of such: the file that tells one -> the function that loads it, dotted
     capabilities: ClassVar[tuple[str, ...]] = ()  # words for `list`: "linear", "conv2d", "rank-adaptive"
     search_space: ClassVar[SearchSpace] = {"learning_rate": Range(1e-5, 1e-2, log=True)}  # of `--tune`
     traces: ClassVar[tuple[Trace, ...]] = ()  # what its `after_step` gives the history, and how it is drawn

@@ -101,6 +101,7 @@ class BottleneckMethod(Method, ABC):
     provenance = "from the paper"
     group = "not low-rank"
     own_format = True
+    loaders = {"bottleneck.json": "methods.bottleneck.load"}
     capabilities = ("encoders of transformers",)
 
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
@@ -181,8 +182,8 @@ def insert(module: nn.Module, placement: str, bottleneck: int) -> None:
             site.register_forward_hook(chosen.hook)
 
 
-def load(module: nn.Module, path: Path) -> None:
-    """Put an exported adapter and head onto `module`, in place: a model built as the one that was trained.
+def load(module: nn.Module, path: Path) -> nn.Module:
+    """`module`, a model built as the one that was trained, with an exported adapter and head put onto it, in place.
 
     Raises InputError, in one line, where `path` holds no such export, where it is damaged, or where it does not fit the
     model (its class, its widths, its number of labels, adapters that are there already); do not use the model then. An
@@ -205,6 +206,7 @@ def load(module: nn.Module, path: Path) -> None:
     strange = [*unexpected, *(name for name in missing if ".adapter." in name)]
     if strange:
         raise InputError(f"the adapter in '{path}' does not fit the model: only one of them has '{strange[0]}'")
+    return module
 
 
 def _exported(path: Path) -> tuple[str, int, dict[str, Tensor]]:

@@ -34,6 +34,7 @@ class FlyLora(RoutedLora):
     With top_k = rank nothing is chosen: a LoRA with a frozen A, as LoRA-FA (Zhang et al., 2023), exported as one.
     """
 
+    loaders = {"flylora.json": "methods.flylora.load"}
     provenance = "from the authors' code; that d is added to magnitudes, and that padding does not count, is ours"
     name: ClassVar[str] = "flylora"
     frozen: ClassVar[bool] = True

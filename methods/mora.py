@@ -28,6 +28,7 @@ class Mora(RoutedLora):
     square matrix of high rank. The paper's third version calls its own method MoRAM.
     """
 
+    loaders = {"mora.json": "methods.mora.load"}
     provenance = "reimplementation: the source leaves open start, scale, tau, k, the threshold and what it applies to"
     name: ClassVar[str] = "mora"
     search_space: ClassVar[SearchSpace] = {

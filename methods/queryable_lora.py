@@ -36,6 +36,7 @@ class QueryableLora(RoutedLora):
     With atoms = 1 there is no choice, and the atom is the identity: a LoRA, exported as one.
     """
 
+    loaders = {"queryable_lora.json": "methods.queryable_lora.load"}
     provenance = "reimplementation: the source leaves open all formulas but B C(x) A, every size and the start"
     repeatable_blocks = False
     name: ClassVar[str] = "queryable_lora"

@@ -46,6 +46,7 @@ class Salt(LoraMethod):
     stock PEFT cannot hold it: an export has updates of whole weights, which `methods.shared.weight_updates.load` reads.
     """
 
+    loaders = {"weight_updates.json": "methods.shared.weight_updates.load"}
     provenance = "from the authors' code; without its ReLU unless relu = true, and the update beside the weight"
     group = "fixed rank"
     capabilities = ("linear", "conv2d")

@@ -39,6 +39,7 @@ class Sara(Method):
     provenance = "from the authors' code; a share or number of weights for the threshold is ours"
     group = "not low-rank"
     own_format = True
+    loaders = {"sara.json": "methods.sara.load"}
     capabilities = ("linear", "conv2d")
     traces: ClassVar[tuple[Trace, ...]] = (Trace("trained", "weights in training", drawing="steps"),)
 
@@ -264,8 +265,8 @@ class SaraAdaptation(Adaptation):
         save(path, "sara", {"layers": shapes}, tensors)
 
 
-def load(module: nn.Module, path: Path) -> None:
-    """Put an export into `module`, in place: a model built as the one that was trained. It stays a plain model.
+def load(module: nn.Module, path: Path) -> nn.Module:
+    """`module`, a model built as the one that was trained, with an export put into it, in place; a plain model.
 
     Raises InputError, in one line, where `path` holds no such export, where it is damaged, or where it does not fit the
     model; do not use the model then.
@@ -293,6 +294,7 @@ def load(module: nn.Module, path: Path) -> None:
             raise _misfit(path, f"'{name}' is {tuple(own[name].shape)} there and {tuple(value.shape)} here")
         with torch.no_grad():
             own[name].copy_(value)
+    return module
 
 
 def _misfit(path: Path, reason: str) -> InputError:

@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 from harness import installed, storage
@@ -46,8 +47,9 @@ def _adapter(results: Path, run_id: str, to: Path, rank: str | None) -> int:
     store, boards = boards_below(results)
     record = store.find(run_id)
     adapter = ADAPTER if rank is None else _at_rank(store, record, rank)
-    names, origin = _files(store, record, adapter), installed.provenance_of([record.spec.method])[record.spec.method]
-    card = model_card(record, boards, names, origin) if rank is None else _card_at(record, int(rank), names, origin)
+    names, method = _files(store, record, adapter), record.spec.method
+    known = names, installed.provenance_of([method])[method], installed.loaders_of(method)
+    card = model_card(record, boards, *known) if rank is None else _card_at(record, int(rank), *known)
     with target.made(to) as draft:
         for name in names:
             (draft / name).parent.mkdir(parents=True, exist_ok=True)
@@ -77,14 +79,14 @@ def _at_rank(store: RecordStore, record: RunRecord, rank: str) -> str:
     raise InputError(f"run '{record.run_id}' kept no adapter at any rank: {why}")
 
 
-def _card_at(record: RunRecord, rank: int, names: list[str], provenance: str) -> str:
+def _card_at(record: RunRecord, rank: int, names: list[str], provenance: str, loaders: Mapping[str, str]) -> str:
     """The card of the adapter cut to a rank, with what is known of it: its score, and no layer above the rank."""
     from harness.report.forms.card import model_card
 
     known = {"metrics": {record.headline: record.rank_curve[rank]}, "parameters": None}
     cut = record.model_copy(update=known | {"ranks": {name: min(own, rank) for name, own in record.ranks.items()}})
     return (
-        f"{model_card(cut, [], names, provenance)}\n## Cut to rank {rank}\n\n"
+        f"{model_card(cut, [], names, provenance, loaders)}\n## Cut to rank {rank}\n\n"
         f"In every layer at most {rank} components of what was trained are left, by the method's own measure; nothing "
         "was trained after the cut. Scores and ranks above are those of the cut adapter.\n"
     )

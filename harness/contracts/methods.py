@@ -12,6 +12,7 @@ import torch
 
 from harness.backbone import number_of
 from harness.backbone_dtype import lower
+from harness.contracts.exports import nothing_is_pickled
 from harness.contracts.subject import Started, Subject, method_of, one_update, spec_of, start
 from harness.errors import InputError
 from harness.method import in_modules
@@ -220,17 +221,6 @@ def the_history_holds_what_is_declared(subject: Subject) -> None:
             drawing = traces[name].drawing
             assert drawing is None or isinstance(row[name], list) == (drawing == "heat_map"), f"{name}: {row[name]!r}"
             assert drawing != "heat_map" or len(row[name]) == layers, f"{name} has {len(row[name])} of {layers} layers"
-
-
-def nothing_is_pickled(subject: Subject) -> None:
-    """Checkpoints and exports are safetensors, JSON and text."""
-    started = start(subject)
-    started.training.run(lambda training: None)
-    checkpoint.save(subject.folder / "checkpoint", started.training.used, started.training.state_dict())
-    started.adaptation.export(subject.folder / "export")
-    files = [path for path in subject.folder.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".txt"}, files
-    assert any(path.suffix == ".safetensors" for path in (subject.folder / "export").rglob("*"))
 
 
 def a_cut_to_a_rank_has_it_and_is_undone(subject: Subject) -> None:

@@ -25,9 +25,9 @@ def save(path: Path, updates: Mapping[str, Tensor], others: Mapping[str, Tensor]
     own_format.save(path, NAME, {ADDED: list(updates)}, {**updates, **others})
 
 
-def load(module: nn.Module, path: Path) -> None:
+def load(module: nn.Module, path: Path) -> nn.Module:
     """Add the updates to the weights of a model that is as the adapted one was before training, in place, and give it
-    the trained head. Once: a second call would add them again.
+    with the trained head. Once: a second call would add them again.
 
     Raises InputError, in one line, where `path` holds no such export, where it is damaged, or where it does not fit the
     model; the model is then as it was.
@@ -43,3 +43,4 @@ def load(module: nn.Module, path: Path) -> None:
     with torch.no_grad():
         for name, value in tensors.items():
             (own[name].add_ if name in settings[ADDED] else own[name].copy_)(value.to(own[name]))
+    return module

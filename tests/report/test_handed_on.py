@@ -460,25 +460,21 @@ class TestCsv:
 
 class TestCard:
     @pytest.mark.parametrize(
-        ("name", "loader"),
+        ("files", "expected"),
         [
-            ("adapter_config.json", "PeftModel.from_pretrained"),
-            ("bottleneck.json", "from methods.bottleneck import load"),
-            ("weight_updates.json", "from methods.shared.weight_updates import load"),
-            ("sara.json", "from methods.sara import load"),
-            ("flylora.json", "from methods.flylora import load"),
-            ("mora.json", "from methods.mora import load"),
-            ("queryable_lora.json", "from methods.queryable_lora import load"),
-            ("trained.safetensors", "model.load_state_dict("),
+            (["adapter_config.json"], "PeftModel.from_pretrained"),
+            (["mine.json"], "from package.mine import put\n\nmodel = put(model,"),
+            (["mine.json", "trained.safetensors"], "from package.mine import put\n\nmodel = put(model,"),
+            (["trained.safetensors"], "model.load_state_dict("),
+            (["other.json"], "the package that has the method was not there"),
         ],
     )
-    def test_it_says_how_the_export_is_loaded(self, name: str, loader: str) -> None:
+    def test_it_says_how_the_export_is_loaded(self, files: list[str], expected: str) -> None:
         run = record()
-        own_formats = ("bottleneck", "sara", "flylora", "mora", "queryable_lora", "shared.weight_updates")
-        own = (f"from methods.{method} import load" for method in own_formats)
-        loaders = ("PeftModel.from_pretrained", *own, "model.load_state_dict(")
-        card = model_card(run, boards(run), sorted({name, "trained.safetensors"}), "ours: x")
-        assert [each for each in loaders if each in card] == [loader]
+        ways = ("PeftModel.from_pretrained", "model = put(model,", "model.load_state_dict(", "was not there")
+        card = model_card(run, boards(run), files, "ours: x", {"mine.json": "package.mine.put"})
+        assert expected in card
+        assert len([way for way in ways if way in card]) == 1
 
     @pytest.mark.parametrize("dtype", ["fp32", "nf4"])
     def test_it_says_what_the_backbone_was_held_in(self, dtype: BackboneDtype) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from harness.record.record import RunRecord
@@ -32,52 +33,32 @@ model.load_state_dict(load_file("PATH/TO/THIS/FOLDER/trained.safetensors"), stri
 ```
 
 The file holds the trained weights under the names they have in the model above."""
-IN_PLACE = """```python
+OWN = """```python
 from pathlib import Path
 
-from methods.{method} import load
+from {module} import {function}
 
-load(model, Path("PATH/TO/THIS/FOLDER"))
+model = {function}(model, Path("PATH/TO/THIS/FOLDER"))
 ```
 
-`model` is the model above with a head of the task's size; this puts the adapters and the head into it. It needs this
-package: stock PEFT has no such adapters."""
-WEIGHT_UPDATES = """```python
-from pathlib import Path
-
-from methods.shared.weight_updates import load
-
-load(model, Path("PATH/TO/THIS/FOLDER"))
-```
-
-`model` is the model above with a head of the task's size, as it was before training; this adds the trained updates to
-its weights, once, and gives it the trained head. The updates are of whole weights and no low-rank product, so stock
-PEFT cannot hold them."""
-ROUTED = """```python
-from pathlib import Path
-
-from methods.{method} import load
-
-model = load(model, Path("PATH/TO/THIS/FOLDER"))
-```
-
-`model` is the model above with a head of the task's size; this puts the adapter and the head into it. It needs this
-package: what the adapter adds depends on the token, and stock PEFT has no such adapters."""
+`model` is the model above with a head of the task's size, as it was before training; this gives it with the trained
+adapter and head. It needs this package: stock PEFT cannot hold what the method adds."""
+UNKNOWN = "The format is the method's own, and the package that has the method was not there when this was written."
 HELD = """The model's frozen weights were held in {dtype} while this was trained, and the scores are of that: give it a
 model that is held in the same type. What is in this folder is float32."""
-LOADED_BY = {  # by the file that tells what an export is
-    "adapter_config.json": PEFT,
-    "weight_updates.json": WEIGHT_UPDATES,
-    **{f"{method}.json": IN_PLACE.format(method=method) for method in ("bottleneck", "sara")},
-    **{f"{method}.json": ROUTED.format(method=method) for method in ("flylora", "mora", "queryable_lora")},
-}
 
 
-def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str], provenance: str) -> str:
+def model_card(
+    record: RunRecord,
+    boards: Iterable[Board],
+    files: Sequence[str],
+    provenance: str,
+    loaders: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """Markdown with front matter as the Hub reads it. `boards` hold the run and those it is compared with; `files` are
-    the adapter's; `provenance` is the method's. Scores of other seeds of the same configuration are given with their
-    interval. No place of a machine and no name of a host or user is in it, and no text of the record is taken for
-    Markdown or YAML."""
+    the adapter's; `provenance` and `loaders` are the method's, see `Method`. Scores of other seeds of the same
+    configuration are given with their interval. No place of a machine and no name of a host or user is in it, and no
+    text of the record is taken for Markdown or YAML."""
     cell = _cell(record, boards)
     record = handed_on(record)
     spec, count = record.spec, record.parameters
@@ -112,12 +93,22 @@ def model_card(record: RunRecord, boards: Iterable[Board], files: Sequence[str],
     if record.ranks:
         ranks = "\n".join(f"| {_code(layer)} | {rank} |" for layer, rank in record.ranks.items())
         sections += ["## Ranks", f"| layer | rank |\n|---|---|\n{ranks}"]
-    loaded = next((text for name, text in LOADED_BY.items() if name in files), TRAINED)
-    sections += ["## How to load it", loaded]
+    sections += ["## How to load it", _loading(files, loaders)]
     if spec.train.backbone_dtype != "fp32":
         sections.append(HELD.format(dtype=spec.train.backbone_dtype))
     sections += ["## Environment", _environment(record)]
     return "\n\n".join(sections) + "\n"
+
+
+def _loading(files: Sequence[str], loaders: Mapping[str, str]) -> str:
+    """How what is in these files is put into a model."""
+    if "adapter_config.json" in files:
+        return PEFT
+    for name, loader in loaders.items():
+        if name in files:
+            module, _, function = loader.rpartition(".")
+            return OWN.format(module=module, function=function)
+    return TRAINED if "trained.safetensors" in files else UNKNOWN
 
 
 def _front_matter(record: RunRecord, is_peft: bool) -> list[str]:
