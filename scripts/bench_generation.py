@@ -72,7 +72,7 @@ def answers(options: argparse.Namespace) -> None:
         return model.generate(input_ids=prompts, attention_mask=mask, **settings)[:, prompts.shape[1] :]
 
     def ours(batch: Batch) -> Any:
-        ids = generated(model, tokenizer, batch, end, max_new_tokens=options.new_tokens)
+        ids = generated(model, tokenizer, batch, end, options.new_tokens)
         decoded(tokenizer, [row[: row.index(end)] if end in row else row for row in ids.tolist()])
         return ids
 

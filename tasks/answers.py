@@ -14,7 +14,7 @@ from harness.task import Batch, Examples
 from tasks import pretrained
 from tasks.cache import cached
 from tasks.causal import CausalTask, check_finite, response_losses, tokenizer_of, training_batch
-from tasks.greedy import generated
+from tasks.greedy import first_logits, generated
 from tasks.pairs import EncodedPairs, decoded, tokenized
 from tasks.sequences import padded, tensor
 from tasks.wording import PROMPT, has_chat_template, wording
@@ -165,7 +165,7 @@ class AnswerTask(CausalTask):
         check_finite(sums)
         tokenizer = tokenizer_of(model)
         end = self._end(tokenizer)
-        ids = generated(model, tokenizer, batch, end, max_new_tokens=self.max_response).tolist()
+        ids = generated(model, tokenizer, batch, end, self.max_response).tolist()
         answers = decoded(tokenizer, [row[: row.index(end)] if end in row else row for row in ids])
         return torch.from_numpy(packed(answers, sums.tolist(), counts.tolist(), np.float32)).to(sums.device)
 
@@ -177,7 +177,7 @@ class AnswerTask(CausalTask):
     def generate(self, model: nn.Module, batch: Batch, tokens: int) -> None:
         """See `Task.generate`."""
         tokenizer = tokenizer_of(model)
-        generated(model, tokenizer, batch, self._end(tokenizer), max_new_tokens=tokens, min_new_tokens=tokens)
+        generated(model, tokenizer, batch, self._end(tokenizer), tokens, at_least=tokens)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """Of each row the mean loss of the response, and the logits of its first token as generation has them."""
@@ -185,9 +185,8 @@ class AnswerTask(CausalTask):
 
         sums, counts = response_losses(model, batch)
         tokenizer = tokenizer_of(model)
-        settings = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
-        found = generated(model, tokenizer, batch, self._end(tokenizer), **settings)
-        return torch.cat([(sums / counts)[:, None], found.logits[0].float()], dim=1)
+        logits = first_logits(model, tokenizer, batch, self._end(tokenizer))
+        return torch.cat([(sums / counts)[:, None], logits], dim=1)
 
     def _end(self, tokenizer: Any) -> int:
         """The token that ends a response."""

@@ -93,10 +93,17 @@ def response_losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     from torch.nn.functional import cross_entropy
 
     inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
-    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+    length = batch.labels.shape[1]  # a tuner may put tokens of its own before the row
+    logits = model(**inputs, use_cache=False).logits[:, -length:-1].float()
     targets = batch.labels[:, 1:]
     losses = cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
     return losses.sum(1), (targets != IGNORED).sum(1)
+
+
+def has_prompt(model: nn.Module) -> bool:
+    """Whether a tuner of PEFT puts tokens of its own, or their keys and values, before each row."""
+    configs: Any = getattr(model, "peft_config", {})
+    return any(getattr(config, "is_prompt_learning", False) for config in configs.values())
 
 
 def check_finite(values: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.task import Batch, Examples
 from tasks import pretrained
-from tasks.causal import filler_of
+from tasks.causal import filler_of, has_prompt
 from tasks.plain_text import begin_tokens, plain_encoding
 from tasks.sequences import Sequences, end_to_end, padded, tensor
 
@@ -151,7 +151,10 @@ def choices_batch(encoded: EncodedChoices, questions: Sequence[int]) -> Batch:
 
 def log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     """(choices,) in nats, float32: of all tokens of each choice, given its context. The contexts are read once, into
-    the cache of keys and values; the choices go on from there."""
+    the cache of keys and values; the choices go on from there. A tuner that puts tokens of its own before the text, or
+    before its keys and values, would put them before the choices too: then each choice is read with its context."""
+    if has_prompt(model):
+        return _read_whole(model, batch)
     given, of = batch.inputs, batch.inputs["context_of"]
     known, following = given["context_mask"], given["choice_mask"]
     positions = (known.cumsum(1) - 1).clamp(min=0)
@@ -170,6 +173,27 @@ def log_likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     targets = given["choice_ids"][:, 1:, None]
     found = logits.float().log_softmax(-1).gather(2, targets).squeeze(2)
     return (found * following[:, 1:]).sum(1)
+
+
+def _read_whole(model: nn.Module, batch: Batch) -> Tensor:
+    """(choices,) as `log_likelihoods`, without a cache."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    given, of = batch.inputs, batch.inputs["context_of"].tolist()
+    contexts = [ids[mask.bool()] for ids, mask in zip(given["context_ids"], given["context_mask"], strict=True)]
+    choices = [ids[mask.bool()] for ids, mask in zip(given["choice_ids"], given["choice_mask"], strict=True)]
+    rows = [torch.cat([contexts[context], choice]) for context, choice in zip(of, choices, strict=True)]
+    ids = pad_sequence(rows, batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -ids.shape[1] :]
+    found = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    return torch.stack(
+        [
+            each[len(row) - len(choice) : len(row) - 1].sum()
+            for each, row, choice in zip(found, rows, choices, strict=True)
+        ]
+    )
 
 
 def _concatenated(one: Tensor, other: Tensor) -> Tensor:

@@ -7,15 +7,54 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from harness.task import Batch
-from tasks.causal import filler_of
+from tasks.causal import filler_of, has_prompt
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
-def generated(model: nn.Module, tokenizer: Any, batch: Batch, end: int, **settings: Any) -> Any:
-    """Token ids (rows, tokens) of the greedy answers to the batch's prompts, filled up after the token `end`; or
-    what `settings` make `generate` return."""
+def generated(model: nn.Module, tokenizer: Any, batch: Batch, end: int, tokens: int, at_least: int = 0) -> Tensor:
+    """Token ids (rows, up to `tokens`) of the greedy answers to the batch's prompts, filled up after the token `end`,
+    which does not come before `at_least` tokens."""
+    import torch
+
+    parts = [
+        (rows, _generate(model, tokenizer, some, end, max_new_tokens=tokens, min_new_tokens=at_least or None))
+        for rows, some in _pieces(model, batch)
+    ]
+    found = parts[0][1].new_full((len(batch.inputs["prompt_ids"]), max(ids.shape[1] for _, ids in parts)), end)
+    for rows, ids in parts:
+        found[torch.as_tensor(rows), : ids.shape[1]] = ids
+    return found
+
+
+def first_logits(model: nn.Module, tokenizer: Any, batch: Batch, end: int) -> Tensor:
+    """Logits of the first token of each answer, (rows, vocabulary), float32."""
+    import torch
+
+    settings = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+    parts = [(rows, _generate(model, tokenizer, some, end, **settings)) for rows, some in _pieces(model, batch)]
+    order = torch.as_tensor([row for rows, _ in parts for row in rows])
+    found: Tensor = torch.cat([each.logits[0].float() for _, each in parts])[order.argsort()]
+    return found
+
+
+def _pieces(model: nn.Module, batch: Batch) -> Iterator[tuple[list[int], Batch]]:
+    """(rows, their batch): all at once; where a tuner puts tokens of its own before the row, those of one length, since
+    padding would come between."""
+    ids, mask = batch.inputs["prompt_ids"], batch.inputs["prompt_mask"]
+    if not has_prompt(model):
+        yield list(range(len(ids))), batch
+        return
+    lengths = mask.sum(1).tolist()
+    for length in sorted(set(lengths)):
+        rows = [row for row, each in enumerate(lengths) if each == length]
+        some = {"prompt_ids": ids[rows, -length:], "prompt_mask": mask[rows, -length:]}
+        yield rows, Batch(some, batch.labels[rows])
+
+
+def _generate(model: nn.Module, tokenizer: Any, batch: Batch, end: int, **settings: Any) -> Any:
+    """Token ids of the answers alone, or what `settings` make `generate` return."""
     from transformers import GenerationConfig
 
     prompts = batch.inputs["prompt_ids"]

@@ -51,7 +51,8 @@ def window_losses(model: nn.Module, ids: Tensor) -> Tensor:
     """(windows,) mean cross-entropy in nats of the tokens after the first, of ids (windows, tokens)."""
     from torch.nn.functional import cross_entropy
 
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    # a tuner may put tokens of its own before the window
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, -ids.shape[1] : -1].float()
     return cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
 
 

@@ -216,7 +216,9 @@ class PeftMethod(LoraMethod):
         if "modules_to_save" in names:
             values["modules_to_save"] = list(backbone.head) or None
         if issubclass(config_class, PromptLearningConfig):
-            values["task_type"] = "SEQ_CLS"  # the one of PEFT's classes that hands on an encoder's outputs as they are
+            # of PEFT's classes the one that generates with the prompt, and the one that hands on an encoder's outputs
+            generates = getattr(backbone.module, "can_generate", bool)()
+            values["task_type"] = "CAUSAL_LM" if generates else "SEQ_CLS"
         try:
             return config_class(**values)
         except (TypeError, ValueError) as error:
