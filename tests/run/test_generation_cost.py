@@ -1,7 +1,5 @@
 """Seconds a generated token: as many tokens from both models, a median, and nothing of the run but its clock moves."""
 
-import json
-
 import pytest
 import torch
 
@@ -26,9 +24,9 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    rows = [{"prompt": f"{'camera ' * (n % 5)}was good", "response": f"the film {n % 3}"} for n in range(60)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tiny.write_pairs(
+        tmp_path_factory.mktemp("data"), [(f"{'camera ' * (n % 5)}was good", f"the film {n % 3}") for n in range(60)]
+    )
     return f"generation:{path}[max_length=32,max_response=5]"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +184,10 @@ def write_llama(folder: Path, *, seed: int = 0) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def write_pairs(folder: Path, pairs: Iterable[tuple[str, str]]) -> Path:
+    """The file of these prompts and responses."""
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt, "response": answer}) + "\n" for prompt, answer in pairs))
+    return path

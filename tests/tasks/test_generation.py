@@ -30,11 +30,9 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     signs = [("good", "bad")[n % 2] for n in range(60)]
-    rows = [{"prompt": f"{'camera ' * (n % 5)}was {sign}", "response": ANSWERS[sign]} for n, sign in enumerate(signs)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    pairs = [(f"{'camera ' * (n % 5)}was {sign}", ANSWERS[sign]) for n, sign in enumerate(signs)]
+    return tiny.write_pairs(tmp_path_factory.mktemp("data"), pairs)
 
 
 def task_of(text: str) -> Generation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,9 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    rows = [{"prompt": f"{'camera ' * (n % 5)}was good", "response": f"the film {n % 3}"} for n in range(60)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tiny.write_pairs(
+        tmp_path_factory.mktemp("data"), [(f"{'camera ' * (n % 5)}was good", f"the film {n % 3}") for n in range(60)]
+    )
     return path
 
 
