@@ -51,16 +51,15 @@ runpy.run_module("harness", run_name="__main__")
 
 
 def started(program: str, *arguments: str, ignored: tuple[int, ...] = ()) -> subprocess.Popen[str]:
-    """The program's process, at the point where it waits."""
+    """The program's process, at the point where it waits. It ignores these signals, and none that the tests' own
+    process was started to ignore, as `nohup` has it ignore one."""
 
-    def ignore() -> None:
-        for number in ignored:
-            signal.signal(number, signal.SIG_IGN)
+    def set_signals() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
 
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], text=True, preexec_fn=ignore if ignored else None, **pipes
-    )
+    process = subprocess.Popen([sys.executable, "-c", program, *arguments], text=True, preexec_fn=set_signals, **pipes)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
