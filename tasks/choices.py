@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.task import Batch, Examples
 from tasks import pretrained
-from tasks.causal import filler_of, has_prompt
+from tasks.causal import IGNORED, filler_of, has_prompt, response_losses
 from tasks.plain_text import begin_tokens, plain_encoding
 from tasks.sequences import Sequences, end_to_end, padded, tensor
 
@@ -180,20 +180,17 @@ def _read_whole(model: nn.Module, batch: Batch) -> Tensor:
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    given, of = batch.inputs, batch.inputs["context_of"].tolist()
-    contexts = [ids[mask.bool()] for ids, mask in zip(given["context_ids"], given["context_mask"], strict=True)]
-    choices = [ids[mask.bool()] for ids, mask in zip(given["choice_ids"], given["choice_mask"], strict=True)]
-    rows = [torch.cat([contexts[context], choice]) for context, choice in zip(of, choices, strict=True)]
+    given, of = batch.inputs, batch.inputs["context_of"]
+    wholes = _concatenated(given["context_ids"][of], given["choice_ids"])
+    masks = _concatenated(given["context_mask"][of], given["choice_mask"]).bool()
+    rows = [whole[mask] for whole, mask in zip(wholes, masks, strict=True)]
     ids = pad_sequence(rows, batch_first=True)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -ids.shape[1] :]
-    found = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-    return torch.stack(
-        [
-            each[len(row) - len(choice) : len(row) - 1].sum()
-            for each, row, choice in zip(found, rows, choices, strict=True)
-        ]
-    )
+    places = torch.arange(ids.shape[1], device=ids.device)
+    there = places < masks.sum(1, keepdim=True)
+    known = places <= given["context_mask"].sum(1)[of][:, None]  # a choice begins with the last token of its context
+    labels = ids.masked_fill(known | ~there, IGNORED)
+    sums, _ = response_losses(model, Batch({"input_ids": ids, "attention_mask": there.long()}, labels))
+    return -sums
 
 
 def _concatenated(one: Tensor, other: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 
 from harness.contracts.subject import Subject, start
 from harness.run import checkpoint
@@ -21,5 +21,4 @@ def nothing_is_pickled(subject: Subject) -> None:
     loaders = started.method.loaders
     assert names & {"adapter_config.json", "trained.safetensors", *loaders}, "nothing says how this is loaded"
     for loader in loaders.values():
-        module, _, function = loader.rpartition(".")
-        assert callable(getattr(importlib.import_module(module), function, None)), loader
+        assert callable(pkgutil.resolve_name(loader)), loader

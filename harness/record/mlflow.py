@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "rank-adaptive-harness"
 RUN_ID, CONTENT, SETTING, PARENT = "harness.run_id", "harness.content", "harness.setting", "mlflow.parentRunId"
-GENERATED = ("untouched", "trained")  # models whose tokens are timed
 MOST_POINTS = 100  # of a curve: MLflow takes a tenth of a millisecond for each
 MOST_METRICS, MOST_PARAMETERS = 900, 100  # of one call, to which MLflow allows 1000 of both together
 LONGEST_VALUE = 6000  # signs of a parameter, as MLflow allows
@@ -273,8 +272,9 @@ def _metrics(record: RunRecord, history: list[dict[str, Any]], started: int) -> 
     final |= {"batches": record.batches, "updates": record.updates}
     if record.forgetting is not None:
         final |= {"forgetting": record.forgetting.rise}
-    if record.generation is not None:
-        final |= {f"seconds_a_generated_token.{which}": getattr(record.generation, which) for which in GENERATED}
+    if (timed := record.generation) is not None:
+        name = "seconds_a_generated_token"
+        final |= {f"{name}.untouched": timed.untouched, f"{name}.trained": timed.trained}
     end = started + round(total)
     found += [Metric("score_at_rank", value, end, rank) for rank, value in record.rank_curve.items()]
     return found + [

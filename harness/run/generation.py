@@ -12,7 +12,7 @@ from torch import nn
 from harness.method import Backbone
 from harness.record.record import Generation
 from harness.run.data import Data
-from harness.run.prediction import in_evaluation
+from harness.run.prediction import in_evaluation, rows_at_once
 from harness.run.training import to_device
 from harness.spec import RunSpec
 from harness.task import Task
@@ -31,7 +31,7 @@ class GeneratedTokens:
         self._tokens = min(TOKENS, task.longest_answer)
         if self._tokens and not spec.is_trial:
             split, rows = next(iter(data.splits.evaluation.items()))
-            self._rows = min(spec.place.evaluation_batch_size or 2 * spec.train.batch_size, len(rows))
+            self._rows = min(rows_at_once(spec.train, spec.place.evaluation_batch_size), len(rows))
             self._batch = to_device(task.collate(data.encoded(split), list(range(self._rows)), None), device)
             self._untouched = self._seconds(backbone.module)
 

@@ -26,6 +26,11 @@ def in_evaluation(model: nn.Module, train: TrainSpec, device: torch.device) -> I
     model.train(was_training)
 
 
+def rows_at_once(train: TrainSpec, batch_size: int | None) -> int:
+    """Rows of an evaluation's batch; None: twice as many as in training."""
+    return batch_size or 2 * train.batch_size
+
+
 def predict(
     adaptation: Adaptation,
     task: Task,
@@ -36,13 +41,12 @@ def predict(
     batch_size: int | None = None,
 ) -> np.ndarray:
     """Predictions for every row of a split, in evaluation mode, as a NumPy array whose first dimension is the rows.
-    `batch_size`: rows of a batch; None: twice as many as in training."""
-    model, size = adaptation.model, batch_size or 2 * train.batch_size
-    model.eval()
+    `batch_size`: see `rows_at_once`."""
+    model, size = adaptation.model, rows_at_once(train, batch_size)
     lengths = task.lengths(encoded)
     order = np.arange(len(references)) if lengths is None else np.argsort(lengths, kind="stable")
     parts = []
-    with torch.no_grad(), autocast(train, device):
+    with in_evaluation(model, train, device):
         for rows in np.split(order, range(size, len(order), size)):
             parts.append(task.predict(model, to_device(task.collate(encoded, rows.tolist(), None), device)))
     task.set_training(model)

@@ -24,9 +24,7 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory) -> str:
-    path = tiny.write_pairs(
-        tmp_path_factory.mktemp("data"), [(f"{'camera ' * (n % 5)}was good", f"the film {n % 3}") for n in range(60)]
-    )
+    path = tiny.write_pairs(tmp_path_factory.mktemp("data"))
     return f"generation:{path}[max_length=32,max_response=5]"
 
 

@@ -26,6 +26,7 @@ GLUE_COLUMNS = {
 }
 GLUE_CLASSES = {"mnli": 3, "stsb": 0}  # the others have 2
 ROWS, EVALUATION_ROWS = 60, 24
+PAIRS = tuple((f"{'camera ' * (n % 5)}was good", f"the film {n % 3}") for n in range(ROWS))
 SIZES = {
     "vocab_size": len(SPECIAL + FILLERS + SIGNS + MARKS),
     "hidden_size": 32,
@@ -186,7 +187,7 @@ def write_llama(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def write_pairs(folder: Path, pairs: Iterable[tuple[str, str]]) -> Path:
+def write_pairs(folder: Path, pairs: Iterable[tuple[str, str]] = PAIRS) -> Path:
     """The file of these prompts and responses."""
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps({"prompt": prompt, "response": answer}) + "\n" for prompt, answer in pairs))

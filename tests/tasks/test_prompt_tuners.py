@@ -31,10 +31,7 @@ def model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    path = tiny.write_pairs(
-        tmp_path_factory.mktemp("data"), [(f"{'camera ' * (n % 5)}was good", f"the film {n % 3}") for n in range(60)]
-    )
-    return path
+    return tiny.write_pairs(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(params=TUNERS)

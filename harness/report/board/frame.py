@@ -63,7 +63,7 @@ def _row(run: Run) -> dict[str, Any]:
         "optimizer_bytes": record.optimizer_bytes,
         "file_bytes": record.file_bytes,
         "tokens": record.tokens,
-        "forgetting": None if record.forgetting is None else record.forgetting.rise,
+        "forgetting": run.forgetting,
         "seconds_a_generated_token": run.seconds_a_generated_token,
         "generation_to_backbone": run.generation_to_backbone,
         "device": record.environment.device,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from harness.report.board import text_samples
-from harness.report.board.rows import Row, over
+from harness.report.board.columns import of_runs
+from harness.report.board.rows import Row
 from harness.report.pictures.broken_axis import BrokenAxis, of_counts, of_scores, widened
 
 
@@ -31,7 +32,7 @@ def _of_rises(rises: Sequence[float]) -> BrokenAxis:
 PARAMETERS = Cost(
     "parameters_final",
     "adapter parameters",
-    lambda row: over(row.scored, "parameters_final"),
+    of_runs("parameters_final"),
     lambda rows: True,
     of_counts,
 )
