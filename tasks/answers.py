@@ -73,7 +73,7 @@ class AnswerTask(CausalTask):
     between: ClassVar[str] = ""  # what stands between the template and the response, where there is no chat template
 
     template: str = Field("{prompt}\n", description="what the model reads; {prompt} stands for the prompt")
-    max_length: int = Field(256, ge=8, description="tokens kept of an example; the prompt is cut at its end")
+    max_length: int = Field(256, ge=8, description="tokens kept of an example; the prompt has what max_response leaves, and loses its end")
     max_response: int = Field(64, ge=1, description="most tokens of a response, the end token included")
 
     chat_template: bool = Field(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 VARIABLE = "HARNESS_CACHE"
-FORMAT = 5  # raise it when what is kept, or the code that makes it, changes
+FORMAT = 6  # raise it when what is kept, or the code that makes it, changes
 IDENTITY, CHECKSUM = "made_from", "sha256"  # of an entry's metadata
 
 

@@ -34,7 +34,7 @@ class Generation(AnswerTask, own.TableFile):
     validation; of a single table a fifth is the evaluation. Equal prompts stay together. The model gets no new head.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     capabilities: ClassVar[tuple[str, ...]] = ("text", "generation", "own data")
     measures: ClassVar[tuple[Metric, ...]] = MEASURES
 

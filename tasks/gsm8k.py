@@ -24,10 +24,14 @@ REPOSITORY, CONFIGURATION = "openai/gsm8k", "main"
 COLUMNS = ("question", "answer")
 STATED = "'####' or 'The answer is'"
 NAMED = 3  # rows without a number that are named
-# A number after its mark, as "$1,234.50" is written; not the beginning of a term ("1/2", "3x", "10^5").
+MINUS = "\u2212"  # the sign that is typeset for "-"
+# A number after its mark, as "$1,234.50" is written; not the beginning of a list ("7,2"), a time or a term ("1/2",
+# "5 1/2", "3x", "10^5", "10**5", "2 \sqrt{3}"). What the next line says is no part of it.
 ANSWER = re.compile(
-    r"(?:####|the answer is)[\s:*]*([-+]?)\$?([-+]?)([0-9][0-9,]*+(?:\.[0-9]++)?+|\.[0-9]++)"
-    r"(?![\w\\^{(/])(?!\s*(?:[/^+=]|[-*]\s*[0-9]))",
+    rf"(?:####|the answer is)[\s:*]*([-+{MINUS}]?)(?:\\?\$[ \t]*)?([-+{MINUS}]?)"
+    r"((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?![\w\\^{(/])(?!\.[0-9])(?![,:][0-9])"
+    r"(?![ \t]*(?:[/^+=]|(?:-|\*{1,2})[ \t]*[0-9]|\\(?:sqrt|[dt]?frac|times|cdot|div|pi|pm)))(?![ \t]+[0-9]+[ \t]*/)",
     re.IGNORECASE,
 )
 
@@ -37,7 +41,8 @@ def stated_number(text: str) -> Decimal | None:
     found = ANSWER.search(text)
     if found is None:
         return None
-    return Decimal(found[1] + found[2] + found[3].replace(",", "")) if not (found[1] and found[2]) else None
+    sign = (found[1] + found[2]).replace(MINUS, "-")
+    return Decimal(sign + found[3].replace(",", "")) if len(sign) < 2 else None
 
 
 def _right(answer: str, truth: str) -> bool:
@@ -62,6 +67,7 @@ class Gsm8k(AnswerTask):
     Scored on the test split. The prompt is that of lm-evaluation-harness. The model gets no new head.
     """
 
+    version: ClassVar[int] = 2
     capabilities: ClassVar[tuple[str, ...]] = ("text", "generation")
     measures: ClassVar[tuple[Metric, ...]] = MEASURES
     between: ClassVar[str] = " "
@@ -69,7 +75,7 @@ class Gsm8k(AnswerTask):
     template: str = Field(
         "Question: {prompt}\nAnswer:", description="what the model reads; {prompt} stands for the question"
     )
-    max_length: int = Field(512, ge=8, description="tokens kept of an example, shots not counted")
+    max_length: int = Field(512, ge=8, description="tokens kept of an example, shots not counted; the question has what max_response leaves")
     max_response: int = Field(256, ge=1, description="most tokens of an answer, the end token included")
     shots: int = Field(0, ge=0, le=32, description="solved training questions before each question in evaluations")
 
@@ -136,7 +142,7 @@ def _without_number(answers: Sequence[str]) -> list[str]:
         return []
     named = ", ".join(map(str, lacking[:NAMED])) + (", ..." if len(lacking) > NAMED else "")
     share = f"{len(lacking):,} of {len(answers):,} answers state no number after {STATED}"
-    return [f"{share} (row {named}); they are trained on as they are"]
+    return [f"{share} (row {named}); they are trained on as they are, and no answer to one in the holdout is right"]
 
 
 def _led(examples: Examples, text: str) -> Examples:

@@ -67,14 +67,16 @@ def tokenized(
     between: str = "",
     chat: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The arrays of `EncodedPairs`; `template`, `between` and `chat` are those of `wording`. Too long a response loses
-    its end; then the prompt loses its own, so that what the template says after it stays. Special tokens are those of
-    the template; in prompts and responses they are text."""
+    """The arrays of `EncodedPairs`; `template`, `between` and `chat` are those of `wording`. A response has at
+    most `max_response` tokens, a prompt what that leaves of `max_length`, whatever its response: what is longer loses
+    its end, and what the template says after a prompt stays. Special tokens are those of the template; in prompts and
+    responses they are text."""
     import numpy as np
 
     tokenizer = pretrained.load_tokenizer(model)
     around = wording(tokenizer, model, template, between, chat)
     tail = _tail(tokenizer, around)
+    room = max(0, max_length - max_response - len(tail))
     ends = _end_tokens(tokenizer, around.before + around.after)
     parts: list[list[int]] = []
     responses: list[str] = []
@@ -92,7 +94,6 @@ def tokenized(
         responses += texts
         for head, ids in zip(heads, encoded, strict=True):
             response = [*ids, around.end][:max_response]
-            room = max(0, max_length - len(tail) - len(response))
             cut.append(len(ids) + 1 > max_response or len(head) > room)
             prompt = [*head[:room], *tail] or [around.end]
             parts.append([*prompt, *response])

@@ -266,6 +266,7 @@ def _metrics(record: RunRecord, history: list[dict[str, Any]], started: int) -> 
         "training_peak_bytes",
         "training_reserved_bytes",
         "optimizer_bytes",
+        "backbone_bytes",
         "file_bytes",
     ):
         final[name] = getattr(record, name)

@@ -126,6 +126,13 @@ class TestBudget:
         }
         assert list(to_frame([record(), record("head", optimizer_bytes=3)])["optimizer_bytes"].fillna(0)) == [0, 3]
 
+    def test_what_a_backbone_takes_is_in_data_alone(self) -> None:
+        found = board(record(backbone_bytes=269), record("head"))
+        rows = {row["label"]: row["backbone_bytes"] for row in structured([found])["settings"][0]["rows"]}
+        assert rows == {"lora": 269, "head": None}
+        assert "backbone" not in markdown([found])
+        assert list(to_frame([record(backbone_bytes=269)])["backbone_bytes"]) == [269]
+
     def test_memory_tokens_and_the_kept_file_are_columns_where_records_have_them(self) -> None:
         old = markdown([board(record())])
         headings = ("training memory", "reserved memory", "tokens a second", "file size")

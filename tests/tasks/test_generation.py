@@ -17,6 +17,7 @@ from harness.errors import InputError
 from harness.notation import parse_choice
 from harness.record.store import RecordStore
 from harness.spec import Place
+from harness.task import Examples
 from tasks.generation import Generation
 from tests.support import tiny
 
@@ -140,6 +141,18 @@ def test_what_is_cut_keeps_the_templates_end_and_is_told(model, data):
     assert task.facts(encoded) == {"truncated_share": 1.0}
     whole = task_of(f"generation:{data}[max_length=32,max_response=4]")
     assert whole.facts(whole.encode(train, model)) == {"truncated_share": 0.0}
+
+
+def test_what_is_asked_does_not_depend_on_the_true_response(model):
+    """It did: a long one took the prompt's place, in evaluations too."""
+    task = task_of('generation:none[max_length=16,max_response=6,template="was {prompt} is"]')
+    prompt, responses = "film " * 20, ["good", "good " * 20]
+    examples = Examples({"prompt": [prompt] * 2, "response": responses}, np.zeros(2))
+    asked, answered = (task.collate(task.encode(examples, model), [0, 1], each) for each in (None, torch.Generator()))
+    assert asked.inputs["prompt_mask"].all()
+    assert asked.inputs["prompt_ids"][0].tolist() == asked.inputs["prompt_ids"][1].tolist()
+    assert asked.inputs["prompt_ids"].shape[1] == 10
+    assert answered.inputs["input_ids"].shape[1] == 16
 
 
 def test_a_hub_dataset_in_a_data_root(model, tmp_path):

@@ -82,6 +82,19 @@ def task_of(text: str) -> Gsm8k:
         ("The answer is: 12.5x", None),
         ("The answer is: 10^5", None),
         ("The answer is: 3 + 4i", None),
+        ("The answer is: \\$18.", "18"),
+        ("#### $ 5", "5"),
+        ("#### \u22125", "-5"),
+        ("#### 9\n\n= done", "9"),
+        ("The answer is 5\n\n- 3 apples", "5"),
+        ("#### 18 - that is all", "18"),
+        ("The answer is: 7,2", None),
+        ("The answer is: 1,2345", None),
+        ("The answer is: 5 1/2", None),
+        ("The answer is: 10**5", None),
+        ("The answer is: 3 \\frac{1}{2}", None),
+        ("The answer is: 2 \\sqrt{3}", None),
+        ("The answer is: 3:45", None),
         ("The answer is: --3", None),
         ("72", None),
         ("#### ", None),
@@ -183,7 +196,7 @@ def test_metamathqa_trains_on_its_rows_and_is_scored_on_gsm8k(root):
     train, evaluation = task.load(str(root))
     assert (len(train), {name: len(rows) for name, rows in evaluation.items()}) == (30, {"test": 24})
     said = "10 of 30 answers state no number after '####' or 'The answer is' (row 0, 3, 6, ...)"
-    assert train.notes == (f"{said}; they are trained on as they are",)
+    assert train.notes == (f"{said}; they are trained on as they are, and no answer to one in the holdout is right",)
     assert train.groups is not None
     assert np.bincount(train.groups).tolist() == [3] * 10  # by original question
     shown, _ = task_of("metamathqa[shots=2]").load(str(root))

@@ -258,6 +258,13 @@ COLUMNS = (
         "optimizer_state", "optimizer_bytes", "what the optimizer keeps between updates, at most; a part of the memory"
     ),
     TableColumn(
+        "backbone_bytes",  # the same for nearly all rows of a setting: no column for readers
+        lambda row: over(row.scored, "backbone_bytes", max),
+        "of the backbone's parameters as they are held; a part of the memory",
+        forms=["csv", "json"],
+        shown=_any("backbone_bytes"),
+    ),
+    TableColumn(
         "file_size",
         of_runs("file_bytes"),
         "of the kept adapter and head",

@@ -24,11 +24,11 @@ def to_frame(records: Iterable[RunRecord], naming: Naming | None = None) -> pd.D
     task_version, task_parameters (JSON), model, model_fingerprint, data_fingerprint, limit, seed, status, headline,
     higher_is_better, score, parameters_initial, parameters_peak, parameters_final, head (parameters), stored_bytes,
     rank (mean live rank over the layers), batches, updates, seconds_training, seconds_total, peak_bytes,
-    training_peak_bytes, training_reserved_bytes, optimizer_bytes, file_bytes, tokens (of training), forgetting (rise of
-    the loss per token on a text sample), seconds_a_generated_token (of the trained model), generation_to_backbone (the
-    same over the untouched backbone's), device, started, error, versions (of the packages that results depend on),
-    split (the evaluation split of the score), rows (of each split), metrics.*, holdout.*, tuning, search_batches,
-    search_seconds (of training), search_peak_bytes; see `Run`. Missing values are None or NaN.
+    training_peak_bytes, training_reserved_bytes, optimizer_bytes, backbone_bytes, file_bytes, tokens (of training),
+    forgetting (rise of the loss per token on a text sample), seconds_a_generated_token (of the trained model),
+    generation_to_backbone (the same over the untouched backbone's), device, started, error, versions (of the packages
+    that results depend on), split (the evaluation split of the score), rows (of each split), metrics.*, holdout.*,
+    tuning, search_batches, search_seconds (of training), search_peak_bytes; see `Run`. Missing values are None or NaN.
     """
     return pd.DataFrame([_row(run) for run in runs_of(records, naming)])
 
@@ -61,6 +61,7 @@ def _row(run: Run) -> dict[str, Any]:
         "training_peak_bytes": record.training_peak_bytes,
         "training_reserved_bytes": record.training_reserved_bytes,
         "optimizer_bytes": record.optimizer_bytes,
+        "backbone_bytes": record.backbone_bytes,
         "file_bytes": record.file_bytes,
         "tokens": record.tokens,
         "forgetting": run.forgetting,

@@ -132,6 +132,11 @@ class Run:
         return None if self.record.forgetting is None else self.record.forgetting.rise
 
     @property
+    def backbone_bytes(self) -> int | None:
+        """Of the backbone's parameters as they are held, head included; None in records of older versions."""
+        return self.record.backbone_bytes
+
+    @property
     def optimizer_bytes(self) -> int | None:
         """The most that the optimizer kept between updates; None in records of older versions."""
         return self.record.optimizer_bytes
