@@ -16,6 +16,7 @@ from tasks.cache import cached
 from tasks.causal import CausalTask, check_finite, response_losses, tokenizer_of, training_batch
 from tasks.greedy import first_logits, generated
 from tasks.pairs import EncodedPairs, decoded, tokenized
+from tasks.positions import check_positions
 from tasks.sequences import padded, tensor
 from tasks.wording import PROMPT, has_chat_template, wording
 
@@ -73,7 +74,9 @@ class AnswerTask(CausalTask):
     between: ClassVar[str] = ""  # what stands between the template and the response, where there is no chat template
 
     template: str = Field("{prompt}\n", description="what the model reads; {prompt} stands for the prompt")
-    max_length: int = Field(256, ge=8, description="tokens kept of an example; the prompt has what max_response leaves, and loses its end")
+    max_length: int = Field(
+        256, ge=8, description="tokens kept of an example; a prompt has what max_response leaves, and loses its end"
+    )
     max_response: int = Field(64, ge=1, description="most tokens of a response, the end token included")
 
     chat_template: bool = Field(
@@ -183,6 +186,8 @@ class AnswerTask(CausalTask):
         """Of each row the mean loss of the response, and the logits of its first token as generation has them."""
         import torch
 
+        longest = batch.inputs["prompt_ids"].shape[1] + self.max_response  # with shots it may be above max_length
+        check_positions(model, longest, tokenizer_of(model).name_or_path, "a prompt with its shots and max_response")
         sums, counts = response_losses(model, batch)
         tokenizer = tokenizer_of(model)
         logits = first_logits(model, tokenizer, batch, self._end(tokenizer))

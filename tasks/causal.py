@@ -46,10 +46,11 @@ class CausalTask(Task):
         """As `Task.model_notes`: with what rows are padded where the tokenizer has no padding token."""
         name = self.model_name(model)
         tokenizer = pretrained.load_tokenizer(name)
-        if tokenizer.pad_token_id is not None or tokenizer.eos_token_id is None:
+        if tokenizer.pad_token_id is not None:
             return []
         end = tokenizer.eos_token
-        return [f"the tokenizer of model '{name}' has no padding token: rows are padded with its end token '{end}'"]
+        used = "token 0, which a mask hides" if tokenizer.eos_token_id is None else f"its end token '{end}'"
+        return [f"the tokenizer of model '{name}' has no padding token: rows are padded with {used}"]
 
     def backbone(self, model: str | None, *, meta: bool = False, trust_remote_code: bool = False) -> Backbone:
         """As `Task.backbone`, without a new head. Raises InputError for a model that is no causal language model, or

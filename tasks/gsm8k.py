@@ -75,7 +75,9 @@ class Gsm8k(AnswerTask):
     template: str = Field(
         "Question: {prompt}\nAnswer:", description="what the model reads; {prompt} stands for the question"
     )
-    max_length: int = Field(512, ge=8, description="tokens kept of an example, shots not counted; the question has what max_response leaves")
+    max_length: int = Field(
+        512, ge=8, description="tokens kept of an example, shots not counted; a question has what max_response leaves"
+    )
     max_response: int = Field(256, ge=1, description="most tokens of an answer, the end token included")
     shots: int = Field(0, ge=0, le=32, description="solved training questions before each question in evaluations")
 

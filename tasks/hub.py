@@ -153,6 +153,8 @@ def first_split(dataset: str, config: str, names: Iterable[str], data_root: str 
         present = datasets.get_dataset_split_names(dataset, config)
     except (OSError, ValueError) as error:
         raise _unreachable(dataset, config, data_root, error) from None
+    except Exception as error:
+        raise _unreadable(dataset, error) from None
     return next((name for name in names if name in present), None)
 
 
@@ -258,11 +260,22 @@ def _from_hub(dataset: str, config: str, split: str, columns: Sequence[str], dat
         rows = datasets.load_dataset(dataset, config, split=split)
     except OSError as error:  # datasets' ConnectionError and DatasetNotFoundError are OSErrors
         raise _unreachable(dataset, config, data_root, error) from None
-    except ValueError as error:  # an unknown configuration or split
-        raise InputError(f"dataset '{dataset}' on the Hub: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # an unknown configuration or split, a data set that is a script, files that differ
+        raise _unreadable(dataset, error) from None
     source = f"{dataset} {config} {split} on the Hub"
     check_columns(columns, rows.column_names, source)
     return Rows(rows.select_columns(list(columns)).with_format("arrow")[:], source)
+
+
+def _unreadable(dataset: str, error: Exception) -> InputError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    hint = ""
+    if not isinstance(error, ValueError):  # which names what there is
+        hint = (
+            "; its parquet form may do: --data-root DIR, filled by 'hf download --repo-type dataset --revision "
+            f"refs/convert/parquet --local-dir DIR/{dataset} {dataset}'"
+        )
+    return InputError(f"dataset '{dataset}' on the Hub: {reason}{hint}")
 
 
 def _check_reachable(dataset: str, config: str, data_root: str | None) -> None:

@@ -22,7 +22,9 @@ class MetaMathQa(Gsm8k):
         "Question: {prompt} Think step by step.\nAnswer:",
         description="what the model reads; {prompt} stands for the question",
     )
-    max_length: int = Field(768, ge=8, description="tokens kept of an example, shots not counted")
+    max_length: int = Field(
+        768, ge=8, description="tokens kept of an example, shots not counted; a question has what max_response leaves"
+    )
     max_response: int = Field(300, ge=1, description="most tokens of an answer, the end token included")
 
     def _training(self, data_root: str | None) -> Examples:

@@ -14,13 +14,11 @@ BUFFERS = ("embed_positions", "pos_encoding")  # of fixed length: GPT-J, CTRL
 CONFIGURED = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx")
 
 
-def check_positions(module: nn.Module, max_length: int, model: str) -> None:
-    """Raises InputError where `max_length` tokens are more than the model has positions for."""
+def check_positions(module: nn.Module, tokens: int, model: str, what: str = "max_length") -> None:
+    """Raises InputError where so many `tokens` are more than the model has positions for."""
     positions = num_positions(module)
-    if positions is not None and max_length > positions:
-        raise InputError(
-            f"max_length = {max_length} is above the {positions} positions of model '{model}'", "max_length"
-        )
+    if positions is not None and tokens > positions:
+        raise InputError(f"{what} = {tokens} is above the {positions} positions of model '{model}'", what)
 
 
 def num_positions(module: nn.Module) -> int | None:

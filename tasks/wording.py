@@ -8,6 +8,8 @@ from typing import Any
 from harness.errors import InputError
 
 PROMPT = "{prompt}"  # in a template
+# Before chat templates that write the date: the day is that which Llama 3's takes where it is told none.
+ONE_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 MARK, OTHER = "\U000f5ed0", "\U000f5ed1"  # of Unicode's private use: they stand for a prompt and a response
 
 
@@ -31,8 +33,8 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 def wording(tokenizer: Any, model: str, template: str, between: str = "", chat: bool = False) -> Wording:
-    """With `chat` the tokenizer's chat template where it has one, with the prompt as the user's message; else
-    `template`. Raises InputError for a tokenizer without an end token, or a chat template that cannot be used."""
+    """With `chat` the tokenizer's chat template where it has one, with the prompt as the user's message, and on one day
+    for all runs; else `template`. Raises InputError for a tokenizer without an end token, or a chat template that cannot be used."""
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of model '{model}' has no end token; a response needs one", model)
     if chat and has_chat_template(tokenizer):
@@ -45,7 +47,13 @@ def _of_chat(tokenizer: Any, model: str) -> Wording:
     def written(message: str, *answer: str) -> str:
         messages = [{"role": "user", "content": message}, *({"role": "assistant", "content": text} for text in answer)]
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answer)
+            template = tokenizer.get_chat_template()
+            text = tokenizer.apply_chat_template(
+                messages,
+                chat_template=ONE_DAY + template if "strftime_now" in template else template,
+                tokenize=False,
+                add_generation_prompt=not answer,
+            )
         except Exception as error:  # the template is a program of its own
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise InputError(f"the chat template of model '{model}' cannot write a message: {reason}", model) from None

@@ -116,6 +116,10 @@ def _otherwise(record: RunRecord) -> list[str]:
         told.append(
             f"schedule: cosine after a warm-up over 0.1 of the steps; here {train.schedule} after {train.warmup:g}"
         )
+    elif train.warmup:
+        told.append(f"schedule: constant from the first step; here constant after a warm-up over {train.warmup:g}")
+    if record.spec.method_parameters["weight_decay"]:
+        told.append("weight decay: of all that is trained; here of matrices alone")
     if train.precision != "fp32":
         told.append(f"precision: that of dtype; here {train.precision}, which its use_amp is not (that is float16)")
     if train.backbone_dtype == "nf4":

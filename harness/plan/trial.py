@@ -88,6 +88,8 @@ def _tried(task: Task, module: nn.Module, encoded: Any, train: TrainSpec, where:
     rows = sorted({order[0], order[len(order) // 2], order[-1]})
     try:
         return difference(task, module, encoded, rows, train)
+    except InputError:
+        raise
     except Exception as error:
         if is_out_of_memory(error):  # says nothing of the rows; the runs will tell
             return None

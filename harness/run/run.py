@@ -208,8 +208,11 @@ class _Run:
                 next_checkpoint = training.used + place.checkpoint_every
                 total = self.earlier_seconds + time.perf_counter() - self.started
                 seconds = {"seconds_total": total, "seconds_evaluation": self.evaluation_seconds}
+                training.settle()
+                self.memory.enter("other")
                 with self.store.writing():
                     checkpoint.save(folder, training.used, training.state_dict() | seconds, origin)
+                self.memory.enter("training")
             self._tell(training)
 
         self.memory.enter("training")

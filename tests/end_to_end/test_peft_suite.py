@@ -128,6 +128,8 @@ def test_what_the_suite_does_otherwise_is_said(store: RecordStore, tmp_path: Pat
         "write where the suite finds it",
     ):
         assert words in told
+    assert exported(store, run, tmp_path / "own", "--as", "peft-experiment") == 0
+    assert "here constant after a warm-up over 0.06" in (tmp_path / "own" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from harness import cli
-from harness.record.record import HISTORY, SCHEMA, RunRecord
+from harness.record.record import HISTORY, SCHEMA, Generation, RunRecord
 from harness.record.store import RecordStore
 from harness.report.board.frame import to_frame
 from harness.report.board.leaderboard import leaderboards, sorted_by
@@ -152,6 +152,12 @@ class TestBudget:
         assert "Gradient checkpointing was on in runs of lora alone: do not compare their seconds and memory." in some
         every = markdown([board(record(place=again), record("head", place=again))])
         assert "Runs were made with gradient checkpointing" in every
+
+    def test_generation_that_was_timed_in_other_batches_is_said(self) -> None:
+        timed = [Generation(rows=rows, tokens=32, untouched=0.01, trained=0.02) for rows in (16, 16, 64)]
+        of = [record(name, generation=each) for name, each in zip(("lora", "head", "full"), timed, strict=True)]
+        assert "timed in batches" not in markdown([board(*of[:2])])
+        assert "timed in batches of different sizes (rows x tokens: 16 x 32, 64 x 32)" in markdown([board(*of)])
 
     def test_costs_count_the_search_once_for_each_task(self) -> None:
         trials = [trial(learning_rate=1e-3), trial(learning_rate=1e-2, holdout=None, batches=30, peak_bytes=2 * 10**9)]

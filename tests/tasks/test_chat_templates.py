@@ -117,6 +117,14 @@ def test_answers_stop_where_the_chat_template_ends_a_turn(tmp_path):
     assert record.score == record.metrics["exact_match"] == 1.0
 
 
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(tmp_path):
+    """Llama 3.2's and SmolLM3's would make runs of two days different ones under one run_id."""
+    dated = "{{ strftime_now('%d %b %Y') }} " + CHATML
+    tokenizer = write_tokenizer(tmp_path, "byte-level", dated)
+    (prompt,) = prompts_of(encoded(tmp_path, ["the task"]))
+    assert tokenizer.decode(prompt).startswith("26 Jul 2024 <|im_start|>user")
+
+
 def test_without_a_chat_template_or_a_padding_token_what_is_used_is_said(tmp_path):
     model, data = write_model(tmp_path / "model", None), write_pairs(tmp_path / "pairs.jsonl")
     task = task_of(data, 'chat_template=true,template="say {prompt}:"')

@@ -17,9 +17,10 @@ from harness.contracts import TASK_CONTRACTS, Subject
 from harness.contracts.tasks import a_row_does_not_depend_on_the_rows_beside_it
 from harness.errors import InputError
 from harness.notation import parse_choice
+from harness.plan.trial import check_rows
 from harness.record.store import RecordStore
 from harness.report.evidence.examples import example_scores
-from harness.spec import Limits, Place
+from harness.spec import Limits, Place, TrainSpec
 from harness.splits import make_splits
 from tasks.gsm8k import MEASURES, Gsm8k, stated_number
 from tests.support import tiny, tiny_text
@@ -189,6 +190,14 @@ def test_shots_are_read_before_questions_in_evaluations_alone(root, model):
     rows = {name: values[:2] for name, values in examples.columns.items()}
     without = {name: values for name, values in rows.items() if name != "shots"}
     assert torch.equal(trained(shown, rows), trained(plain, without))
+
+
+def test_shots_that_a_model_has_no_positions_for_are_found_before_the_runs(root, model):
+    task = task_of(f"gsm8k[shots=12,{SMALL}]")
+    splits = make_splits(task, str(root), Limits(40))
+    encoded = task.encode(splits.holdout, model)
+    with pytest.raises(InputError, match="a prompt with its shots and max_response = .* is above the 256 positions"):
+        check_rows(task, task.backbone(model).module, encoded, TrainSpec(), "task")
 
 
 def test_metamathqa_trains_on_its_rows_and_is_scored_on_gsm8k(root):

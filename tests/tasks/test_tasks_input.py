@@ -19,7 +19,7 @@ from harness.splits import make_splits
 from tasks import pretrained
 from tasks.cifar10 import Cifar10
 from tasks.glue import Glue
-from tasks.hub import read_split
+from tasks.hub import first_split, read_split
 from tasks.rotten_tomatoes import RottenTomatoes, review_file
 from tests.support import tiny
 
@@ -101,6 +101,23 @@ def test_the_hub_route_gives_the_rows_of_the_data_root(root, tmp_path, monkeypat
     assert hub.fingerprint == local.fingerprint
     with told("nyu-mll/glue", "on the Hub", "train"):
         read_split("nyu-mll/glue", "cola", "trian", ["sentence"], None)
+
+
+def test_a_data_set_that_is_a_script_is_told(monkeypatch):
+    """As PIQA's is on the Hub: datasets raises RuntimeError."""
+    import datasets
+    from huggingface_hub import constants
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Dataset scripts are no longer supported, but found set.py")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with told("some/set", "scripts are no longer supported", "--revision refs/convert/parquet"):
+        read_split("some/set", "plain", "train", ["text"], None)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
+    with told("some/set", "scripts are no longer supported"):
+        first_split("some/set", "plain", ["test"], None)
 
 
 @pytest.mark.parametrize("layout", ["data/train-00000-of-00001.parquet", "train.parquet", "plain/train/0000.parquet"])

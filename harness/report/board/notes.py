@@ -16,7 +16,8 @@ from harness.report.wording import few, seeds_text
 
 def with_notes(board: Board) -> Board:
     """The board with notes on failures and their reasons, on how runs say that they went, on seeds, data, devices
-    and versions that differ, on gradient checkpointing, and on where the methods come from."""
+    and versions that differ, on gradient checkpointing, on how generation was timed, and on where the methods come
+    from."""
     runs = [run for row in board.rows for run in row.runs]
     notes = [
         *_failure_notes(board.rows, board.tasks),
@@ -26,6 +27,7 @@ def with_notes(board: Board) -> Board:
         *_split_notes(board.columns),
         *_device_notes(runs),
         *_checkpointing_notes(runs),
+        *_generation_notes(runs),
         *_version_notes(runs),
         *provenance_notes(board),
     ]
@@ -118,6 +120,14 @@ def _checkpointing_notes(runs: Sequence[Run]) -> list[str]:
         return ["Runs were made with gradient checkpointing, which saves memory and takes time."]
     labels = few(list(dict.fromkeys(run.label for run in again)))
     return [f"Gradient checkpointing was on in runs of {labels} alone: do not compare their seconds and memory."]
+
+
+def _generation_notes(runs: Iterable[Run]) -> list[str]:
+    sizes = sorted({(timed.rows, timed.tokens) for run in runs if (timed := run.record.generation) is not None})
+    if len(sizes) < 2:
+        return []
+    found = ", ".join(f"{rows} x {tokens}" for rows, tokens in sizes)
+    return [f"Generated tokens were timed in batches of different sizes (rows x tokens: {found}): do not compare them."]
 
 
 def _listed(seeds: Iterable[int]) -> str:
