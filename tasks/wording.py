@@ -34,7 +34,8 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 def wording(tokenizer: Any, model: str, template: str, between: str = "", chat: bool = False) -> Wording:
     """With `chat` the tokenizer's chat template where it has one, with the prompt as the user's message, and on one day
-    for all runs; else `template`. Raises InputError for a tokenizer without an end token, or a chat template that cannot be used."""
+    for all runs; else `template`. Raises InputError for a tokenizer without an end token, or a chat template that
+    cannot be used."""
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of model '{model}' has no end token; a response needs one", model)
     if chat and has_chat_template(tokenizer):

@@ -28,6 +28,7 @@ from harness.report.tables.differences import (
     differences_json,
     differences_table,
 )
+from harness.spec import TrainSpec
 from tests.support.report_records import NAMING, predicted, record, stored
 
 EXAMPLES = 300
@@ -78,6 +79,14 @@ def of_records(folder: Path, *records: RunRecord) -> Differences:
 
 
 class TestNumbers:
+    def test_a_board_of_the_baseline_alone_has_no_table(self, tmp_path: Path) -> None:
+        store = kept(tmp_path, [(method, "cola", seed) for method in ("lora", "head") for seed in (0, 1)])
+        records = list(store.records())
+        boards = leaderboards(runs_of([*records, record("lora", "cola", 0, train=TrainSpec(batches=50))], NAMING))
+        assert [len(board.rows) for board in boards] == [2, 1]
+        found = differences(boards, "lora", ExampleReader(store))
+        assert [list(each.rows) for each in found.values()] == [["head"]]
+
     def test_are_those_of_a_slow_reference(self, tmp_path: Path) -> None:
         frame = differences_frame(found_in(kept(tmp_path, grid())))
         by_task: dict[str, dict[str, float]] = {}

@@ -196,7 +196,7 @@ def test_shots_that_a_model_has_no_positions_for_are_found_before_the_runs(root,
     task = task_of(f"gsm8k[shots=12,{SMALL}]")
     splits = make_splits(task, str(root), Limits(40))
     encoded = task.encode(splits.holdout, model)
-    with pytest.raises(InputError, match="a prompt with its shots and max_response = .* is above the 256 positions"):
+    with pytest.raises(InputError, match=r"a prompt with its shots and max_response = .* is above the 256 positions"):
         check_rows(task, task.backbone(model).module, encoded, TrainSpec(), "task")
 
 

@@ -63,12 +63,14 @@ class Differences:
 
 
 def differences(boards: Sequence[Board], baseline: str, read: ExampleReader) -> dict[str, Differences]:
-    """By the board's key, the rows of each board that has the baseline less it; p values are Holm's over a column.
+    """By the board's key, the other rows of each board that has the baseline less it; p values are Holm's over a
+    column. A board of the baseline alone has none.
 
     `baseline`: a row's label, or a method that has one row. Raises InputError where no board has it.
     """
     found = rows_of(boards, baseline, "row for the baseline")
-    return {board.key: _less(board, found[board.key], read) for board in boards if board.key in found}
+    several = [board for board in boards if board.key in found and len(board.rows) > 1]
+    return {board.key: _less(board, found[board.key], read) for board in several}
 
 
 def as_shown(found: Mapping[str, Differences], boards: Iterable[Board]) -> dict[str, Differences]:
@@ -78,8 +80,8 @@ def as_shown(found: Mapping[str, Differences], boards: Iterable[Board]) -> dict[
     for board in boards:
         if board.key in found:
             rows = found[board.key].rows
-            rows = {row.label: rows[row.label] for row in board.rows if row.label in rows}
-            narrowed[board.key] = dataclasses.replace(found[board.key], board=board, rows=rows)
+            if rows := {row.label: rows[row.label] for row in board.rows if row.label in rows}:
+                narrowed[board.key] = dataclasses.replace(found[board.key], board=board, rows=rows)
     return narrowed
 
 
