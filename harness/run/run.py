@@ -190,12 +190,10 @@ class _Run:
         assert training is not None
         folder = self.store.checkpoints / self.spec.run_id
         seed_everything(derived_seed(self.spec.seed, "training"))
-        origin = checkpoint.origin_of(self.spec)
-        self._resume(training, checkpoint.load_newest(folder, origin, self.unusable))
+        self._resume(training, checkpoint.load_newest(folder, checkpoint.origin_of(self.spec), self.unusable))
         self.task.set_training(adaptation.model)
         points = max(self.spec.train.holdout_points, int(self.spec.is_trial))  # a trial is scored at its end
-        due = [math.ceil(training.budget * (i + 1) / points) for i in range(points)]
-        due = [batches for batches in due if batches > training.used]
+        due = [at for i in range(points) if (at := math.ceil(training.budget * (i + 1) / points)) > training.used]
         next_checkpoint = training.used + place.checkpoint_every
 
         def after_update(training: Training) -> None:
@@ -206,12 +204,12 @@ class _Run:
                 training.history[-1] |= self._holdout(adaptation, data)
             if place.checkpoint_every and next_checkpoint <= training.used < training.budget:
                 next_checkpoint = training.used + place.checkpoint_every
-                total = self.earlier_seconds + time.perf_counter() - self.started
-                seconds = {"seconds_total": total, "seconds_evaluation": self.evaluation_seconds}
                 training.settle()
                 self.memory.enter("other")
+                total = self.earlier_seconds + time.perf_counter() - self.started
+                state = training.state_dict() | {"seconds_total": total, "seconds_evaluation": self.evaluation_seconds}
                 with self.store.writing():
-                    checkpoint.save(folder, training.used, training.state_dict() | seconds, origin)
+                    checkpoint.save(folder, training.used, state, checkpoint.origin_of(self.spec))
                 self.memory.enter("training")
             self._tell(training)
 
