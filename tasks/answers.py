@@ -186,10 +186,10 @@ class AnswerTask(CausalTask):
         """Of each row the mean loss of the response, and the logits of its first token as generation has them."""
         import torch
 
-        longest = batch.inputs["prompt_ids"].shape[1] + self.max_response  # with shots it may be above max_length
-        check_positions(model, longest, tokenizer_of(model).name_or_path, "a prompt with its shots and max_response")
-        sums, counts = response_losses(model, batch)
         tokenizer = tokenizer_of(model)
+        longest = batch.inputs["prompt_ids"].shape[1] + self.max_response  # with shots it may be above max_length
+        check_positions(model, longest, tokenizer.name_or_path, "a prompt with its shots and max_response")
+        sums, counts = response_losses(model, batch)
         logits = first_logits(model, tokenizer, batch, self._end(tokenizer))
         return torch.cat([(sums / counts)[:, None], logits], dim=1)
 
