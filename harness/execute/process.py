@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -21,5 +22,7 @@ def quiet_environment() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }.items():
         os.environ.setdefault(name, value)
+    # It tells of a kernel that it has no use for, where PEFT imports it, and of casts to fp16 at every step.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # PEFT asks transformers for a property by its old name, once a run.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

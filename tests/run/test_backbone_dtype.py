@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -239,3 +240,22 @@ class TestPacked:
         adaptation = start(Subject(PARAMETERS["debora"], tmp_path, backbone_dtype="nf4")).adaptation
         with pytest.raises(ValueError, match="packed into integers: merge into the backbone in bf16 or fp32"):
             adaptation.model.merge_adapter()
+
+    @pytest.mark.parametrize("dtype", ["fp32", "nf4"])
+    def test_a_run_says_nothing_of_the_library(self, dtype, tmp_path):
+        """PEFT imports it where it is installed, whatever the backbone is held in."""
+        given = [
+            "--tasks",
+            "synthetic",
+            "--methods",
+            "lora[rank=2]",
+            "--batches",
+            "2",
+            "--seeds",
+            "1",
+            "--tracking-uri",
+            "off",
+        ]
+        given += ["--executor", "serial", "--backbone-dtype", dtype, "--results", str(tmp_path / "results")]
+        done = subprocess.run([sys.executable, "-m", "harness", "run", *given], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
