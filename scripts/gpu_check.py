@@ -1,9 +1,10 @@
 """Whether all of this works on a GPU, and what a step costs there: tables in Markdown, on stdout and in --output.
 
-    bash scripts/gpu_check.sh [--only contracts,resume,ray,memory,steps] [--output FILE] [--device cpu]
+    bash scripts/gpu_check.sh [--only contracts,packed,resume,ray,memory,steps] [--output FILE] [--device cpu]
 
 contracts  every installed method keeps `harness.contracts` on the device, its backbone in float32 and in bfloat16
            (adapters and head stay in float32)
+packed     the same for a backbone in int8 and in nf4, of methods that take one
 resume     a run that is saved half-way and resumed by a new model has the losses of one that was not, bit for bit
 ray        two runs on one GPU at a time, under Ray
 memory     the peak in our records against torch's own counters
@@ -35,8 +36,11 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = "rank-adaptive-harness"
-PARTS = ("contracts", "resume", "ray", "memory", "steps")
+PARTS = ("contracts", "packed", "resume", "ray", "memory", "steps")
 BACKBONES = ("fp32", "bf16")
+PACKED = ("int8", "nf4")
+ON_PACKED = ("lora", "adalora", "debora", "hadapter", "peft[type=lora]")
+SIDE_BY_SIDE = ("contracts", "packed", "resume")
 RESUMED = ("lora", "adalora", "debora[T_max=2]")
 SECONDS = 300  # most of one check
 MIB = 2**20
@@ -167,9 +171,11 @@ def jobs_of(parts: Sequence[str], methods: Sequence[str]) -> list[Job]:
 
     jobs: list[Job] = []
     for part in parts:
-        if part in ("contracts", "resume"):
-            names = RESUMED if part == "resume" else [PARAMETERS.get(name, name) for name in methods]
-            jobs += [Job(part, name, backbone) for name in names for backbone in BACKBONES]
+        if part in SIDE_BY_SIDE:
+            names = {"contracts": methods, "packed": ON_PACKED, "resume": RESUMED}[part]
+            backbones = PACKED if part == "packed" else BACKBONES
+            whole = [name if part == "resume" else PARAMETERS.get(name, name) for name in names]
+            jobs += [Job(part, name, backbone) for name in whole for backbone in backbones]
         else:
             jobs += [Job(part, "", backbone) for backbone in (BACKBONES if part == "steps" else ("",))]
     return jobs
@@ -180,7 +186,7 @@ def all_lines(jobs: Sequence[Job], options: argparse.Namespace, sizes: Sizes) ->
     are timed, or count memory."""
     processes = options.processes or max(1, min(8, (os.cpu_count() or 1) // 2))
     for alone in (False, True):
-        chosen = [job for job in jobs if (job.part not in ("contracts", "resume")) == alone]
+        chosen = [job for job in jobs if (job.part not in SIDE_BY_SIDE) == alone]
         with ThreadPoolExecutor(1 if alone else processes) as pool:
             for found in pool.map(lambda job: lines_of(job, options.device, sizes), chosen):
                 for line in found:

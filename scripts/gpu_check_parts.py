@@ -96,6 +96,13 @@ def contracts(job: Job, device: str, sizes: Sizes) -> list[Row]:
     return [Row(*job, "passed", f"{len(METHOD_CONTRACTS)} contracts")]
 
 
+def packed(job: Job, device: str, sizes: Sizes) -> list[Row]:
+    """As `contracts`, where there is the library that packs."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return [Row(*job, "skipped", "bitsandbytes is not installed")]
+    return contracts(job, device, sizes)
+
+
 def resume(job: Job, device: str, sizes: Sizes) -> list[Row]:
     """One line: whether a run that is resumed goes on as one that is not interrupted, on a quarter of the blocks."""
     sizes = sizes._replace(blocks=max(1, sizes.blocks // 4))
@@ -258,7 +265,7 @@ def floor(backbone: str, device: str, sizes: Sizes) -> Callable[[], Any]:
     return lambda: training.backward(training.data.draw("all"))
 
 
-CHECKS = {"contracts": contracts, "resume": resume, "ray": ray, "memory": memory, "steps": steps}
+CHECKS = {"contracts": contracts, "packed": packed, "resume": resume, "ray": ray, "memory": memory, "steps": steps}
 
 
 def lines_of(job: Job, device: str, sizes: Sizes) -> Sequence[Row | Cost]:

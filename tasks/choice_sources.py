@@ -98,7 +98,7 @@ def _boolq(row: Cells) -> Question:
 
 
 def _hellaswag(row: Cells) -> Question:
-    first, second = _text(row, "ctx_a"), row["ctx_b"] or ""
+    first, second = _text(row, "ctx_a"), _text(row, "ctx_b") if row["ctx_b"] else ""
     if not isinstance(row["endings"], list):
         raise ValueError(f"endings = {row['endings']!r} is not allowed: it should be a list of texts")
     right = _place(row, "label", [str(number) for number in range(len(row["endings"]))])

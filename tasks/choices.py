@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import InputError
 from harness.task import Batch, Examples
 from tasks import pretrained
 from tasks.causal import IGNORED, filler_of, has_prompt, response_losses
@@ -62,9 +63,12 @@ class EncodedChoices:
         return rows, [len(context) for context in contexts]
 
 
-def tokenized_choices(examples: Examples, model: str, max_length: int) -> dict[str, np.ndarray]:
+def tokenized_choices(examples: Examples, model: str, max_length: int, task: str) -> dict[str, np.ndarray]:
     """The arrays of `EncodedChoices`. A context and a choice are tokenised as one text; what the texts of one context
-    have in common, up to its end, is read as the context. Too long a context loses its beginning."""
+    have in common, up to its end, is read as the context. Too long a context loses its beginning; choices are whole.
+
+    Raises InputError, which names the task, where `max_length` has no room for a choice and a token before it.
+    """
     import numpy as np
 
     tokenizer = pretrained.load_tokenizer(model)
@@ -72,6 +76,7 @@ def tokenized_choices(examples: Examples, model: str, max_length: int) -> dict[s
     contexts: list[list[int]] = []
     choices: list[list[int]] = []
     context_of, cut, counts = [], [], []
+    lacking = 0  # tokens
     for start in range(0, len(examples), TOKENIZED_AT_ONCE):
         few = [examples.columns[name][start : start + TOKENIZED_AT_ONCE] for name in ("contexts", "choices")]
         asked = [_by_context(*pair) for pair in zip(*few, strict=True)]
@@ -82,13 +87,17 @@ def tokenized_choices(examples: Examples, model: str, max_length: int) -> dict[s
             for _, group in question:
                 context, *wholes = itertools.islice(ids, 1 + len(group))
                 shared = _shared(context, wholes)
-                room = max(1, max_length - len(begin) - max(len(whole) - shared for whole in wholes))
+                room = max_length - len(begin) - max(len(whole) - shared for whole in wholes)
+                lacking = max(lacking, 1 - room)
                 lost |= shared > room
                 contexts.append([*begin, *context[max(0, shared - room) : shared]] or [filler_of(tokenizer)])
                 choices += [whole[shared:] for whole in wholes]
                 context_of += [len(contexts) - 1] * len(wholes)
             cut.append(lost)
             counts.append(sum(len(group) for _, group in question))
+    if lacking > 0:
+        least = max_length + lacking
+        raise InputError(f"task '{task}': max_length = {max_length} is too short for its choices: give {least} or more")
     context_tokens, context_starts = end_to_end(contexts)
     choice_tokens, choice_starts = end_to_end(choices)
     return {

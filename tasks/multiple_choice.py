@@ -63,7 +63,7 @@ class MultipleChoice(FamilyTask, CausalTask):
                 "choices",
                 (pretrained.fingerprint(name), self.max_length, fingerprint_of(choices=examples)),
                 ("transformers", "tokenizers"),
-                lambda: tokenized_choices(examples, name, self.max_length),
+                lambda: tokenized_choices(examples, name, self.max_length, f"{self.family}/{self.member}"),
             )
         )
 

@@ -16,6 +16,7 @@ from harness.report.redact import cut_config, model_name
 
 CONFIG, TRAINING, ABOUT = "adapter_config.json", "training_params.json", "README.md"
 SCHEDULES = {"constant": None, "cosine": "cosine", "linear": "cosine"}  # ours and the suite's, which has these two
+PROMPT = "{prompt}"  # in templates of ours
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8", "nf4": "int4"}  # in the same way
 
 
@@ -104,14 +105,21 @@ def _training(record: RunRecord) -> dict[str, Any]:
 
 
 def _template(text: Any) -> str | None:
-    """What the model reads, by the suite's name for the question."""
-    return text.replace("{prompt}", "{query}") if isinstance(text, str) and "{prompt}" in text else None
+    """What the model reads, as the suite's `str.format` takes it, with its name for the question."""
+    if not isinstance(text, str) or PROMPT not in text:
+        return None
+    return "{query}".join(part.replace("{", "{{").replace("}", "}}") for part in text.split(PROMPT))
 
 
 def _otherwise(record: RunRecord) -> list[str]:
     """What the suite does otherwise than this run did, a line each."""
     train, model = record.spec.train, record.spec.place.model
-    told = ["data: MetaMathQA for training, GSM8K for the score, whatever this run had"]
+    drawn = "drawn, in batches of like lengths" if train.group_by_length else "drawn from all rows alike"
+    told = [
+        "data: MetaMathQA for training, GSM8K for the score, whatever this run had",
+        "loss: of question and answer, a mean over a batch's tokens; here of the answer alone, then over examples",
+        f"order: the data's, in batches of like lengths; here {drawn}",
+    ]
     if SCHEDULES[train.schedule] is not None:
         told.append(
             f"schedule: cosine after a warm-up over 0.1 of the steps; here {train.schedule} after {train.warmup:g}"

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,25 @@ def test_a_check_whose_process_dies_is_a_line():
     assert "KeyError" in line.detail
 
 
+def test_packed_is_skipped_where_the_library_is_missing(in_this_process, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "ON_PACKED", ("lora",))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert gpu_check.main(["--device", "cpu", "--only", "packed"]) == 0
+    rows = [row for row in table_rows(capsys.readouterr().out) if row[0] == "packed"]
+    assert [row[2:] for row in rows] == [
+        ["int8", "skipped", "bitsandbytes is not installed"],
+        ["nf4", "skipped", "bitsandbytes is not installed"],
+    ]
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install '.[quantised]'")
+def test_packed_ones_keep_the_contracts(in_this_process, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "ON_PACKED", ("lora",))
+    assert gpu_check.main(["--device", "cpu", "--only", "packed"]) == 0
+    rows = [row for row in table_rows(capsys.readouterr().out) if row[0] == "packed"]
+    assert [row[2:4] for row in rows] == [["int8", "passed"], ["nf4", "passed"]]
+
+
 def test_ray_is_skipped_where_it_is_missing(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert gpu_check_parts.lines_of(Job("ray"), "cpu", SMALLEST) == [
@@ -102,7 +122,10 @@ def test_without_an_installation_the_checkout_says_what_there_is(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--device", "cpu", "--only", "contract"], "'contract' is not one of contracts, resume, ray, memory, steps"),
+        (
+            ["--device", "cpu", "--only", "contract"],
+            "'contract' is not one of contracts, packed, resume, ray, memory, steps",
+        ),
         (["--device", "cpu", "--methods", "lore"], "'lore' is not one of"),
     ],
 )

@@ -15,6 +15,7 @@ from harness.cli import main
 from harness.notation import parse_choice
 from harness.record.record import RunRecord
 from harness.record.store import RecordStore
+from harness.spec import RunSpec
 from tests.support import tiny
 
 METHODS = "lora[rank=2,learning_rate=1e-2],adalora,full,peft[type=ia3]"
@@ -58,6 +59,15 @@ def run_of(store: RecordStore, method: str, task: str = "generation") -> RunReco
 
 def exported(store: RecordStore, run: RunRecord, to: Path, *options: str) -> int:
     return main(["export", run.run_id, "--to", str(to), "--results", str(store.results), *options])
+
+
+def rewritten(run: RunRecord, spec: RunSpec, tmp_path: Path) -> RecordStore:
+    """A store of its own with the run as one of another spec."""
+    store = RecordStore(tmp_path / "results")
+    store.make_ready()
+    changed = run.model_copy(update={"spec": spec, "run_id": spec.run_id, "files": {}})
+    store.write(changed, [], store.draft(spec.run_id))
+    return store
 
 
 def untrained(folder: Path, model: Path) -> Any:
@@ -112,9 +122,7 @@ def test_what_the_suite_does_otherwise_is_said(store: RecordStore, tmp_path: Pat
     place = run.spec.place.model_copy(update={"gradient_checkpointing": True, "evaluation_batch_size": 3})
     task = run.spec.task_parameters | {"chat_template": True}
     spec = run.spec.model_copy(update={"train": train, "place": place, "task_parameters": task})
-    other = RecordStore(tmp_path / "results")
-    other.make_ready()
-    other.write(run.model_copy(update={"spec": spec, "run_id": spec.run_id, "files": {}}), [], other.draft(spec.run_id))
+    other = rewritten(run, spec, tmp_path)
     assert exported(other, other.find(spec.run_id), tmp_path / "to", "--as", "peft-experiment") == 0
     settings = json.loads((tmp_path / "to" / "training_params.json").read_text())
     assert settings | {"lr_scheduler": "cosine", "dtype": "int4", "use_gc": True, "batch_size_eval": 3} == settings
@@ -126,10 +134,22 @@ def test_what_the_suite_does_otherwise_is_said(store: RecordStore, tmp_path: Pat
         "here nf4",
         "here the tokenizer's chat template",
         "write where the suite finds it",
+        "loss: of question and answer",
+        "here drawn from all rows alike",
     ):
         assert words in told
     assert exported(store, run, tmp_path / "own", "--as", "peft-experiment") == 0
     assert "here constant after a warm-up over 0.06" in (tmp_path / "own" / "README.md").read_text()
+
+
+def test_a_template_with_braces_is_one_that_the_suite_can_fill(store: RecordStore, tmp_path: Path) -> None:
+    run = run_of(store, "lora")
+    task = run.spec.task_parameters | {"template": '{"q": "{prompt}"}\n'}
+    spec = run.spec.model_copy(update={"task_parameters": task})
+    other = rewritten(run, spec, tmp_path)
+    assert exported(other, other.find(spec.run_id), tmp_path / "to", "--as", "peft-experiment") == 0
+    template = json.loads((tmp_path / "to" / "training_params.json").read_text())["query_template"]
+    assert template.format(query="how many?") == '{"q": "how many?"}\n'
 
 
 @pytest.mark.parametrize(

@@ -238,3 +238,17 @@ def test_it_draws_from_a_file_and_its_axes_change(tmp_path: Path) -> None:
     (hover,) = [text for text in first["hovers"] if text.startswith("<b>lora</b>")]
     lora = next(row for row in accuracy["rows"] if row["label"] == "lora")
     assert hover.split("<br>")[1:] == ["parameters: 100", f"accuracy: {lora['texts'][0]}", *lora["runs"]]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_the_interval_is_told_on_any_two_axes(tmp_path: Path) -> None:
+    of = several()
+    asked = ASKED.replace('choose("view", "loss"); choose("x", "seconds");', 'choose("y", "seconds");')
+    _, then = shown(
+        tmp_path / "report.html", of, asked.replace('xaxis.title.text === "seconds"', 'yaxis.title.text === "seconds"')
+    )
+    (hover,) = [text for text in then["hovers"] if text.startswith("<b>lora</b>")]
+    accuracy, *_ = views_of(page([of], [], {}, {}))
+    lora = next(row for row in accuracy["rows"] if row["label"] == "lora")
+    assert "\u00b1" in lora["texts"][0]
+    assert hover.split("<br>")[3] == f"accuracy: {lora['texts'][0]}"

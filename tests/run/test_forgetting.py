@@ -16,7 +16,7 @@ from harness.cli import main
 from harness.commands.run_options import place_of
 from harness.record.record import PREDICTIONS, RunRecord
 from harness.record.store import RecordStore
-from tests.support import tiny
+from tests.support import tiny, tiny_text
 
 TEXT = "the film was good . a story was bad . " * 120
 WINDOWS, TOKENS = 3, tiny.SIZES["max_position_embeddings"]
@@ -139,20 +139,20 @@ class TestNumbers:
         assert record.seconds.evaluation > 2, "before and after training"
         assert record.seconds.training < 1
 
-    def test_a_start_token_begins_each_window(self, model, folder, tmp_path) -> None:
+    @pytest.mark.parametrize("before", [[], [1]], ids=["no start token", "a start token"])
+    def test_a_start_token_begins_each_window(self, before, model, folder, tmp_path) -> None:
         from transformers import AutoTokenizer
 
         from tasks import text_sample
         from tasks.pretrained import load_backbone
 
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        module = load_backbone(str(model), "AutoModelForCausalLM", None, meta=True).module
-        found = text_sample.windows(str(folder / "sample.txt"), 2, module, str(model), None)
+        llama = tiny_text.write_llama(tmp_path, tiny_text.sentence_piece("bpe"), positions=TOKENS) if before else model
+        tokenizer = AutoTokenizer.from_pretrained(llama)
+        module = load_backbone(str(llama), "AutoModelForCausalLM", None, meta=True).module
+        found = text_sample.windows(str(folder / "sample.txt"), 2, module, str(llama), None)
         whole = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-        starts = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-        taken = TOKENS - starts
-        assert found.shape == (2, TOKENS)
-        assert found[:, starts:].flatten().tolist() == whole[: 2 * taken]
+        taken = TOKENS - len(before)
+        assert found.tolist() == [before + whole[:taken], before + whole[taken : 2 * taken]]
 
     def test_fewer_windows_than_asked_for_are_as_many_as_there_are(self, model, folder, tmp_path) -> None:
         short = tmp_path / "short.txt"

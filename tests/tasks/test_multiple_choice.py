@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from harness.plan.trial import difference
 from harness.record.store import RecordStore
 from harness.report.evidence.examples import example_scores
 from harness.spec import Place, TrainSpec
+from tasks.choice_sources import SOURCES
 from tasks.choices import log_likelihoods
 from tasks.multiple_choice import ACCURACY, MultipleChoice
 from tests.support import tiny, tiny_text
@@ -277,6 +279,32 @@ def test_rows_of_another_schema(member, change, said, tmp_path):
         task_of(member).load(str(tmp_path))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_column_of_another_type():
+    with pytest.raises(ValueError, match="ctx_b = 3 is not allowed: it should be a text"):
+        SOURCES["hellaswag"].question(row_of("hellaswag", 1) | {"ctx_b": 3})
+
+
+def test_a_length_that_has_no_room_for_a_choice(root, model, tmp_path, capsys):
+    """In an evaluation row alone, which a run would reach last."""
+    for split, number in (("train", 60), ("validation", 24)):
+        rows = [row_of("piqa", row) for row in range(number)]
+        if split == "validation":
+            rows[5]["sol1"] = "good " * 90
+        write(tmp_path, "piqa", split, rows)
+    task = "multiple_choice/piqa[max_length=64]"
+    given = ["run", "--tasks", task, "--methods", "head", "--model", model, "--data-root", str(tmp_path)]
+    assert main([*given, "--results", str(tmp_path / "results")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "multiple_choice/piqa" in line
+    found = re.search(r"max_length = 64 is too short for its choices: give (\d+) or more", line)
+    assert found is not None
+    rows = [row_of("piqa", row) | {"sol1": "good " * 90} for row in range(3)]
+    write(tmp_path, "piqa", "train", rows)
+    least = task_of(f"piqa[max_length={found[1]}]")
+    train, _ = least.load(str(tmp_path))
+    assert least.lengths(least.encode(train, model)).max() == int(found[1])
 
 
 def test_an_unknown_data_set():
