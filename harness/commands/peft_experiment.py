@@ -16,8 +16,8 @@ from harness.report.redact import cut_config, model_name
 
 CONFIG, TRAINING, ABOUT = "adapter_config.json", "training_params.json", "README.md"
 SCHEDULES = {"constant": None, "cosine": "cosine", "linear": "cosine"}  # ours and the suite's, which has these two
-PROMPT = "{prompt}"  # in templates of ours
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8", "nf4": "int4"}  # in the same way
+PROMPT = "{prompt}"  # in templates of ours
 
 
 def command(results: Path, run_id: str, to: Path) -> int:

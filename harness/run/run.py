@@ -188,9 +188,9 @@ class _Run:
     def _train(self, adaptation: Adaptation, data: Data) -> None:
         training, place = self.training, self.spec.place
         assert training is not None
-        folder = self.store.checkpoints / self.spec.run_id
+        folder, origin = self.store.checkpoints / self.spec.run_id, checkpoint.origin_of(self.spec)
         seed_everything(derived_seed(self.spec.seed, "training"))
-        self._resume(training, checkpoint.load_newest(folder, checkpoint.origin_of(self.spec), self.unusable))
+        self._resume(training, checkpoint.load_newest(folder, origin, self.unusable))
         self.task.set_training(adaptation.model)
         points = max(self.spec.train.holdout_points, int(self.spec.is_trial))  # a trial is scored at its end
         due = [at for i in range(points) if (at := math.ceil(training.budget * (i + 1) / points)) > training.used]
@@ -209,7 +209,7 @@ class _Run:
                 total = self.earlier_seconds + time.perf_counter() - self.started
                 state = training.state_dict() | {"seconds_total": total, "seconds_evaluation": self.evaluation_seconds}
                 with self.store.writing():
-                    checkpoint.save(folder, training.used, state, checkpoint.origin_of(self.spec))
+                    checkpoint.save(folder, training.used, state, origin)
                 self.memory.enter("training")
             self._tell(training)
 

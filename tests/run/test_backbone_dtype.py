@@ -244,18 +244,8 @@ class TestPacked:
     @pytest.mark.parametrize("dtype", ["fp32", "nf4"])
     def test_a_run_says_nothing_of_the_library(self, dtype, tmp_path):
         """PEFT imports it where it is installed, whatever the backbone is held in."""
-        given = [
-            "--tasks",
-            "synthetic",
-            "--methods",
-            "lora[rank=2]",
-            "--batches",
-            "2",
-            "--seeds",
-            "1",
-            "--tracking-uri",
-            "off",
-        ]
+        given = ["--tasks", "synthetic", "--methods", "lora[rank=2]", "--batches", "2", "--seeds", "1"]
+        given += ["--tracking-uri", "off"]
         given += ["--executor", "serial", "--backbone-dtype", dtype, "--results", str(tmp_path / "results")]
         done = subprocess.run([sys.executable, "-m", "harness", "run", *given], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")

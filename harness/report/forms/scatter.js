@@ -46,9 +46,9 @@ const frontOf = (rows, [first, second]) => {
     .sort((a, b) => first[0].value(a) - first[0].value(b));
 };
 
-const hoverOf = (row, names, shown) => [ // its score too, which has the interval
+const hoverOf = (row, axes, shown) => [ // its score too, which has the interval
   `<b>${escaped(row.label)}</b>${row.ranked ? "" : " (fewer seeds)"}`,
-  ...[...new Set([...shown, 0])].map(place => `${escaped(names[place])}: ${escaped(row.texts[place])}`),
+  ...[...new Set([...shown, 0])].map(place => `${escaped(axes[place].name)}: ${escaped(row.texts[place])}`),
   ...row.runs.slice(0, MOST_RUNS).map(escaped),
   ...(row.runs.length > MOST_RUNS ? [`and ${row.runs.length - MOST_RUNS} more runs`] : []),
 ].join("<br>");
@@ -70,7 +70,7 @@ for (const box of document.querySelectorAll(".scatter")) {
       return { name: escaped(method), mode: "markers", x: own.map(x.value), y: own.map(y.value),
         error_x: bars(x, own, colour), error_y: bars(y, own, colour),
         marker: { color: colour, size: 9, symbol: own.map(row => row.ranked ? symbol : `${symbol}-open`) }, hoverinfo: "text",
-        hovertext: own.map(row => hoverOf(row, view.axes.map(axis => axis.name), [x.place(), y.place()])), hoverlabel: { align: "left" } };
+        hovertext: own.map(row => hoverOf(row, view.axes, [x.place(), y.place()])), hoverlabel: { align: "left" } };
     }).filter(trace => trace.x.length);
     traces.unshift({ name: "Pareto front", mode: "lines", x: front.map(x.value), y: front.map(y.value), hoverinfo: "skip",
       line: { color: "#555", width: 1, dash: "dash", shape: across.lower_is_better ? "hv" : "vh" } });
